@@ -1,0 +1,95 @@
+"""The ``moeless`` command: finds each command's module when it is asked for, and turns errors into sentences."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from moeless import __version__
+from moeless.errors import RunFailed, UserError
+
+#: Command name to (module of ``moeless.cli`` with a Typer callback ``command``, one-line help).
+#: The help stands here so that listing commands imports none of them.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "Run the whole pipeline on bundled defaults and write a page."),
+    "doctor": ("doctor", "Check this machine and what is installed."),
+    "models": ("models", "List model presets: shapes, bytes, FLOPs."),
+    "trace": ("trace", "Record expert routing of a model on prompts."),
+    "import-trace": ("import_trace", "Read routing recorded by another system."),
+    "inspect": ("inspect", "Describe and check a routing trace."),
+    "train-predictor": ("train_predictor", "Fit and evaluate a load predictor."),
+    "plan": ("plan", "Plan replicas and placement of every layer."),
+    "serve-bench": ("serve_bench", "Serve a workload under policies, compare latency and cost."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports a command's module only when that command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, short_help = COMMANDS[cmd_name]
+        # a listing wants names and one-liners, not the commands' imports
+        if ctx.resilient_parsing is False and not ctx.params and ctx.info_name and _listing():
+            return click.Command(cmd_name, short_help=short_help, help=short_help)
+        module = importlib.import_module(f"moeless.cli.{module_name}")
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(name=cmd_name, short_help=short_help)(module.command)
+        return get_command(single)
+
+
+def _listing() -> bool:
+    return len(sys.argv) < 2 or sys.argv[1] in {"--help", "-h"}
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moeless {__version__}")
+        raise typer.Exit
+
+
+@app.callback(context_settings={"help_option_names": ["-h", "--help"]})
+def moeless(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Elastic expert serving of Mixture-of-Experts models: trace, predict, plan, serve, bill, report."""
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Entry point: exit status 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    try:
+        status: Any = app(args=arguments, standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except RunFailed as error:
+        _fail(str(error), 1)
+    except click.ClickException as error:
+        # Click's own sentence; its usage block is noise
+        _fail(error.format_message().rstrip(".").replace("\n", " "), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # the reader of our output has gone, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(sentence: str, status: int) -> None:
+    sys.stderr.write(f"moeless: {sentence}\n")
+    sys.exit(status)

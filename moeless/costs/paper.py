@@ -1,0 +1,64 @@
+"""The paper's linear costs (arXiv 2603.06350, section on the formulation).
+
+``T = max over replicas of alpha * tokens + 2 * max over GPUs of beta * tokens + T_misc``. The
+paper states neither constant; the defaults are the device's time for one token in one expert and
+the slow link's time for one token's hidden state. Control and copies that hide are free.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless.cluster import Cluster
+from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
+from moeless.costs.base import CostModel, CostTerms
+from moeless.costs.links import transfer_seconds
+from moeless.spec import MoESpec
+
+
+class PaperCosts(CostModel):
+    """Linear expert time, maximum over replicas.
+
+    Args:
+        alpha: seconds per token in a replica; None derives it from FLOPs over peak.
+        beta: seconds per token exchanged by a GPU, one direction; None derives it from the links.
+        misc: seconds of a layer outside experts and exchange (T_misc).
+    """
+
+    name = "paper"
+
+    def __init__(
+        self,
+        spec: MoESpec,
+        cluster: Cluster,
+        alpha: float | None = None,
+        beta: float | None = None,
+        misc: float = 0.0,
+    ) -> None:
+        super().__init__(spec, cluster)
+        link = cluster.slow if cluster.num_gpus > cluster.island_size else cluster.fast
+        self.alpha = spec.expert_flops / cluster.device.flops if alpha is None else alpha
+        self.beta = spec.token_bytes / link.bandwidth if beta is None else beta
+        self.misc = misc
+
+    def terms(self) -> CostTerms:
+        return CostTerms(self.alpha, 0.0, 0.0, self.beta, 0.0, reduce_max=True)
+
+    def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
+        seconds_G = np.zeros(self.cluster.num_gpus)
+        np.maximum.at(seconds_G, plan.gpu_R, self.alpha * np.asarray(tokens_R, np.float64))
+        return seconds_G
+
+    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
+        # the paper counts every token of a GPU, the ones that stay on it too
+        tokens = float(np.asarray(bytes_SG).sum(0).max(initial=0.0)) / self.spec.token_bytes
+        return 2.0 * self.beta * tokens
+
+    def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
+        return transfer_seconds(self.cluster, num_bytes, source_tier)
+
+    def control_seconds(self, policy: Policy, layer: int) -> float:
+        return 0.0
+
+    def misc_seconds(self) -> float:
+        return self.misc

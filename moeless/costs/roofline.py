@@ -1,0 +1,67 @@
+"""Physical costs by roofline: an expert's weights are read once, its tokens cost FLOPs.
+
+Per used replica ``max(tokens * FLOPs / peak, weight bytes / bandwidth)``; a GPU computes its replicas
+one after the other, plus one launch; tokens travel by the alpha-beta model of ``links``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless.cluster import Cluster
+from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
+from moeless.costs import links
+from moeless.costs.base import CostModel, CostTerms
+from moeless.spec import MoESpec
+
+#: Exposed control time of a layer by planner, seconds, for planners that decide after the gate
+#: (gathering the ranks' counts plus the dispatch kernel); planning ahead is off the critical path.
+GATHER_SECONDS = 12e-6
+DISPATCH_SECONDS = 8e-6
+DISPATCHING = frozenset({"elastic", "metro", "llep"})
+
+
+class RooflineCosts(CostModel):
+    """Weight-read floor and FLOP slope, summed over a GPU's replicas.
+
+    Args:
+        charge_control: False leaves control time out (the algorithm alone).
+    """
+
+    name = "roofline"
+
+    def __init__(self, spec: MoESpec, cluster: Cluster, charge_control: bool = True) -> None:
+        super().__init__(spec, cluster)
+        self.charge_control = charge_control
+        self.token_seconds = spec.expert_flops / cluster.device.flops
+        self.floor_seconds = spec.expert_bytes / cluster.device.memory_bandwidth
+
+    def terms(self) -> CostTerms:
+        cluster = self.cluster
+        link = cluster.slow if cluster.num_gpus > cluster.island_size else cluster.fast
+        single = cluster.num_gpus == 1
+        return CostTerms(
+            token_seconds=self.token_seconds,
+            floor_seconds=self.floor_seconds,
+            launch_seconds=cluster.device.launch_seconds,
+            link_seconds=0.0 if single else self.spec.token_bytes / link.bandwidth,
+            latency_seconds=0.0 if single else link.latency,
+            reduce_max=False,
+        )
+
+    def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
+        tokens = np.asarray(tokens_R, np.float64)
+        replica = np.where(tokens > 0, np.maximum(tokens * self.token_seconds, self.floor_seconds), 0.0)
+        seconds_G = np.bincount(plan.gpu_R, weights=replica, minlength=self.cluster.num_gpus)
+        return np.where(seconds_G > 0, seconds_G + self.cluster.device.launch_seconds, 0.0)
+
+    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
+        return 2.0 * links.all_to_all_seconds(self.cluster, bytes_SG)
+
+    def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
+        return links.transfer_seconds(self.cluster, num_bytes, source_tier)
+
+    def control_seconds(self, policy: Policy, layer: int) -> float:
+        if self.charge_control and policy.planner in DISPATCHING:
+            return GATHER_SECONDS + DISPATCH_SECONDS
+        return 0.0
