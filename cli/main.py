@@ -7,7 +7,6 @@ import os
 import sys
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -30,30 +29,32 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+#: The base of Typer's command-line errors; newer versions bring their own copy of Click, so that
+#: naming Click's class would miss them.
+CommandLineError: Any = typer.BadParameter.__mro__[2]
+
+
 class LazyGroup(TyperGroup):
     """A group that imports a command's module only when that command is used."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         module_name, short_help = COMMANDS[cmd_name]
-        # a listing wants names and one-liners, not the commands' imports
-        if ctx.resilient_parsing is False and not ctx.params and ctx.info_name and _listing():
-            return click.Command(cmd_name, short_help=short_help, help=short_help)
         module = importlib.import_module(f"moeless.cli.{module_name}")
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
         single.command(name=cmd_name, short_help=short_help)(module.command)
         return get_command(single)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short_help) for name, (_, short_help) in COMMANDS.items()])
 
-def _listing() -> bool:
-    return len(sys.argv) < 2 or sys.argv[1] in {"--help", "-h"}
 
-
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None)
 
 
 def _version(value: bool) -> None:
@@ -62,11 +63,14 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(context_settings={"help_option_names": ["-h", "--help"]})
+@app.callback(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 def moeless(
+    ctx: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Elastic expert serving of Mixture-of-Experts models: trace, predict, plan, serve, bill, report."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -77,10 +81,10 @@ def run(arguments: list[str] | None = None) -> None:
         _fail(str(error), 2)
     except RunFailed as error:
         _fail(str(error), 1)
-    except click.ClickException as error:
-        # Click's own sentence; its usage block is noise
+    except CommandLineError as error:
+        # the parser's own sentence; its usage block is noise
         _fail(error.format_message().rstrip(".").replace("\n", " "), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:
         # the reader of our output has gone, for example `| head`

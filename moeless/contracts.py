@@ -226,9 +226,7 @@ class ModelPlan:
         """
         try:
             experts, gpus = int(data["num_experts"]), int(data["num_gpus"])
-            layers = tuple(
-                LayerPlan.from_json(layer, num_experts=experts, num_gpus=gpus) for layer in data["layers"]
-            )
+            layers = tuple(LayerPlan.from_json(layer, num_experts=experts, num_gpus=gpus) for layer in data["layers"])
             return cls(str(data["model"]), experts, gpus, str(data["planner"]), layers, dict(data.get("notes", {})))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"not a plan file: {error!r}") from error
@@ -252,7 +250,7 @@ class Budget:
     def even(cls, num_experts: int, num_gpus: int, extra_slots: int, expert_bytes: float) -> Budget:
         """Room for the static primaries and ``extra_slots`` more on every GPU."""
         slots = np.full(num_gpus, -(-num_experts // num_gpus) + extra_slots, np.int64)
-        return cls(slots, slots * float(expert_bytes), extra_slots * num_gpus)
+        return cls(slots, slots.astype(np.float64) * float(expert_bytes), extra_slots * num_gpus)
 
 
 @dataclass(frozen=True)

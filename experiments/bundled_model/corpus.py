@@ -75,9 +75,7 @@ def _group(pieces: list[str], separator: str, size: int) -> list[str]:
 def _problems(text: str) -> list[str]:
     rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     # the source's calculator marks, <<48/2=24>>, are not prose and would not be prompted for
-    return [
-        f"Question: {row['question']}\nAnswer: {re.sub(r'<<[^>]*>>', '', row['answer'])}\n" for row in rows
-    ]
+    return [f"Question: {row['question']}\nAnswer: {re.sub(r'<<[^>]*>>', '', row['answer'])}\n" for row in rows]
 
 
 def _transcripts(text: str) -> list[str]:

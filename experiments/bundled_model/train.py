@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from moeless.experiments.bundled_model import corpus, tokenizer as tokenizers
+from moeless.experiments.bundled_model import corpus
+from moeless.experiments.bundled_model import tokenizer as tokenizers
 
 
 @dataclass(frozen=True)
@@ -187,9 +188,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoint-steps", type=int, default=200)
     arguments = parser.parse_args()
-    train(
-        arguments.data, arguments.work, Recipe(steps=arguments.steps), arguments.device, arguments.checkpoint_steps
-    )
+    train(arguments.data, arguments.work, Recipe(steps=arguments.steps), arguments.device, arguments.checkpoint_steps)
 
 
 if __name__ == "__main__":
