@@ -1,0 +1,35 @@
+"""``moeless doctor``: what this machine offers and whether the installation is whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moeless.cli import common
+from moeless.errors import RunFailed
+
+
+def command(
+    deep: Annotated[bool, typer.Option("--deep", help="Also load the bundled model and generate with it.")] = False,
+    config: common.ConfigOption = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Check Python, packages, devices, bundled assets and what can run here.
+
+    Example: moeless doctor --deep
+    """
+    from moeless.doctor import examine
+
+    checks = examine(deep=deep)
+    if as_json:
+        common.print_json([check.to_json() for check in checks])
+    else:
+        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red]"}
+        rows = [[check.name, marks[check.state], check.finding] for check in checks]
+        made = common.table("moeless doctor", ["what", "state", "finding"], rows)
+        made.columns[2].justify = "left"
+        common.show(made)
+    bad = [check.name for check in checks if check.state == "bad"]
+    if bad:
+        raise RunFailed(f"not everything that moeless needs is in order: {', '.join(bad)}")

@@ -1,0 +1,165 @@
+"""Checks of the machine and the installation, each with one finding that a person can act on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["ok", "note", "bad"]
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "megatron-core",
+    "datasets",
+    "optuna",
+    "wandb",
+    "numpy",
+    "scipy",
+    "numba",
+    "pyarrow",
+    "safetensors",
+    "typer",
+    "rich",
+    "jinja2",
+    "matplotlib",
+)
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: ``bad`` stops something that moeless needs, ``note`` is worth knowing."""
+
+    name: str
+    state: State
+    finding: str
+
+    def to_json(self) -> dict[str, str]:
+        """A dictionary of its three fields."""
+        return asdict(self)
+
+
+def _python() -> Check:
+    good = sys.version_info >= (3, 11)
+    return Check("python", "ok" if good else "bad", f"{platform.python_version()}" + ("" if good else ", needs 3.11"))
+
+
+def _package(name: str) -> Check:
+    try:
+        return Check(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Check(name, "bad", f"not installed: pip install {name}")
+
+
+def _machine() -> Check:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    state: State = "ok" if memory >= 8 and cores >= 2 else "note"
+    return Check("machine", state, f"{cores} cores, {memory:.0f} GiB memory, load {os.getloadavg()[0]:.1f}")
+
+
+def _devices() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Check("devices", "ok", f"{len(names)} GPU: {', '.join(sorted(set(names)))}")
+    return Check("devices", "note", "no GPU: ranks run on CPU over gloo, times there say nothing about GPUs")
+
+
+def _collectives() -> Check:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return Check("collectives", "bad", "this torch was built without torch.distributed")
+    found = [n for n, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
+    return Check("collectives", "ok" if found else "bad", ", ".join(found) or "neither gloo nor NCCL")
+
+
+def _grouped() -> Check:
+    import torch
+
+    if hasattr(torch.nn.functional, "grouped_mm"):
+        return Check("grouped_mm", "ok", "torch.nn.functional.grouped_mm is there")
+    return Check("grouped_mm", "note", "this torch has no grouped_mm: experts are computed in a loop")
+
+
+def _model() -> Check:
+    from transformers import AutoConfig
+
+    folder = ASSETS / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        return Check("bundled model", "bad", "moeless/assets/model/model.safetensors is missing: reinstall moeless")
+    kind = AutoConfig.from_pretrained(str(folder)).model_type
+    return Check("bundled model", "ok", f"{kind}, {weights.stat().st_size / 1e6:.1f} MB")
+
+
+def _results() -> Check:
+    folder = Path("results/runs")
+    probe = folder if folder.is_dir() else Path()
+    try:
+        handle, name = tempfile.mkstemp(dir=probe)
+    except OSError as error:
+        return Check("run folders", "note", f"{probe.absolute()} is not writable ({error.strerror}): give --out")
+    os.close(handle)
+    Path(name).unlink()
+    return Check("run folders", "ok", f"./{folder}, {shutil.disk_usage(probe).free / 2**30:.0f} GiB free")
+
+
+def _wandb() -> Check:
+    logged_in = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
+    return Check(
+        "W&B", "ok", "logged in: runs are mirrored online" if logged_in else "not logged in: runs stay offline"
+    )
+
+
+def _netrc() -> str:
+    try:
+        return (Path.home() / ".netrc").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _generate() -> Check:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(ASSETS / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)("Question: What is", return_tensors="pt")
+    made = model.generate(**tokens, max_new_tokens=4, do_sample=False)
+    return Check("generation", "ok", f"{made.shape[1] - tokens['input_ids'].shape[1]} tokens generated")
+
+
+def _attempt(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:  # a check that breaks is itself the finding
+        return Check(name, "bad", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def examine(deep: bool = False) -> list[Check]:
+    """Run every check; none of them raises."""
+    checks: list[Check] = [_python(), *(_package(name) for name in REQUIRED)]
+    rest: list[tuple[str, Any]] = [
+        ("machine", _machine),
+        ("devices", _devices),
+        ("collectives", _collectives),
+        ("grouped_mm", _grouped),
+        ("bundled model", _model),
+        ("run folders", _results),
+        ("W&B", _wandb),
+    ]
+    if deep:
+        rest.append(("generation", _generate))
+    return checks + [_attempt(name, check) for name, check in rest]
