@@ -1,0 +1,1 @@
+"""Who asks, when, how much: prompts, arrivals, lengths, schedulers."""
