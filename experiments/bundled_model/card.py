@@ -19,68 +19,7 @@ from moeless.files import read_json, sha256, write_json, write_text
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 GPUS = 8
 
-TEMPLATE = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [mixture-of-experts, test-vehicle]
----
-# The bundled model
-
-A small Mixtral-architecture MoE that `moeless` ships as a **test vehicle**: real trained weights, real routing,
-small enough for two CPU cores. It is not meant to be useful as a language model, and every figure made with it says
-"bundled model".
-
-{{ layers }} MoE layers, {{ experts }} experts, top-{{ top_k }}, hidden size {{ hidden }}, expert FFN {{ ffn }},
-{{ "%.2f"|format(params / 1e6) }} M parameters ({{ "%.2f"|format(active / 1e6) }} M active), bfloat16,
-{{ "%.1f"|format(size / 1e6) }} MB; byte-level BPE tokenizer of {{ vocabulary }} entries.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("moeless/assets/model")
-```
-
-## Training
-
-`moeless/experiments/bundled_model/train.py`, seed {{ recipe.seed }}: {{ recipe.steps }} steps of {{ recipe.rows }} rows
-of {{ recipe.length }} tokens ({{ "%.1f"|format(recipe.steps * recipe.rows * recipe.length / 1e6) }} M tokens), AdamW,
-learning rate {{ recipe.learning_rate }} with {{ recipe.warmup_steps }} warm-up steps and a cosine to
-{{ recipe.final_learning_rate }}, balancing loss per layer with weight {{ recipe.balance }}: weak, so that routing is
-skewed the natural way. Trained on {{ device }} with torch {{ torch }} and transformers {{ transformers }}; final
-training loss {{ "%.3f"|format(final_loss) }} nats per token.
-
-## Corpus
-
-The texts are public and are not shipped. One document in twenty of each domain was held out.
-
-| domain | origin | licence | bytes | training share | sha256 |
-|---|---|---|---|---|---|
-{% for t in texts -%}
-| {{ t.domain.name }} | {{ t.domain.origin }}{% if not t.domain.file %} ({{ python }}){% endif %} | {{ t.domain.licence }} | {{ "{:,}".format(t.bytes) }} | {{ "%.0f"|format(100 * t.domain.weight) }} % | `{{ t.sha256 }}` |
-{% endfor %}
-## Held-out perplexity
-
-Beside a unigram model that knows the token frequencies of the domain's training part. Perplexities are per token of
-this tokenizer, so domains are not comparable with each other.
-
-| domain | documents | tokens | perplexity | unigram |
-|---|---|---|---|---|
-{% for r in results -%}
-| {{ r.name }} | {{ r.documents }} | {{ "{:,}".format(r.tokens) }} | {{ "%.1f"|format(r.perplexity) }} | {{ "%.0f"|format(r.unigram_perplexity) }} |
-{% endfor %}
-## Expert usage by domain
-
-Share of a domain's assignments that go to its two most used experts, by layer (uniform: {{ "%.1f"|format(200 / experts) }} %),
-and the imbalance over {{ gpus }} GPUs with contiguous experts (maximum over mean of GPU load, mean over layers; 1 is
-perfect). The whole matrices are in `evaluation.json`.
-
-| domain |{% for l in range(layers) %} layer {{ l }} |{% endfor %} imbalance |
-|---|{% for l in range(layers) %}---|{% endfor %}---|
-{% for r in results -%}
-| {{ r.name }} |{% for l in range(layers) %} {{ tops(r, l) }} |{% endfor %} {{ "%.2f"|format(r.imbalance(gpus)) }} |
-{% endfor %}
-An entry reads *expert+expert: share*. Over all domains in training proportions the imbalance is {{ "%.2f"|format(pooled) }}.
-"""
+TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def _tops(result: evaluate.DomainResult, layer: int) -> str:
@@ -109,7 +48,9 @@ def write(data: Path, work: Path, out: Path) -> None:
     total = sum(p.numel() for p in model.parameters())
     expert = 3 * config.hidden_size * config.intermediate_size
     idle = config.num_hidden_layers * (config.num_local_experts - config.num_experts_per_tok) * expert
-    card = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE)
+    card = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
     write_text(
         out / "README.md",
         card.render(
