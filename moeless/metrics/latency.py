@@ -1,0 +1,60 @@
+"""Means and percentiles of measured times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+#: Fewer samples than this make a 99th percentile one observation.
+MIN_SAMPLES_P99 = 100
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean, median, standard deviation (population), 90th and 99th percentile, in the input's unit."""
+
+    mean: float
+    median: float
+    std: float
+    p90: float
+    p99: float
+    samples: int
+
+
+def summarise(values: ArrayLike, weights: ArrayLike | None = None) -> Summary | None:
+    """Summarise samples by linear interpolation between order statistics; None where there are none.
+
+    ``weights`` counts how often each value occurs (whole numbers), as when one gap holds for a whole batch;
+    the result is that of the values repeated so often.
+    """
+    values_N = np.asarray(values, np.float64)
+    if weights is not None:
+        count_N = np.asarray(weights, np.int64)
+        values_N, count_N = values_N[count_N > 0], count_N[count_N > 0]
+    else:
+        count_N = np.ones(len(values_N), np.int64)
+    total = int(count_N.sum())
+    if total == 0:
+        return None
+    order = np.argsort(values_N, kind="stable")
+    sorted_N, upto_N = values_N[order], np.cumsum(count_N[order])
+    mean = float(np.dot(values_N, count_N) / total)
+    variance = float(np.dot((values_N - mean) ** 2, count_N) / total)
+
+    def percentile(q: float) -> float:
+        rank = q / 100.0 * (total - 1)
+        low = int(rank)
+        at = sorted_N[np.searchsorted(upto_N, [low, min(low + 1, total - 1)], side="right")]
+        return float(at[0] + (at[1] - at[0]) * (rank - low))
+
+    return Summary(mean, percentile(50), float(np.sqrt(variance)), percentile(90), percentile(99), total)
+
+
+def cdf(values: ArrayLike) -> tuple[float, ...]:
+    """The 0th, 1st, ... 100th percentile; empty where there are no values."""
+    values_N = np.asarray(values, np.float64)
+    if not len(values_N):
+        return ()
+    return tuple(float(v) for v in np.percentile(values_N, np.arange(101)))
