@@ -303,7 +303,7 @@ class Iteration:
     """One forward pass: its spans, and the data-parallel rank that owns each request's tokens."""
 
     id: int
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     rank_of_request: Mapping[int, int]
 
     @property
