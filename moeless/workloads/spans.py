@@ -1,0 +1,136 @@
+"""Spans of one iteration held as columns, so that scheduling makes no object per request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.contracts import Int32Array, IntArray, Iteration, Phase, Span
+
+
+class Spans(Sequence[Span]):
+    """The spans of one iteration: prefill spans first, then decode spans of one position each.
+
+    A sequence of :class:`Span`, made on access; the columns are the fast way in.
+    """
+
+    __slots__ = ("_decode_requests", "_decode_starts", "_emits", "_prefill", "tokens")
+
+    def __init__(
+        self,
+        prefill: Sequence[tuple[int, int, int, bool]],
+        decode_requests: Sequence[int],
+        decode_starts: Sequence[int],
+    ) -> None:
+        """Args: prefill (request, start, stop, ends its prompt); requests and positions of decode steps."""
+        self._prefill = prefill
+        self._decode_requests = decode_requests
+        self._decode_starts = decode_starts
+        self.tokens = len(decode_requests)
+        for _, start, stop, _ in prefill:
+            self.tokens += stop - start
+
+    def __len__(self) -> int:
+        return len(self._prefill) + len(self._decode_requests)
+
+    @overload
+    def __getitem__(self, index: int) -> Span: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Span]: ...
+    def __getitem__(self, index: int | slice) -> Span | Sequence[Span]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index < len(self._prefill):
+            request, start, stop, _ = self._prefill[index]
+            return Span(request, start, stop, Phase.PREFILL)
+        index -= len(self._prefill)
+        start = self._decode_starts[index]
+        return Span(self._decode_requests[index], start, start + 1, Phase.DECODE)
+
+    def __iter__(self) -> Iterator[Span]:
+        for request, start, stop, _ in self._prefill:
+            yield Span(request, start, stop, Phase.PREFILL)
+        for request, start in zip(self._decode_requests, self._decode_starts, strict=True):
+            yield Span(request, start, start + 1, Phase.DECODE)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Spans({list(self)!r})"
+
+    @property
+    def num_prefill(self) -> int:
+        """Spans that are prefill; they come first."""
+        return len(self._prefill)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of the prefill spans."""
+        return self.tokens - len(self._decode_requests)
+
+    @property
+    def phase(self) -> Phase:
+        """PREFILL or DECODE where all spans agree, otherwise MIXED."""
+        if not self._decode_requests:
+            return Phase.PREFILL
+        return Phase.MIXED if self._prefill else Phase.DECODE
+
+    @property
+    def request_N(self) -> IntArray:
+        """Request of each span, ``[N]``."""
+        return np.array([span[0] for span in self._prefill] + list(self._decode_requests), np.int64)
+
+    @property
+    def start_N(self) -> IntArray:
+        """First position of each span, ``[N]``."""
+        return np.array([span[1] for span in self._prefill] + list(self._decode_starts), np.int64)
+
+    @property
+    def stop_N(self) -> IntArray:
+        """Position after the last of each span, ``[N]``."""
+        stops = self.start_N + 1
+        stops[: len(self._prefill)] = [span[2] for span in self._prefill]
+        return stops
+
+    @property
+    def phase_N(self) -> NDArray[np.uint8]:
+        """Phase of each span, ``[N]``."""
+        phases = np.full(len(self), Phase.DECODE, np.uint8)
+        phases[: len(self._prefill)] = Phase.PREFILL
+        return phases
+
+    @property
+    def emitting(self) -> list[int]:
+        """Requests that get an output token from this iteration: prompts that end, then every decode step."""
+        return [span[0] for span in self._prefill if span[3]] + list(self._decode_requests)
+
+
+@dataclass(frozen=True)
+class ScheduledIteration(Iteration):
+    """An iteration whose spans are columns; what the schedulers here return."""
+
+    spans: Spans
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this pass."""
+        return self.spans.tokens
+
+    @property
+    def phase(self) -> Phase:
+        """PREFILL or DECODE where all spans agree, otherwise MIXED."""
+        return self.spans.phase
+
+    @property
+    def rank_N(self) -> Int32Array:
+        """Owner rank of each span, ``[N]``."""
+        rank = self.rank_of_request
+        return np.array([rank[request] for request in self.spans.request_N.tolist()], np.int32)
