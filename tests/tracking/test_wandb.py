@@ -1,0 +1,193 @@
+"""W&B sees what the run folder holds, and never decides whether a run succeeds."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from moeless.tracking import read_manifest, start_run
+from moeless.tracking.wandb import choose_mode
+
+
+class StandInRun:
+    """Records what a W&B run is told."""
+
+    def __init__(self, offline: bool = False) -> None:
+        self.offline = offline
+        self.rows: list[dict] = []
+        self.used: list[object] = []
+        self.logged: list[object] = []
+        self.exit_code: int | None = None
+
+    def log(self, row: dict) -> None:
+        self.rows.append(row)
+
+    def use_artifact(self, artifact: object) -> None:
+        self.used.append(artifact)
+
+    def log_artifact(self, artifact: object) -> None:
+        self.logged.append(artifact)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.exit_code = exit_code
+
+
+class StandInArtifact:
+    def __init__(self, name: str, type: str, metadata: dict) -> None:
+        self.name, self.type, self.metadata = name, type, metadata
+        self.files: list[str] = []
+
+    def add_file(self, path: str, policy: str) -> None:
+        self.files.append(path)
+
+    def add_dir(self, path: str, policy: str) -> None:
+        self.files.append(path)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandInRun:
+    """A module that stands for ``wandb``, with one run."""
+    run = StandInRun()
+    module = types.ModuleType("wandb")
+    module.calls = []
+
+    def init(**options):
+        module.calls.append(options)
+        return run
+
+    module.init = init
+    module.Settings = lambda **values: types.SimpleNamespace(**values)
+    module.Artifact = StandInArtifact
+    module.Table = lambda columns, data: {"columns": columns, "data": data}
+    module.Image = lambda path, caption: {"path": path, "caption": caption}
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    return run
+
+
+def _trace(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "trace.json").write_text("{}")
+    return folder
+
+
+def test_config_metrics_tables_and_artifacts_reach_wandb(tmp_path: Path, stand_in: StandInRun) -> None:
+    trace = _trace(tmp_path / "trace")
+    with start_run("serve-bench", "x", {"rate": 1}, 3, [trace], tmp_path / "run") as run:
+        run.log({"layer_ms": 1.0})
+        cell = {"policy": "static", "layer": {"mean_ms": 2.0}, "request": None, "warnings": []}
+        run.write_result({"schema_version": 1, "command": "serve-bench", "cells": [cell]})
+    options = sys.modules["wandb"].calls[0]
+    assert options["mode"] == "online"
+    assert options["config"]["seed"] == 3
+    assert stand_in.rows[0] == {"layer_ms": 1.0}
+    assert stand_in.rows[1]["result"] == {
+        "columns": ["layer.mean_ms", "policy", "request"],
+        "data": [["2.0", "static", None]],
+    }
+    assert [artifact.type for artifact in stand_in.used] == ["trace"]
+    assert [artifact.type for artifact in stand_in.logged] == ["result"]
+    assert stand_in.exit_code == 0
+
+
+def test_a_trace_is_one_artifact_in_the_run_that_makes_it_and_the_run_that_reads_it(
+    tmp_path: Path, stand_in: StandInRun
+) -> None:
+    with start_run("trace", "x", {}, 0, [], tmp_path / "first") as run:
+        trace = _trace(tmp_path / "trace")
+        run.produced(trace)
+    with start_run("serve-bench", "x", {}, 0, [trace], tmp_path / "second"):
+        pass
+    assert stand_in.logged[0].name == stand_in.used[0].name
+    assert stand_in.logged[0].metadata["sha256"] == stand_in.used[0].metadata["sha256"]
+
+
+def test_a_failed_run_is_marked_failed_in_wandb(tmp_path: Path, stand_in: StandInRun) -> None:
+    with pytest.raises(ValueError), start_run("demo", "x", {}, 0, [], tmp_path / "run"):
+        raise ValueError("boom")
+    assert stand_in.exit_code == 1
+
+
+@pytest.mark.parametrize("broken", ["log", "log_artifact", "finish"])
+def test_a_run_survives_whatever_wandb_raises(
+    tmp_path: Path, stand_in: StandInRun, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(stand_in, broken, fail)
+    with start_run("demo", "x", {}, 0, [], tmp_path / "run") as run:
+        run.log({"a": 1})
+        run.log({"a": 2})
+        run.write_result({"cells": []})
+    manifest = read_manifest(tmp_path / "run")
+    assert manifest["status"] == "ok"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert sum("no route to host" in warning for warning in manifest["warnings"]) == 1
+
+
+def test_a_run_survives_without_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with start_run("demo", "x", {}, 0, [], tmp_path / "run", wandb=True) as run:
+        run.log({"a": 1})
+    manifest = read_manifest(tmp_path / "run")
+    assert manifest["status"] == "ok"
+    assert "W&B could not start" in manifest["warnings"][0]
+
+
+def test_no_wandb_never_imports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with start_run("demo", "x", {}, 0, [], tmp_path / "run", wandb=False):
+        pass
+    assert read_manifest(tmp_path / "run")["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted", "mode"),
+    [
+        ({}, None, "offline"),
+        ({}, True, "offline"),
+        ({"WANDB_API_KEY": "k"}, None, "online"),
+        ({"WANDB_API_KEY": "k"}, False, "disabled"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, True, "offline"),
+        ({"WANDB_MODE": "disabled"}, None, "disabled"),
+        ({"WANDB_MODE": "disabled"}, True, "offline"),
+    ],
+)
+def test_offline_unless_logged_in_or_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict, wanted: bool | None, mode: str
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert choose_mode(wanted) == mode
+
+
+def test_a_stored_login_means_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert choose_mode(None) == "online"
+
+
+def test_an_offline_run_is_one_that_wandb_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trace = _trace(tmp_path / "trace")
+    with start_run("serve-bench", "x", {"rate": 1}, 3, [trace], tmp_path / "run") as run:
+        run.log({"layer_ms": 1.25})
+        run.write_result({"cells": [{"policy": "static"}]})
+    assert read_manifest(tmp_path / "run")["warnings"] == []
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    # the transaction log opens with W&B's magic and holds our records; `wandb sync` reads the same file
+    content = file.read_bytes()
+    assert content[:4] == b":W&B"
+    for expected in (b"layer_ms", b"1.25", b"rate", b"result-"):
+        assert expected in content
