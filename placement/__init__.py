@@ -15,6 +15,7 @@ PLANNERS = Registry(
     {
         "static": "moeless.placement.static:PLANNER",
         "eplb": "moeless.placement.eplb:PLANNER",
+        "eplb-hierarchical": "moeless.placement.eplb:HIERARCHICAL",
         "moeless": "moeless.placement.paper:PLANNER",
     },
 )

@@ -1,0 +1,170 @@
+"""DeepSeek's Expert Parallelism Load Balancer: replicate hot experts by past load, pack copies onto GPUs.
+
+Source: github.com/deepseek-ai/EPLB, described in the DeepSeek-V3 report (arXiv 2412.19437, section 3.4).
+
+Axes: L layers, E experts, P replicas (physical experts), X copies of an expert, G GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.cluster import Cluster
+from moeless.contracts import Budget, IntArray, LayerPlan, PlanInput
+from moeless.costs import CostModel
+from moeless.errors import UserError
+from moeless.placement import eplb_kernels as kernels
+from moeless.placement.base import Planner
+from moeless.placement.dispatch import even_dispatch
+from moeless.placement.layout import room_G, spare_replicas
+from moeless.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class EplbParams:
+    """Parameters of both EPLB planners.
+
+    Attributes:
+        num_groups: expert groups of the router (hierarchical only); 0 takes one group per node.
+    """
+
+    num_groups: int = 0
+
+
+def rebalance_experts(
+    weight_LE: NDArray[np.generic], num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Plan all layers, in DeepSeek's calling convention.
+
+    Hierarchical where ``num_groups`` is a multiple of ``num_nodes`` (a group's experts stay on one node), global
+    otherwise. Ties go to the lowest index.
+
+    Args:
+        weight_LE: past load of each expert.
+        num_replicas: replicas of a layer, a multiple of ``num_gpus``; slot ``p`` is on GPU ``p // (P / G)``.
+
+    Returns:
+        ``phy2log`` ``[L, P]`` expert of each slot, ``log2phy`` ``[L, E, X]`` slots of each expert (-1 pads),
+        ``logcnt`` ``[L, E]`` copies of each expert.
+
+    Raises:
+        UserError: the sizes do not divide, or a load is negative or not finite.
+    """
+    weights = np.ascontiguousarray(weight_LE, np.float32)
+    if weights.ndim != 2:
+        raise UserError(f"EPLB needs loads of shape (layers, experts), got {weights.shape}")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise UserError("EPLB needs finite loads of at least 0")
+    layers, experts = weights.shape
+    if min(num_replicas, num_groups, num_nodes, num_gpus) < 1 or experts < 1:
+        raise UserError("EPLB needs at least one expert, replica, group, node and GPU")
+    if num_groups % num_nodes:
+        num_groups = num_nodes = 1
+    for what, number, divisor in (
+        ("replicas", num_replicas, num_gpus),
+        ("GPUs", num_gpus, num_nodes),
+        ("experts", experts, num_groups),
+    ):
+        if number % divisor:
+            raise UserError(f"EPLB: {number} {what} do not divide evenly by {divisor}")
+    if num_replicas < experts:
+        raise UserError(f"EPLB: {num_replicas} replicas are too few for {experts} experts")
+    phy2log, rank = np.empty((layers, num_replicas), np.int64), np.empty((layers, num_replicas), np.int64)
+    logcnt = np.empty((layers, experts), np.int64)
+    kernels.rebalance(weights, num_replicas, num_groups, num_nodes, num_gpus, phy2log, rank, logcnt)
+    log2phy = np.full((layers, experts, int(logcnt.max(initial=1))), -1, np.int64)
+    log2phy[np.arange(layers)[:, None], phy2log, rank] = np.arange(num_replicas)
+    return phy2log, log2phy, logcnt
+
+
+def _capacities(total: int, room: IntArray) -> IntArray:
+    """Slots as equal as the room allows, summing to ``total``; the lowest GPUs take the rest."""
+    capacity = np.zeros_like(room)
+    left = total
+    while left:
+        open_G = np.flatnonzero(capacity < room)
+        level = max(left // len(open_G), 1)
+        for g in open_G:
+            take = min(level, int(room[g] - capacity[g]), left)
+            capacity[g] += take
+            left -= take
+    return capacity
+
+
+def _plan_layer(
+    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: EplbParams
+) -> LayerPlan:
+    room = room_G(budget, spec, cluster.num_gpus)
+    total = spec.E + spare_replicas(room, spec.E, budget.max_extra)
+    weight_E = x.forecast.mean_E.astype(np.float32)
+    expert_P, rank_P = np.empty(total, np.int64), np.empty(total, np.int64)
+    count_E = np.empty(spec.E, np.int64)
+    kernels.replicate(weight_E, total, expert_P, rank_P, count_E)
+    bin_P, slot_P = np.empty(total, np.int64), np.empty(total, np.int64)
+    weight_P = weight_E[expert_P] / count_E[expert_P].astype(np.float32)
+    kernels.pack(weight_P, _capacities(total, room), bin_P, slot_P)
+    return LayerPlan.build(x.layer, expert_P, bin_P, rank_P == 0, num_experts=spec.E, num_gpus=cluster.num_gpus)
+
+
+def plan_layer(
+    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: EplbParams
+) -> LayerPlan:
+    """Global balancing: all extras that fit, the first copy of each expert is its primary.
+
+    Raises:
+        UserError: the experts do not fit.
+    """
+    return _plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
+
+
+def plan_layer_hierarchical(
+    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: EplbParams
+) -> LayerPlan:
+    """Groups of experts to nodes first, then copies and GPUs inside each node.
+
+    Falls back to the global form where nodes, groups or equal slots do not divide, as DeepSeek's program does.
+
+    Raises:
+        UserError: the experts do not fit.
+    """
+    nodes, gpus = cluster.num_nodes, cluster.num_gpus
+    groups = params.num_groups or nodes
+    room = room_G(budget, spec, gpus)
+    slots = min(int(room.min()), (spec.E + spare_replicas(room, spec.E, budget.max_extra)) // gpus)
+    if groups % nodes or gpus % nodes or spec.E % groups or slots * gpus < spec.E:
+        return _plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
+    phy2log, log2phy, _ = rebalance_experts(x.forecast.mean_E[None], slots * gpus, groups, nodes, gpus)
+    slot_P = np.arange(slots * gpus)
+    return LayerPlan.build(
+        x.layer,
+        phy2log[0],
+        slot_P // slots,
+        log2phy[0, phy2log[0], 0] == slot_P,
+        num_experts=spec.E,
+        num_gpus=gpus,
+    )
+
+
+PLANNER = Planner(
+    name="eplb",
+    plan_layer=plan_layer,
+    dispatch=even_dispatch,
+    params=EplbParams,
+    cadence="interval",
+    needs_forecast=True,
+    default_predictor="history",
+    source="github.com/deepseek-ai/EPLB, global policy; arXiv 2412.19437",
+)
+HIERARCHICAL = Planner(
+    name="eplb-hierarchical",
+    plan_layer=plan_layer_hierarchical,
+    dispatch=even_dispatch,
+    params=EplbParams,
+    cadence="interval",
+    needs_forecast=True,
+    default_predictor="history",
+    source="github.com/deepseek-ai/EPLB, hierarchical policy; arXiv 2412.19437",
+)

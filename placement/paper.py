@@ -1,0 +1,180 @@
+"""The paper's planner: scale experts until their replicas' loads are even, then join the shortest queue.
+
+Algorithms 1 and 2 of MoEless (arXiv 2603.06350). What the paper leaves open is a parameter.
+
+Axes: E experts, P replicas in order of decision, G GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from moeless.cluster import Cluster
+from moeless.contracts import Budget, FloatArray, InstanceState, IntArray, LayerPlan, PlanInput
+from moeless.costs import CostModel
+from moeless.errors import UserError
+from moeless.placement.base import Planner
+from moeless.placement.dispatch import even_dispatch
+from moeless.placement.layout import room_G, spare_replicas
+from moeless.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class PaperParams:
+    """Parameters of Algorithms 1 and 2.
+
+    Attributes:
+        cv_threshold: V, the coefficient of variation of replica loads at which scaling stops (the paper: 0.2).
+        count_idle: whether experts without load count in it; with them small batches scale to the cap.
+        memory_cap_bytes: M_cap, bytes of extra replicas of a layer; None leaves the budget alone to cap.
+        overshoot: the printed loop tests the cap before it adds, so its last replica may pass a cap that is no
+            multiple of the expert's size; False keeps within the cap. The budget holds either way.
+        memory_check: skip full GPUs in placement. The algorithm prints no check, its constraints demand one.
+    """
+
+    cv_threshold: float = 0.2
+    count_idle: bool = False
+    memory_cap_bytes: float | None = None
+    overshoot: bool = False
+    memory_check: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.cv_threshold >= 0:
+            raise UserError(f"cv_threshold must be a number of at least 0, got {self.cv_threshold}")
+        if self.memory_cap_bytes is not None and not self.memory_cap_bytes >= 0:
+            raise UserError(f"memory_cap_bytes must be a number of at least 0, got {self.memory_cap_bytes}")
+
+    def max_extra(self, expert_bytes: int) -> int | None:
+        """Extras that M_cap allows, None for any number."""
+        if self.memory_cap_bytes is None:
+            return None
+        whole = self.memory_cap_bytes / expert_bytes
+        return int(np.ceil(whole) if self.overshoot else np.floor(whole))
+
+
+@njit(cache=True)
+def _scale(load_E, max_extra, threshold, count_idle, count_E):  # type: ignore[no-untyped-def]
+    total, squares, replicas = 0.0, 0.0, 0
+    for e in range(len(load_E)):
+        count_E[e] = 1
+        total += load_E[e]
+        squares += load_E[e] * load_E[e]
+        if count_idle or load_E[e] > 0:
+            replicas += 1
+    if total <= 0.0:
+        return
+    for _ in range(max_extra):
+        # CV^2 = E[x^2] / E[x]^2 - 1 over replicas that carry load_e / count_e each
+        if replicas * squares / (total * total) - 1.0 <= threshold * threshold:
+            return
+        best = 0
+        for e in range(1, len(load_E)):
+            if load_E[e] / count_E[e] > load_E[best] / count_E[best]:
+                best = e
+        squares -= load_E[best] * load_E[best] / (count_E[best] * (count_E[best] + 1.0))
+        count_E[best] += 1
+        replicas += 1
+
+
+def scale_experts(load_E: FloatArray, max_extra: int, cv_threshold: float = 0.2, count_idle: bool = False) -> IntArray:
+    """Algorithm 1: copies of each expert, ``[E]``.
+
+    While fewer than ``max_extra`` copies were added and the coefficient of variation of replica loads exceeds
+    the threshold, the expert with the most loaded replica gets one more; ties go to the lowest index.
+    """
+    count_E = np.ones(len(load_E), np.int64)
+    _scale(np.ascontiguousarray(load_E, np.float64), int(max_extra), float(cv_threshold), count_idle, count_E)
+    return count_E
+
+
+@njit(cache=True)
+def _place(load_P, expert_P, room, alive_EG, gpu_P):  # type: ignore[no-untyped-def]
+    num_gpus = len(room)
+    total, used = np.zeros(num_gpus), np.zeros(num_gpus, np.int64)
+    for p in range(len(load_P)):
+        e = expert_P[p]
+        best = -1
+        for g in range(num_gpus):
+            if alive_EG[e, g] > 0 and used[g] < room[g] and (best < 0 or total[g] < total[best]):
+                best = g
+        if best >= 0:
+            alive_EG[e, best] -= 1
+        else:
+            for g in range(num_gpus):
+                if used[g] < room[g] and (best < 0 or total[g] < total[best]):
+                    best = g
+        gpu_P[p] = best
+        used[best] += 1
+        total[best] += load_P[p]
+
+
+def place_replicas(load_P: FloatArray, expert_P: IntArray, room: IntArray, alive_EG: IntArray) -> IntArray:
+    """Algorithm 2: the GPU of each replica, ``[P]``, for replicas in order of decreasing load.
+
+    A replica stays on a GPU that has an unused live copy of its expert (``alive_EG`` copies; the least loaded such
+    GPU), otherwise it joins the least loaded GPU that has room; ties go to the lowest index.
+    """
+    gpu_P = np.empty(len(expert_P), np.int64)
+    _place(
+        np.ascontiguousarray(load_P, np.float64),
+        np.ascontiguousarray(expert_P, np.int64),
+        np.ascontiguousarray(room, np.int64),
+        alive_EG.astype(np.int64),
+        gpu_P,
+    )
+    return gpu_P
+
+
+def alive_copies_EG(x: PlanInput, num_experts: int, num_gpus: int) -> IntArray:
+    """Copies of the previous plan that are warm or loading, ``[E, G]``."""
+    alive_EG = np.zeros((num_experts, num_gpus), np.int64)
+    if x.previous is not None:
+        expert, gpu = x.previous.expert_R, x.previous.gpu_R
+        if x.state_R is not None:
+            live = np.isin(x.state_R, (InstanceState.WARM, InstanceState.LOADING))
+            expert, gpu = expert[live], gpu[live]
+        np.add.at(alive_EG, (expert, gpu), 1)
+    return alive_EG
+
+
+def plan_layer(
+    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: PaperParams
+) -> LayerPlan:
+    """Algorithms 1 and 2; an expert's first placed replica is its primary.
+
+    Raises:
+        UserError: the experts do not fit.
+    """
+    gpus = cluster.num_gpus
+    room = room_G(budget, spec, gpus)
+    max_extra = spare_replicas(room, spec.E, budget.max_extra)
+    cap = params.max_extra(spec.expert_bytes)
+    load_E = x.forecast.mean_E
+    count_E = scale_experts(
+        load_E, max_extra if cap is None else min(max_extra, cap), params.cv_threshold, params.count_idle
+    )
+    expert_P = np.repeat(np.arange(spec.E), count_E)
+    load_P = load_E[expert_P] / count_E[expert_P]
+    order = np.argsort(-load_P, kind="stable")
+    expert_P, load_P = expert_P[order], load_P[order]
+    if not params.memory_check:
+        room = np.full(gpus, len(expert_P))
+    gpu_P = place_replicas(load_P, expert_P, room, alive_copies_EG(x, spec.E, gpus))
+    first = np.zeros(len(expert_P), np.bool_)
+    first[np.unique(expert_P, return_index=True)[1]] = True
+    return LayerPlan.build(x.layer, expert_P, gpu_P, first, num_experts=spec.E, num_gpus=gpus)
+
+
+PLANNER = Planner(
+    name="moeless",
+    plan_layer=plan_layer,
+    dispatch=even_dispatch,
+    params=PaperParams,
+    cadence="iteration",
+    needs_forecast=True,
+    default_predictor="gate",
+    source="MoEless, arXiv 2603.06350, Algorithms 1 and 2",
+)
