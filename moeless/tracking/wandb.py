@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 #: An artefact larger than this is mirrored by name, size and hash, without its bytes.
@@ -20,13 +20,16 @@ MAX_UPLOAD_BYTES = 64 * 2**20
 FINISH_SECONDS = 60.0
 
 
-def choose_mode(wanted: bool | None) -> str:
+Mode = Literal["disabled", "offline", "online"]
+
+
+def choose_mode(wanted: bool | None) -> Mode:
     """``disabled``, ``offline`` or ``online``: the flag, then ``WANDB_MODE``, then whether a login is stored."""
     if wanted is False:
         return "disabled"
     mode = os.environ.get("WANDB_MODE", "").lower()
     if mode in ("disabled", "offline", "online"):
-        return "offline" if mode == "disabled" and wanted else mode
+        return "offline" if mode == "disabled" and wanted else cast(Mode, mode)
     return "online" if _logged_in() else "offline"
 
 
@@ -68,7 +71,7 @@ class Mirror:
         for entry in manifest["inputs"]:
             self._use(entry)
 
-    def _start(self, manifest: Mapping[str, Any], mode: str) -> Any:
+    def _start(self, manifest: Mapping[str, Any], mode: Mode) -> Any:
         import wandb
 
         settings = wandb.Settings(

@@ -1,0 +1,132 @@
+"""Line figures with confidence bands, for anything measured over layers, distances or thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless.report import style
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one series; ``low`` and ``high`` bound each point where known."""
+
+    x: ArrayLike
+    y: ArrayLike
+    low: ArrayLike | None = None
+    high: ArrayLike | None = None
+
+
+def lines(
+    series: Mapping[str, Line],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    policies: bool = False,
+    whole_x: bool = False,
+    reference: float | None = None,
+    reference_label: str = "",
+    ylim: tuple[float | None, float | None] = (None, None),
+    log_x: bool = False,
+    log_y: bool = False,
+    height: float = 2.4,
+) -> Any:
+    """Draw every series with its band; the legend stands below, so that it never covers data."""
+    names = list(series)
+    look = style.looks(names) if policies else style.series(names)
+    with style.drawing(title) as plt:
+        figure, axes = plt.subplots(figsize=(style.COLUMN, height), layout="constrained")
+        for name, line in series.items():
+            _draw(axes, name, line, look[name])
+        if reference is not None:
+            axes.axhline(
+                reference, color=style.INK, linewidth=0.8, linestyle=(0, (4, 2)), label=reference_label or None
+            )
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.set_ylim(*ylim)
+        _scales(axes, log_x, log_y, whole_x)
+        if len(names) > 1 or reference_label:
+            rows = legend_columns([*names, reference_label] if reference_label else names)
+            figure.legend(loc="outside lower center", ncols=rows)
+        plt.close(figure)
+    return figure
+
+
+def panels(
+    grid: Mapping[str, Mapping[str, Line]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    policies: bool = False,
+    whole_x: bool = False,
+    columns: int = 3,
+    log_x: bool = False,
+    share_y: bool = True,
+) -> Any:
+    """Small multiples: one panel per key of ``grid``, one look per series over all panels."""
+    names = list(dict.fromkeys(name for panel in grid.values() for name in panel))
+    look = style.looks(names) if policies else style.series(names)
+    columns = min(columns, len(grid))
+    rows = -(-len(grid) // columns)
+    width = style.COLUMN if columns == 1 else style.WIDE
+    with style.drawing(title) as plt:
+        figure, axes_YX = plt.subplots(
+            rows, columns, figsize=(width, 0.6 + 1.85 * rows), layout="constrained", sharey=share_y, squeeze=False
+        )
+        flat = axes_YX.ravel()
+        for axes, (panel, series) in zip(flat, grid.items(), strict=False):
+            for name, line in series.items():
+                _draw(axes, name, line, look[name])
+            axes.set_title(panel, fontweight="normal")
+            _scales(axes, log_x, False, whole_x)
+        for axes in flat[len(grid) :]:
+            axes.set_axis_off()
+        figure.supxlabel(xlabel, fontsize=8)
+        figure.supylabel(ylabel, fontsize=8)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+        handles: dict[str, Any] = {}
+        for axes in flat:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        if len(handles) > 1:
+            figure.legend(
+                handles.values(),
+                handles.keys(),
+                loc="outside lower center",
+                ncols=legend_columns(list(handles), width),
+            )
+        plt.close(figure)
+    return figure
+
+
+def _draw(axes: Any, name: str, line: Line, look: style.Look) -> None:
+    x, y = np.asarray(line.x, np.float64), np.asarray(line.y, np.float64)
+    few = len(x) <= 40
+    axes.plot(x, y, color=look.colour, linestyle=look.line, marker=look.marker if few else None, label=name)
+    if line.low is not None and line.high is not None:
+        low, high = np.asarray(line.low, np.float64), np.asarray(line.high, np.float64)
+        axes.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0)
+
+
+def _scales(axes: Any, log_x: bool, log_y: bool, whole_x: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if log_x:
+        axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    if whole_x and not log_x:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def legend_columns(names: Sequence[str], width: float = style.COLUMN) -> int:
+    """How many legend entries fit beside each other, at 8 pt in ``width`` inches."""
+    longest = max(map(len, names))
+    return max(1, min(len(names), int(width / (0.45 + 0.068 * longest))))

@@ -1,0 +1,133 @@
+"""Figures of a result file: layer time by part, its distribution, and the three bills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moeless.metrics.result import Cell
+from moeless.report import style
+from moeless.report.line_figures import legend_columns
+
+#: Part of a layer's time to its name and colour, in the order of the stack.
+PARTS = {
+    "expert": ("experts", "#0072b2"),
+    "all_to_all": ("all-to-all", "#56b4e9"),
+    "misc": ("other", "#b8bcc2"),
+    "control": ("control", "#e69f00"),
+    "stall": ("waiting for weights", "#d55e00"),
+}
+BILLS = {
+    "paper": "paper's rule (GB·s)",
+    "resident": "resident experts (GB·s)",
+    "gpu_seconds": "whole GPUs (GPU·s)",
+}
+
+
+def names(cells: Sequence[Cell]) -> list[str]:
+    """Policies as shown: a lossy one carries a mark, repeated ones carry what sets them apart."""
+    shown = [cell.policy + (" †" if cell.lossy else "") for cell in cells]
+    if len(set(shown)) == len(shown):
+        return shown
+    varying = [
+        key
+        for key in dict.fromkeys(key for cell in cells for key in cell.settings)
+        if len({str(cell.settings.get(key)) for cell in cells}) > 1
+    ]
+    details = [", ".join(f"{key} {cell.settings.get(key)}" for key in varying) for cell in cells]
+    return [f"{name} ({detail})" if detail else name for name, detail in zip(shown, details, strict=True)]
+
+
+def layer_time_parts(cells: Sequence[Cell], title: str = "Mean MoE-layer time") -> Any:
+    """Stacked horizontal bars, one per policy: where a layer's time goes."""
+    shown = names(cells)
+    with style.drawing(title) as plt:
+        figure, axes = plt.subplots(figsize=(style.COLUMN, 1.05 + 0.27 * len(cells)), layout="constrained")
+        left = np.zeros(len(cells))
+        y = np.arange(len(cells))[::-1]
+        scale, unit = _time_unit(max(cell.layer.mean_ms for cell in cells))
+        for part, (label, colour) in PARTS.items():
+            width = np.array([cell.layer.parts_ms.get(part, 0.0) for cell in cells]) * scale
+            if width.any():
+                axes.barh(y, width, left=left, color=colour, label=label, height=0.68)
+                left += width
+        for position, cell in zip(y, cells, strict=True):
+            axes.text(
+                cell.layer.mean_ms * scale, position, f" {cell.layer.mean_ms * scale:.3g}", va="center", fontsize=7
+            )
+        axes.set_yticks(y, shown)
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        axes.margins(x=0.12)
+        axes.set(xlabel=f"mean time of one MoE layer ({unit})", title=f"{title}  ({_samples(cells)})")
+        figure.legend(loc="outside lower center", ncols=3)
+        plt.close(figure)
+    return figure
+
+
+def layer_time_cdf(cells: Sequence[Cell], title: str = "MoE-layer time, distribution") -> Any:
+    """Cumulative distribution of layer time, one line per policy that kept its percentiles."""
+    kept = [cell for cell in cells if cell.layer.cdf_ms]
+    shown = names(kept)
+    look = style.looks([cell.policy for cell in kept])
+    with style.drawing(title) as plt:
+        figure, axes = plt.subplots(figsize=(style.COLUMN, 2.5), layout="constrained")
+        scale, unit = _time_unit(max((cell.layer.mean_ms for cell in kept), default=1.0))
+        for cell, name in zip(kept, shown, strict=True):
+            x = np.asarray(cell.layer.cdf_ms) * scale
+            one = look[cell.policy]
+            axes.plot(x, np.linspace(0, 100, len(x)), color=one.colour, linestyle=one.line, label=name)
+        spread = [value for cell in kept for value in cell.layer.cdf_ms if value > 0]
+        if spread and max(spread) > 30 * min(spread):
+            axes.set_xscale("log")
+        axes.set(
+            xlabel=f"time of one MoE layer ({unit})", ylabel="layers at most that slow (%)", ylim=(0, 101), title=title
+        )
+        figure.legend(loc="outside lower center", ncols=legend_columns(shown or [""]))
+        plt.close(figure)
+    return figure
+
+
+def bills(cells: Sequence[Cell], title: str = "Three bills for the same work") -> Any:
+    """One panel per billing rule; a policy's bar has one colour in all of them."""
+    shown = names(cells)
+    look = style.looks([cell.policy for cell in cells])
+    with style.drawing(title) as plt:
+        figure, grid = plt.subplots(
+            1, 3, figsize=(style.WIDE, 0.95 + 0.24 * len(cells)), layout="constrained", sharey=True
+        )
+        y = np.arange(len(cells))[::-1]
+        for axes, (rule, label) in zip(grid, BILLS.items(), strict=True):
+            values = np.array([getattr(cell.billing, rule) for cell in cells])
+            for position, value, cell in zip(y, values, cells, strict=True):
+                one = look[cell.policy]
+                axes.barh(position, value, color=one.colour, hatch=one.hatch, edgecolor="white", linewidth=0)
+                axes.text(value, position, f" {_short(value)}", va="center", fontsize=7)
+            axes.grid(True, axis="x")
+            axes.grid(False, axis="y")
+            axes.margins(x=0.22)
+            axes.set_xlabel(label)
+            axes.locator_params(axis="x", nbins=4)
+        grid[0].set_yticks(y, shown)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+        plt.close(figure)
+    return figure
+
+
+def _samples(cells: Sequence[Cell]) -> str:
+    counts = {cell.layer.samples for cell in cells}
+    return f"n = {min(counts):,}" + ("" if len(counts) == 1 else f"–{max(counts):,}")
+
+
+def _time_unit(largest_ms: float) -> tuple[float, str]:
+    """Factor from milliseconds, and the unit, that keep numbers between 1 and 1000."""
+    return (1e3, "µs") if largest_ms < 1.0 else (1.0, "ms") if largest_ms < 1e3 else (1e-3, "s")
+
+
+def _short(value: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
+    return f"{value:.3g}"
