@@ -1,0 +1,117 @@
+"""Planning every layer of a model at once.
+
+Axes: L layers, E experts, G GPUs, S source ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeless.cluster import Cluster
+from moeless.contracts import Budget, Forecast, IntArray, ModelPlan, Phase, PlanInput
+from moeless.costs import CostModel
+from moeless.errors import UserError
+from moeless.placement.base import Planner
+from moeless.placement.static import static_plan
+from moeless.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a plan does to the loads that it was made for, means over layers.
+
+    Attributes:
+        imbalance, static_imbalance: maximum over mean of GPU tokens.
+        seconds, static_seconds: a layer's time under the cost model.
+        extra_bytes: memory of all extras, over layers and GPUs.
+    """
+
+    extras: int
+    extra_bytes: int
+    imbalance: float
+    static_imbalance: float
+    seconds: float
+    static_seconds: float
+
+
+def plan_model(
+    planner: Planner,
+    forecast_L: Sequence[Forecast],
+    *,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: CostModel,
+    budget: Budget,
+    params: Any,
+    phase: Phase,
+    previous: ModelPlan | None = None,
+    horizon_iterations: int = 1,
+    notes: Mapping[str, Any] | None = None,
+) -> ModelPlan:
+    """Plan each layer for its forecast.
+
+    Raises:
+        UserError: the forecasts are not one per MoE layer, or the planner refuses the budget.
+    """
+    if len(forecast_L) != spec.L:
+        raise UserError(f"{spec.name} has {spec.L} MoE layers, {len(forecast_L)} forecasts were given")
+    layers = tuple(
+        planner.plan_layer(
+            PlanInput(
+                layer,
+                phase,
+                forecast,
+                None if previous is None else previous.layers[layer],
+                None,
+                horizon_iterations,
+            ),
+            spec=spec,
+            cluster=cluster,
+            costs=costs,
+            budget=budget,
+            params=params,
+        )
+        for layer, forecast in enumerate(forecast_L)
+    )
+    return ModelPlan(spec.name, spec.E, cluster.num_gpus, planner.name, layers, dict(notes or {}))
+
+
+def spread_over_sources(load_E: IntArray, num_sources: int) -> IntArray:
+    """Each expert's tokens as if every rank had sent the same number, ``[S, E]``; the rest goes round."""
+    base, rest = np.divmod(load_E, num_sources)
+    # a running start keeps the ranks' totals even too
+    start = np.concatenate([[0], np.cumsum(rest)[:-1]]) % num_sources
+    turn = (np.arange(num_sources)[:, None] - start[None, :]) % num_sources
+    return np.asarray(base[None, :] + (turn < rest[None, :]), np.int64)
+
+
+def summarise(
+    plan: ModelPlan,
+    planner: Planner,
+    forecast_L: Sequence[Forecast],
+    *,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: CostModel,
+    params: Any,
+) -> PlanSummary:
+    """Judge a plan on the expected loads, tokens spread evenly over source ranks."""
+    figures = []
+    for layer, forecast in zip(plan.layers, forecast_L, strict=True):
+        load_SE = spread_over_sources(np.rint(forecast.mean_E).astype(np.int64), cluster.num_gpus)
+        row = []
+        for candidate in (layer, static_plan(layer.layer, spec.E, cluster.num_gpus)):
+            usable_R = np.ones(candidate.R, np.bool_)
+            quota_SR = planner.dispatch(
+                load_SE, candidate, usable_R, spec=spec, cluster=cluster, costs=costs, params=params
+            )
+            tokens_G = np.bincount(candidate.gpu_R, weights=quota_SR.sum(0), minlength=cluster.num_gpus)
+            row += [tokens_G.max() / max(tokens_G.mean(), 1e-12), costs.layer_seconds(quota_SR, candidate).total]
+        figures.append(row)
+    imbalance, seconds, static_imbalance, static_seconds = np.mean(figures, axis=0).tolist()
+    extras = sum(layer.num_extra for layer in plan.layers)
+    return PlanSummary(extras, extras * spec.expert_bytes, imbalance, static_imbalance, seconds, static_seconds)
