@@ -13,6 +13,7 @@ import numpy as np
 
 from moeless.cluster import Cluster
 from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
+from moeless.costs.kernels import KernelTerms
 from moeless.spec import MoESpec
 
 
@@ -62,6 +63,10 @@ class CostModel(ABC):
     @abstractmethod
     def terms(self) -> CostTerms:
         """The model's numbers for kernels."""
+
+    def kernel_terms(self) -> KernelTerms | None:
+        """The whole of :meth:`layer_seconds` as numbers for compiled code; None where it is more than that."""
+        return None
 
     @abstractmethod
     def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:

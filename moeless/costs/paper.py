@@ -12,6 +12,7 @@ import numpy as np
 from moeless.cluster import Cluster
 from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
 from moeless.costs.base import CostModel, CostTerms
+from moeless.costs.kernels import KernelTerms
 from moeless.costs.links import transfer_seconds
 from moeless.spec import MoESpec
 
@@ -43,6 +44,11 @@ class PaperCosts(CostModel):
 
     def terms(self) -> CostTerms:
         return CostTerms(self.alpha, 0.0, 0.0, self.beta, 0.0, reduce_max=True)
+
+    def kernel_terms(self) -> KernelTerms:
+        # beta is seconds per token: one "byte" per token, 1/beta tokens a second
+        speed = 1.0 / self.beta if self.beta else np.inf
+        return KernelTerms(self.alpha, 0.0, 0.0, True, 1.0, False, 1, speed, 0.0, speed, 0.0)
 
     def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
         seconds_G = np.zeros(self.cluster.num_gpus)

@@ -12,6 +12,7 @@ from moeless.cluster import Cluster
 from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
 from moeless.costs import links
 from moeless.costs.base import CostModel, CostTerms
+from moeless.costs.kernels import KernelTerms
 from moeless.spec import MoESpec
 
 #: Exposed control time of a layer by planner, seconds, for planners that decide after the gate
@@ -47,6 +48,22 @@ class RooflineCosts(CostModel):
             link_seconds=0.0 if single else self.spec.token_bytes / link.bandwidth,
             latency_seconds=0.0 if single else link.latency,
             reduce_max=False,
+        )
+
+    def kernel_terms(self) -> KernelTerms:
+        cluster = self.cluster
+        return KernelTerms(
+            token_seconds=self.token_seconds,
+            floor_seconds=self.floor_seconds,
+            launch_seconds=cluster.device.launch_seconds,
+            reduce_max=False,
+            token_bytes=float(self.spec.token_bytes),
+            local_is_free=True,
+            island_size=cluster.island_size,
+            fast_bytes_per_second=cluster.fast.bandwidth,
+            fast_latency=cluster.fast.latency,
+            slow_bytes_per_second=cluster.slow.bandwidth,
+            slow_latency=cluster.slow.latency,
         )
 
     def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:

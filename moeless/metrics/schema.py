@@ -6,8 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Hashable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from moeless.errors import UserError
@@ -15,8 +14,7 @@ from moeless.errors import UserError
 T = TypeVar("T")
 
 
-@lru_cache(maxsize=64)
-def _hints(cls: Hashable) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

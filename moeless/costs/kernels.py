@@ -1,0 +1,104 @@
+"""Compiled layer times of cost models that are a few numbers; equal to ``CostModel.layer_seconds``.
+
+Axes: S source ranks (rank s is GPU s), R replicas, G GPUs, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from moeless.contracts import FloatArray, Int32Array, IntArray
+
+
+class KernelTerms(NamedTuple):
+    """A cost model as numbers. ``local_is_free`` False is the paper's exchange: all of a GPU's tokens count."""
+
+    token_seconds: float
+    floor_seconds: float
+    launch_seconds: float
+    reduce_max: bool
+    token_bytes: float
+    local_is_free: bool
+    island_size: int
+    fast_bytes_per_second: float
+    fast_latency: float
+    slow_bytes_per_second: float
+    slow_latency: float
+
+
+@njit(cache=True)
+def _exchange(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_gpus):  # type: ignore[no-untyped-def]
+    """Both directions of a layer's all-to-all, from tokens by GPU, tier and direction."""
+    if not terms.local_is_free:
+        return 2.0 * got_all.max() * terms.token_bytes / terms.slow_bytes_per_second
+    if num_gpus == 1:
+        return 0.0
+    worst = 0.0
+    if terms.island_size > 1:
+        most = max(sent_fast.max(), got_fast.max()) * terms.token_bytes
+        worst = terms.fast_latency + most / terms.fast_bytes_per_second
+    if num_gpus > terms.island_size:
+        most = max(sent_slow.max(), got_slow.max()) * terms.token_bytes
+        worst = max(worst, terms.slow_latency + most / terms.slow_bytes_per_second)
+    return 2.0 * worst
+
+
+@njit(cache=True)
+def quota_time(quota_SR, gpu_R, terms, num_gpus, load_G):  # type: ignore[no-untyped-def]
+    """Expert and exchange seconds of one layer; fills ``load_G`` with tokens per GPU."""
+    num_sources, num_replicas = quota_SR.shape
+    load_G[:] = 0.0
+    seconds_G = np.zeros(num_gpus)
+    sent_fast, sent_slow = np.zeros(num_gpus), np.zeros(num_gpus)
+    got_fast, got_slow = np.zeros(num_gpus), np.zeros(num_gpus)
+    for r in range(num_replicas):
+        gpu = gpu_R[r]
+        tokens = 0
+        for s in range(num_sources):
+            n = quota_SR[s, r]
+            if n == 0:
+                continue
+            tokens += n
+            if s == gpu:
+                continue
+            if s // terms.island_size == gpu // terms.island_size:
+                sent_fast[s] += n
+                got_fast[gpu] += n
+            else:
+                sent_slow[s] += n
+                got_slow[gpu] += n
+        if tokens > 0:
+            load_G[gpu] += tokens
+            time = max(tokens * terms.token_seconds, terms.floor_seconds)
+            if terms.reduce_max:
+                seconds_G[gpu] = max(seconds_G[gpu], time)
+            else:
+                seconds_G[gpu] += time
+    worst = 0.0
+    for g in range(num_gpus):
+        if seconds_G[g] > 0.0:
+            worst = max(worst, seconds_G[g] + terms.launch_seconds)
+    return worst, _exchange(sent_fast, sent_slow, got_fast, got_slow, load_G, terms, num_gpus)
+
+
+@njit(cache=True)
+def _single_copy(load_LSE, gpu_LE, terms, num_gpus, expert_L, exchange_L, load_LG):  # type: ignore[no-untyped-def]
+    for layer in range(load_LSE.shape[0]):
+        expert_L[layer], exchange_L[layer] = quota_time(load_LSE[layer], gpu_LE[layer], terms, num_gpus, load_LG[layer])
+
+
+def single_copy_times(
+    load_LSE: IntArray, gpu_LE: Int32Array, terms: KernelTerms, num_gpus: int
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """All layers at once where every expert has one copy, so that every dispatch is the same.
+
+    Returns:
+        expert seconds ``[L]``, exchange seconds ``[L]``, tokens ``[L, G]``.
+    """
+    layers = load_LSE.shape[0]
+    expert_L, exchange_L, load_LG = np.zeros(layers), np.zeros(layers), np.zeros((layers, num_gpus))
+    _single_copy(load_LSE, gpu_LE, terms, num_gpus, expert_L, exchange_L, load_LG)
+    return expert_L, exchange_L, load_LG

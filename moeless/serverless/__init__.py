@@ -1,0 +1,5 @@
+"""Expert copies as serverless function instances: which are in memory, since when, at what price."""
+
+from moeless.serverless.pool import InstancePool, PoolSettings
+
+__all__ = ["InstancePool", "PoolSettings"]

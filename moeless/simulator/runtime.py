@@ -1,0 +1,137 @@
+"""A policy ready to run: its planner with parameters, its predictor, what it may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from moeless.cluster import Cluster
+from moeless.contracts import Budget, FloatArray, Forecast, LayerPlan, Phase, PlanInput, Policy
+from moeless.costs import CostModel
+from moeless.errors import UserError
+from moeless.placement import PLANNERS, Planner
+from moeless.spec import MoESpec
+
+#: The routing override, which is no planner.
+ORACLE = "oracle"
+#: Tokens of an iteration that a plan made before the run is meant for.
+DEPLOYMENT_TOKENS = 512
+#: Iterations that an ``interval`` plan is expected to stay, for planners that weigh moving against gain.
+INTERVAL_ITERATIONS = 10_000
+
+
+@dataclass(frozen=True)
+class PolicyRuntime:
+    """One policy on one (model, cluster, cost model).
+
+    Attributes:
+        policy: names; for ``oracle`` the planner is ``static`` under a routing override.
+        predictor: a load predictor, None where the planner needs no forecast.
+        lossy: loads are overridden to be even.
+    """
+
+    policy: Policy
+    planner: Planner
+    params: Any
+    predictor: Any
+    spec: MoESpec
+    cluster: Cluster
+    costs: CostModel
+    budget: Budget
+    lossy: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name that people see: the distance only where a predictor looks ahead by layers."""
+        if self.lossy:
+            return ORACLE
+        if self.predictor is None:
+            return self.policy.planner
+        if self.policy.predictor in ("history", "none"):
+            return f"{self.policy.planner}:{self.policy.predictor}"
+        return str(self.policy)
+
+    def plan(
+        self,
+        layer: int,
+        phase: Phase,
+        forecast: Forecast,
+        previous: LayerPlan | None = None,
+        state_R: Any = None,
+        horizon: int = 1,
+    ) -> LayerPlan:
+        """Ask the planner for one layer."""
+        return self.planner.plan_layer(
+            PlanInput(layer, phase, forecast, previous, state_R, horizon),
+            spec=self.spec,
+            cluster=self.cluster,
+            costs=self.costs,
+            budget=self.budget,
+            params=self.params,
+        )
+
+    def dispatch(self, load_SE: Any, plan: LayerPlan, usable_R: Any) -> Any:
+        """Ask the planner's dispatch for quotas, ``[S, R]``."""
+        return self.planner.dispatch(
+            load_SE, plan, usable_R, spec=self.spec, cluster=self.cluster, costs=self.costs, params=self.params
+        )
+
+    def deployment(self, share: FloatArray | None, layer: int) -> LayerPlan:
+        """The plan with which the run starts, from the shares known beforehand (even ones where none are)."""
+        share_E = np.full(self.spec.E, 1.0 / self.spec.E) if share is None else share
+        mean_E = share_E * DEPLOYMENT_TOKENS * self.spec.K
+        forecast = Forecast(mean_E, mean_E.copy(), DEPLOYMENT_TOKENS, "history")
+        return self.plan(layer, Phase.MIXED, forecast, horizon=INTERVAL_ITERATIONS)
+
+
+def resolve(
+    policy: Policy,
+    *,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: CostModel,
+    extra_slots: int,
+    predictors: Mapping[str, Any],
+    params: Mapping[str, Any] | None = None,
+) -> PolicyRuntime:
+    """Find a policy's parts by name.
+
+    Args:
+        extra_slots: replicas per GPU and layer beyond the static primaries.
+        predictors: ready predictors by name; the caller loads the fitted ones.
+        params: planner parameters that replace defaults.
+
+    Raises:
+        UserError: no planner or predictor has that name, or a parameter is unknown.
+    """
+    budget = Budget.even(spec.E, cluster.G, extra_slots, spec.expert_bytes)
+    lossy = policy.planner == ORACLE
+    if lossy and policy.predictor != "none":
+        raise UserError(f"policy {policy}: the oracle overrides routing and takes no predictor; write oracle")
+    if lossy:
+        planner: Planner = PLANNERS.get("static")
+        budget = Budget.even(spec.E, cluster.G, 0, spec.expert_bytes)
+    else:
+        planner = PLANNERS.get(policy.planner)
+    name = policy.predictor
+    if planner.needs_forecast and name == "none":
+        name = planner.default_predictor
+    if not planner.needs_forecast and name != "none":
+        raise UserError(f"policy {policy}: {policy.planner} needs no forecast; write {policy.planner}")
+    predictor = None
+    if planner.needs_forecast:
+        if name not in predictors:
+            known = ", ".join(sorted(predictors))
+            raise UserError(f"policy {policy}: no predictor {name!r} is at hand; there are: {known}")
+        predictor = predictors[name]
+    try:
+        chosen = planner.params(**(params or {}))
+    except TypeError as error:
+        raise UserError(f"planner {planner.name} does not take these parameters ({error})") from None
+    return PolicyRuntime(
+        replace(policy, predictor=name), planner, chosen, predictor, spec, cluster, costs, budget, lossy
+    )

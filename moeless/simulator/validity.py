@@ -1,0 +1,35 @@
+"""What makes a simulated figure doubtful, said beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeless.metrics.latency import MIN_SAMPLES_P99
+from moeless.metrics.result import RequestMetrics
+from moeless.workloads.one_second import OneSecond
+
+#: Busy share of the time above which queueing, not service, decides latency.
+SATURATED = 0.95
+
+
+def check_validity(
+    figures: RequestMetrics | None, scheduler: Any, *, samples: int, busy_fraction: float
+) -> tuple[RequestMetrics | None, list[str]]:
+    """Withhold request figures that mean nothing, and say in sentences what weakens the rest."""
+    warnings: list[str] = []
+    queueing = scheduler.queueing() if hasattr(scheduler, "queueing") else None
+    if queueing is not None and queueing.piled_up:
+        if isinstance(scheduler, OneSecond):
+            warnings.append("one-second batches pile up: request metrics are undefined at this rate")
+            figures = None
+        else:
+            warnings.append("the queue grew over the run: the rate exceeds what is served, latency depends on duration")
+    elif busy_fraction > SATURATED:
+        warnings.append(f"the cluster was busy {100 * busy_fraction:.0f} % of the time: near saturation")
+    if figures is not None and figures.completed < MIN_SAMPLES_P99:
+        warnings.append(f"only {figures.completed} requests: a p99 of fewer than {MIN_SAMPLES_P99} is one observation")
+    if figures is not None and figures.failed:
+        warnings.append(f"{figures.failed} requests were not completed")
+    if samples < MIN_SAMPLES_P99:
+        warnings.append(f"only {samples} layer samples: their p99 is one observation")
+    return figures, warnings
