@@ -40,7 +40,7 @@ def lines(
     """Draw every series with its band; the legend stands below, so that it never covers data."""
     names = list(series)
     look = style.looks(names) if policies else style.series(names)
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         figure, axes = plt.subplots(figsize=(style.COLUMN, height), layout="constrained")
         for name, line in series.items():
             _draw(axes, name, line, look[name])
@@ -76,7 +76,7 @@ def panels(
     columns = min(columns, len(grid))
     rows = -(-len(grid) // columns)
     width = style.COLUMN if columns == 1 else style.WIDE
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         figure, axes_YX = plt.subplots(
             rows, columns, figsize=(width, 0.6 + 1.85 * rows), layout="constrained", sharey=share_y, squeeze=False
         )
@@ -88,7 +88,8 @@ def panels(
             _scales(axes, log_x, False, whole_x)
         for axes in flat[len(grid) :]:
             axes.set_axis_off()
-        figure.supxlabel(xlabel, fontsize=8)
+        for axes in axes_YX[-1]:
+            axes.set_xlabel(xlabel)
         figure.supylabel(ylabel, fontsize=8)
         figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
         handles: dict[str, Any] = {}

@@ -43,7 +43,7 @@ def names(cells: Sequence[Cell]) -> list[str]:
 def layer_time_parts(cells: Sequence[Cell], title: str = "Mean MoE-layer time") -> Any:
     """Stacked horizontal bars, one per policy: where a layer's time goes."""
     shown = names(cells)
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         figure, axes = plt.subplots(figsize=(style.COLUMN, 1.05 + 0.27 * len(cells)), layout="constrained")
         left = np.zeros(len(cells))
         y = np.arange(len(cells))[::-1]
@@ -72,7 +72,7 @@ def layer_time_cdf(cells: Sequence[Cell], title: str = "MoE-layer time, distribu
     kept = [cell for cell in cells if cell.layer.cdf_ms]
     shown = names(kept)
     look = style.looks([cell.policy for cell in kept])
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         figure, axes = plt.subplots(figsize=(style.COLUMN, 2.5), layout="constrained")
         scale, unit = _time_unit(max((cell.layer.mean_ms for cell in kept), default=1.0))
         for cell, name in zip(kept, shown, strict=True):
@@ -94,7 +94,7 @@ def bills(cells: Sequence[Cell], title: str = "Three bills for the same work") -
     """One panel per billing rule; a policy's bar has one colour in all of them."""
     shown = names(cells)
     look = style.looks([cell.policy for cell in cells])
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         figure, grid = plt.subplots(
             1, 3, figsize=(style.WIDE, 0.95 + 0.24 * len(cells)), layout="constrained", sharey=True
         )

@@ -20,12 +20,12 @@ def popularity(load_LE: ArrayLike, title: str = "Expert popularity") -> Any:
     load = np.asarray(load_LE, np.float64)
     total = load.sum(1, keepdims=True)
     share = np.divide(load * load.shape[1], total, out=np.zeros_like(load), where=total > 0)
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         height = float(np.clip(0.9 + 0.085 * load.shape[0], 1.7, 5.0))
         figure, axes = plt.subplots(figsize=(style.COLUMN, height), layout="constrained")
         image = axes.imshow(share, aspect="auto", cmap=style.SEQUENTIAL, vmin=0, interpolation="nearest")
         axes.grid(False)
-        axes.set(xlabel="expert", ylabel="MoE layer", title=f"{title} (n = {int(total[0, 0]):,} assignments a layer)")
+        axes.set(xlabel=f"expert   (n = {int(total[0, 0]):,} assignments a layer)", ylabel="MoE layer", title=title)
         _whole_ticks(axes)
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label("load ÷ even share")
@@ -36,7 +36,7 @@ def popularity(load_LE: ArrayLike, title: str = "Expert popularity") -> Any:
 
 def layer_imbalance(
     values: Mapping[str, ArrayLike],
-    ylabel: str = "imbalance (max ÷ mean over GPUs)",
+    ylabel: str = "imbalance (max ÷ mean)",
     title: str = "Imbalance per layer",
     bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     policies: bool = False,
@@ -44,7 +44,7 @@ def layer_imbalance(
     """One line per series over MoE layers, with an optional band of low and high values."""
     names = list(values)
     look = style.looks(names) if policies else style.series(names)
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         figure, axes = plt.subplots(figsize=(style.COLUMN, 2.3), layout="constrained")
         for name in names:
             y = np.asarray(values[name], np.float64)
@@ -74,7 +74,7 @@ def expert_bars(load_SE: Mapping[str, ArrayLike], title: str, counts: Sequence[i
     """Load per expert as bars, one panel for each named load vector; the line marks the even share."""
     names = list(load_SE)
     look = style.series(names)
-    with style.drawing(title) as plt:
+    with style.drawing() as plt:
         figure, grid = plt.subplots(
             len(names), 1, figsize=(style.COLUMN, 0.55 + 1.05 * len(names)), layout="constrained", sharex=True
         )

@@ -42,10 +42,6 @@ SEQUENTIAL = "cividis"
 
 RC = {
     "figure.dpi": 100,
-    "savefig.dpi": 220,
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.03,
-    "savefig.transparent": False,
     "figure.facecolor": "white",
     "axes.facecolor": "none",
     "font.family": "DejaVu Sans",
@@ -76,8 +72,6 @@ RC = {
     "axes.titlecolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
-    "svg.fonttype": "path",
-    "pdf.fonttype": 42,
 }
 
 
@@ -119,12 +113,12 @@ def series(names: Sequence[str]) -> dict[str, Look]:
 
 
 @contextmanager
-def drawing(salt: str = "moeless") -> Iterator[Any]:
-    """``matplotlib.pyplot`` under this style, without a display; ``salt`` keeps SVG ids apart and repeatable."""
+def drawing() -> Iterator[Any]:
+    """``matplotlib.pyplot`` under this style, without a display."""
     import matplotlib as mpl
 
     mpl.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
-    with mpl.rc_context(RC | {"svg.hashsalt": salt}):
+    with mpl.rc_context(RC):
         yield plt

@@ -28,6 +28,9 @@ from moeless.tracking.wandb import Mirror
 
 RUNS = Path("results/runs")
 MANIFEST = "manifest.json"
+#: Glyphs as paths: a figure looks the same wherever it is opened; the salt makes equal figures equal bytes.
+_SAVE = {"savefig.bbox": "tight", "savefig.pad_inches": 0.03, "savefig.dpi": 220, "svg.fonttype": "path"}
+_SAVE |= {"pdf.fonttype": 42}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -66,6 +69,8 @@ class Run:
 
         ``title`` and ``caption`` go into the list of figures from which a page can be written again.
         """
+        import matplotlib as mpl
+
         folder = self.path / "figures"
         for kind in ("svg", "png", "pdf"):
             metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else None
@@ -73,7 +78,8 @@ class Run:
             def save(partial: Path, kind: str = kind, metadata: Any = metadata) -> None:
                 figure.savefig(partial, format=kind, metadata=metadata)
 
-            write_atomic(folder / f"{name}.{kind}", save)
+            with mpl.rc_context(_SAVE | {"svg.hashsalt": name}):
+                write_atomic(folder / f"{name}.{kind}", save)
         self.manifest["figures"].append({"name": name, "title": title, "caption": caption})
         self.mirror.image(name, folder / f"{name}.png", title or name)
         return folder / f"{name}.svg"
@@ -91,6 +97,10 @@ class Run:
         """Keep a remark about the run's validity; repeated ones are kept once."""
         if sentence not in self.manifest["warnings"]:
             self.manifest["warnings"].append(sentence)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The manifest as it will stand if the run ends now and well, for the page that closes a run."""
+        return {**self.manifest, "status": "ok", "end": _now(), "seconds": round(self.elapsed, 3)}
 
     @property
     def elapsed(self) -> float:

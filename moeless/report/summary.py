@@ -1,0 +1,107 @@
+"""Three sentences that say what a result shows: what was served, who was fastest, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeless.metrics.result import Cell, Result
+
+_GROUND = {
+    "measured": "measured by running it",
+    "simulated": "simulated from recorded routing",
+    "synthetic": "simulated from synthetic routing",
+    "stated": "stated by a paper",
+}
+
+
+def groups(result: Result) -> dict[tuple[str, str, str], list[Cell]]:
+    """Cells that may be compared with each other: one model, one cluster, one cost model."""
+    found: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in result.cells:
+        found.setdefault((cell.model, cell.cluster, cell.costs), []).append(cell)
+    return found
+
+
+def baseline(cells: Sequence[Cell], cell: Cell | None = None) -> Cell | None:
+    """Static EP among ``cells``: the one with ``cell``'s settings where there is one."""
+    static = [other for other in cells if other.policy.partition(":")[0] == "static"]
+    if cell is not None:
+        same = [other for other in static if other.settings == cell.settings]
+        static = same or static
+    return static[0] if static else None
+
+
+def change(value: float, reference: float) -> float | None:
+    """Difference to a reference in per cent of it; None where the reference is zero."""
+    return 100.0 * (value - reference) / reference if reference else None
+
+
+def _than_static(percent: float | None) -> str:
+    if percent is None:
+        return "with no static EP to compare with"
+    if abs(percent) < 0.05:
+        return "the same as static EP"
+    return f"{abs(percent):.1f} % {'below' if percent < 0 else 'above'} static EP"
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds * 1e3:.3g} µs" if milliseconds < 1 else f"{milliseconds:.3g} ms"
+
+
+def summarise(result: Result) -> list[str]:
+    """The three sentences; lossy policies are never called the best."""
+    if not result.cells:
+        return ["The run ended without a result."]
+    policies = list(dict.fromkeys(cell.policy for cell in result.cells))
+    models = " and ".join(dict.fromkeys(cell.model for cell in result.cells))
+    clusters = " and ".join(dict.fromkeys(cell.cluster for cell in result.cells))
+    ground = " and ".join(_GROUND[kind] for kind in dict.fromkeys(cell.evidence for cell in result.cells))
+    plural = "policies" if len(policies) > 1 else "policy"
+    first = f"{len(policies)} {plural} served the same work of {models} on {clusters}, {ground}."
+    return [first, _latency(result), _bill(result)]
+
+
+def _best(cells: Sequence[Cell]) -> Cell | None:
+    exact = [cell for cell in cells if not cell.lossy]
+    return min(exact, key=lambda cell: cell.layer.mean_ms, default=None)
+
+
+def _latency(result: Result) -> str:
+    parts = []
+    for (model, cluster, costs), cells in groups(result).items():
+        best = _best(cells)
+        if best is None:
+            continue
+        static = baseline(cells, best)
+        where = f"under the {costs} costs" if len(groups(result)) > 1 else ""
+        if len({key[:2] for key in groups(result)}) > 1:
+            where = f"for {model} on {cluster} {where}"
+        if best is static:
+            parts.append(f"{where} no policy was faster than static EP ({_time(best.layer.mean_ms)} a layer)")
+            continue
+        percent = change(best.layer.mean_ms, static.layer.mean_ms) if static else None
+        time = _time(best.layer.mean_ms)
+        parts.append(f"{where} **{best.policy}** had the lowest mean MoE-layer time, {time}, {_than_static(percent)}")
+    return _sentence("; ".join(part.strip() for part in parts))
+
+
+def _bill(result: Result) -> str:
+    parts = []
+    for (_, _, costs), cells in groups(result).items():
+        best = _best(cells)
+        static = baseline(cells, best)
+        if best is None or static is None or best is static:
+            continue
+        paper = change(best.billing.paper, static.billing.paper)
+        resident = change(best.billing.resident, static.billing.resident)
+        gpu = change(best.billing.gpu_seconds, static.billing.gpu_seconds)
+        name = f"{best.policy} ({costs} costs)" if len(groups(result)) > 1 else best.policy
+        parts.append(
+            f"{name}: {_than_static(paper)} by the paper's rule, {_than_static(resident)} by resident memory, "
+            f"{_than_static(gpu)} by whole GPUs"
+        )
+    return _sentence("the bills of the fastest, " + "; ".join(parts)) if parts else "No policy's bill can be compared."
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "." if text else ""
