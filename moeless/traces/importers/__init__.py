@@ -1,0 +1,1 @@
+"""Readers of routing that other systems recorded."""
