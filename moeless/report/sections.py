@@ -59,7 +59,7 @@ def layer_table(cells: Sequence[Cell]) -> Table:
     """Layer latency, balance and copies, one row per policy."""
     columns = ["policy", "mean layer (ms)", "vs static (%)", "p50 (ms)", "p99 (ms)", "imbalance", "replicas per layer"]
     columns += ["warm (%)", "moved (GB)", "n", "evidence"]
-    rows = []
+    rows: list[list[Any]] = []
     for name, cell in zip(result_figures.names(cells), cells, strict=True):
         layer, static = cell.layer, baseline(cells, cell)
         rows.append(
@@ -87,7 +87,7 @@ def billing_table(cells: Sequence[Cell]) -> Table:
     for rule in rules:
         columns += [result_figures.BILLS[rule], "vs static (%)"]
     columns.append("list price ($)")
-    rows = []
+    rows: list[list[Any]] = []
     for name, cell in zip(result_figures.names(cells), cells, strict=True):
         static = baseline(cells, cell)
         row: list[Any] = [name]
@@ -111,7 +111,7 @@ def request_table(cells: Sequence[Cell]) -> Table | None:
         return None
     columns = ["policy", "TTFT mean (ms)", "TTFT p99 (ms)", "TPOT mean (ms)", "TPOT p99 (ms)", "E2E mean (ms)"]
     columns += ["output tokens/s", "completed", "goodput (req/s)"]
-    rows = []
+    rows: list[list[Any]] = []
     for name, cell in zip(result_figures.names(cells), cells, strict=True):
         request = cell.request
         if request is None:
