@@ -20,7 +20,7 @@ INK = "#1a1b1c"
 GRID = "#d4d6d9"
 
 POLICY_COLOURS = {
-    "static": "#7b7d80",
+    "static": "#66696d",
     "eplb": "#e69f00",
     "eplb-hierarchical": "#a6761d",
     "moeless": "#0072b2",
@@ -32,7 +32,9 @@ POLICY_COLOURS = {
     "oracle": "#cc79a7",
 }
 #: For things that are no policy: layers, models, distances, predictors.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#7b7d80")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#66696d")
+#: For policies that are not built in.
+STRANGERS = ("#999933", "#44aa99", "#aa4499", "#88ccee")
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "////", "....", "xxxx", "----")
@@ -89,14 +91,13 @@ def looks(policies: Sequence[str]) -> dict[str, Look]:
     """A look for each policy (``planner[:predictor[:distance]]``), in the order given."""
     chosen: dict[str, Look] = {}
     used: dict[str, int] = {}
-    spare = [colour for colour in SERIES if colour not in POLICY_COLOURS.values()] or list(SERIES)
     strangers: dict[str, str] = {}
     for policy in policies:
         planner = policy.partition(":")[0]
         if planner in POLICY_COLOURS:
             colour = POLICY_COLOURS[planner]
         else:
-            colour = strangers.setdefault(planner, spare[len(strangers) % len(spare)])
+            colour = strangers.setdefault(planner, STRANGERS[len(strangers) % len(STRANGERS)])
         order = used.get(planner, 0)
         used[planner] = order + 1
         marker = MARKERS[list(dict.fromkeys(p.partition(":")[0] for p in policies)).index(planner) % len(MARKERS)]

@@ -64,15 +64,17 @@ class Run:
         self.produced(path)
         return path
 
-    def figure(self, name: str, figure: Any, title: str = "", caption: str = "") -> Path:
-        """Save a matplotlib figure as ``figures/<name>.svg``, ``.png`` and ``.pdf``; return the SVG's path.
+    def figure(
+        self, name: str, figure: Any, title: str = "", caption: str = "", formats: Sequence[str] = ("svg", "png")
+    ) -> Path:
+        """Save a matplotlib figure as ``figures/<name>.svg``, ``.png`` (and ``.pdf``); return the SVG's path.
 
         ``title`` and ``caption`` go into the list of figures from which a page can be written again.
         """
         import matplotlib as mpl
 
         folder = self.path / "figures"
-        for kind in ("svg", "png", "pdf"):
+        for kind in formats:
             metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else None
 
             def save(partial: Path, kind: str = kind, metadata: Any = metadata) -> None:

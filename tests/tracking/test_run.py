@@ -126,7 +126,7 @@ def test_figures_are_saved_in_three_formats_with_stable_bytes(tmp_path: Path) ->
         figure, axes = plt.subplots()
         axes.plot([1, 2, 3])
         with _open(tmp_path / name) as run:
-            run.figure("line", figure, "A line", "It rises.")
+            run.figure("line", figure, "A line", "It rises.", ("svg", "png", "pdf"))
         plt.close(figure)
         folder = tmp_path / name / "figures"
         assert sorted(path.suffix for path in folder.iterdir()) == [".pdf", ".png", ".svg"]

@@ -1,0 +1,142 @@
+"""The page is one file that opens anywhere and says on what evidence everything stands."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeless.report import page, routing_figures
+from moeless.report.sections import result_sections, warnings
+from moeless.report.summary import summarise
+from moeless.tracking import start_run
+
+VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use"}
+
+
+class Checker(HTMLParser):
+    """Collects ids and finds tags that do not close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, result) -> Path:
+    tmp_path = tmp_path_factory.mktemp("page")
+    with start_run("demo", "x", {"seed": 1}, 1, out=tmp_path / "run", wandb=False) as run:
+        run.warn("only 12 requests: tail percentiles are single observations")
+        load = np.random.default_rng(0).integers(1, 500, (8, 16))
+        first = run.figure("popularity", routing_figures.popularity(load))
+        second = run.figure("bars", routing_figures.expert_bars({"layer 0": load[0]}, "Load"))
+        sections = [
+            page.Section("Routing", [page.Figure(first, "Where tokens go.", "measured"), page.Figure(second, "Bars.")]),
+            *result_sections(run, result),
+        ]
+        page.write(
+            run.path,
+            "A demo",
+            summarise(result),
+            sections,
+            manifest=run.snapshot(),
+            warnings=warnings(result),
+            label="bundled model",
+        )
+    return tmp_path / "run" / "index.html"
+
+
+def test_the_page_needs_no_network(written: Path) -> None:
+    text = written.read_text()
+    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"|url\((?!#)([^)]*)\)|@import', text)
+    assert outside == []
+    assert "<script" not in text
+
+
+def test_the_page_is_well_formed_with_unique_ids(written: Path) -> None:
+    checker = Checker()
+    checker.feed(written.read_text())
+    assert checker.open == []
+    assert len(checker.ids) == len(set(checker.ids))
+
+
+def test_every_reference_inside_a_figure_resolves(written: Path) -> None:
+    text = written.read_text()
+    ids = set(re.findall(r'\bid="([^"]+)"', text))
+    used = set(re.findall(r'xlink:href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used
+    assert used <= ids
+
+
+def test_every_figure_carries_the_bundled_model_label_and_its_evidence_is_explained(written: Path) -> None:
+    text = written.read_text()
+    captions = re.findall(r"<figcaption>.*?</figcaption>", text, re.DOTALL)
+    assert len(captions) == 8
+    assert all("bundled model" in caption for caption in captions)
+    assert "really ran on this machine" in text
+    assert "computed from recorded, real routing" in text
+    assert "made-up routing" not in text
+
+
+def test_warnings_and_the_whole_manifest_are_on_the_page(written: Path) -> None:
+    text = written.read_text()
+    assert "tail percentiles are single observations" in text
+    assert "command_line" in text
+    assert "Where this comes from" in text
+
+
+def test_figures_follow_the_page_colours(written: Path) -> None:
+    svg = re.search(r"<svg.*?</svg>", written.read_text(), re.DOTALL)[0]
+    assert "currentColor" in svg
+    assert "#1a1b1c" not in svg
+    assert "var(--grid)" in svg or "imshow" in svg or "image" in svg
+
+
+def test_text_from_outside_cannot_become_markup() -> None:
+    sections = [page.Section("<b>x</b>", [page.Table(["<i>"], [["<script>alert(1)</script>"]]), page.Text("<img>")])]
+    text = page.render("<title>", "<script>", sections, warnings=["<svg>"])
+    assert "<script>" not in text
+    assert "<img>" not in text
+    assert "<i>" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "–"),
+        (True, "yes"),
+        (1234567, "1,234,567"),
+        (0.123456, "0.1235"),
+        (12345.6, "12,346"),
+        (1e-5, "1.000e-05"),
+    ],
+)
+def test_numbers_are_shown_to_four_digits(value: object, shown: str) -> None:
+    assert page.cell_text(value) == shown
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_fits_its_screen_in_a_browser(written: Path, browser, width: int) -> None:
+    seen = browser(written, width)
+    assert seen["title"] == "A demo"
+    assert seen["overflow"] <= 0
+    assert seen["beyond"] == []
+    assert seen["broken"] == 0
+    assert seen["drawn"] == 8
+    assert seen["console"] == []
