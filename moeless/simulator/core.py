@@ -78,6 +78,7 @@ def simulate(
     labels: dict[str, Any] | None = None,
     router_inputs: Callable[[Any], Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    notes: Sequence[str] = (),
 ) -> Simulation:
     """Serve a workload under one policy.
 
@@ -90,6 +91,7 @@ def simulate(
         labels: settings to name in the result row.
         router_inputs: trace rows ``[T]`` to gate inputs ``[T, L, H]``, for predictors that read them.
         progress: called with the number of completed requests, now and then.
+        notes: warnings about the workload, put first among the row's own.
 
     Raises:
         RunFailed: the model does not fit, or the scheduler stalls.
@@ -163,7 +165,7 @@ def simulate(
         layer=layer,
         request=request,
         billing=meter.bill(cluster),
-        warnings=tuple(warnings),
+        warnings=(*notes, *warnings),
         lossy=runtime.lossy,
         settings=labels or {},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moeless.contracts import FloatArray, Int32Array, IntArray, Iteration, Phase, Request
+from moeless.contracts import FloatArray, Int32Array, IntArray, Iteration, Phase
 from moeless.errors import UserError
+from moeless.workloads.lengths import Workload
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ def columns(iteration: Iteration) -> SpanColumns:
     return SpanColumns(request, start, stop, prefill, rank)
 
 
-@njit(cache=True)
-def _count(topk_TLK, row_N, count_N, rank_N, load_LSE):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _count(topk_TLK, start_N, count_N, rank_N, row_F, load_LSE):  # type: ignore[no-untyped-def]
     _, layers, top = topk_TLK.shape
-    for n in range(len(row_N)):
+    for n in range(len(start_N)):
         rank = rank_N[n]
-        for row in range(row_N[n], row_N[n] + count_N[n]):
+        for at in range(start_N[n], start_N[n] + count_N[n]):
+            row = row_F[at] if len(row_F) else at
             for layer in range(layers):
                 for k in range(top):
                     load_LSE[layer, rank, topk_TLK[row, layer, k]] += 1
@@ -55,54 +56,41 @@ def _count(topk_TLK, row_N, count_N, rank_N, load_LSE):  # type: ignore[no-untyp
 class Replay:
     """Replays a token trace's routing for a workload's requests.
 
-    Position p of a request is row ``first_row + p`` of the trace's request that it replays.
-
     Args:
-        topk_TLK: expert ids of the whole trace.
-        first_row_Q, rows_Q: where each trace request starts, and how many rows it has.
-        requests: the workload; each must name its trace request and ask for no more positions than that has.
+        topk_TLK: expert ids, u16.
+        workload: whose requests replay which rows of it.
 
     Raises:
-        UserError: a request names none, or is longer than what was recorded.
+        UserError: an expert id or a row is out of range.
     """
 
-    def __init__(
-        self,
-        topk_TLK: NDArray[np.integer],
-        first_row_Q: IntArray,
-        rows_Q: IntArray,
-        requests: Sequence[Request],
-        num_experts: int,
-        num_ranks: int,
-    ) -> None:
-        self.topk_TLK = np.ascontiguousarray(topk_TLK)
+    def __init__(self, topk_TLK: NDArray[np.integer], workload: Workload, num_experts: int, num_ranks: int) -> None:
+        self.topk_TLK = np.ascontiguousarray(topk_TLK, np.uint16)
         self.num_experts, self.num_ranks = num_experts, num_ranks
-        size = max((request.id for request in requests), default=-1) + 1
-        self.first_row = np.zeros(size, np.int64)
-        for request in requests:
-            if request.trace_request is None:
-                raise UserError(f"request {request.id} replays no trace request, so its routing is unknown")
-            have, need = int(rows_Q[request.trace_request]), request.prompt_tokens + request.output_tokens - 1
-            if need > have:
-                raise UserError(
-                    f"request {request.id} needs {need} routed tokens, but trace request "
-                    f"{request.trace_request} has {have}"
-                )
-            self.first_row[request.id] = first_row_Q[request.trace_request]
+        if len(self.topk_TLK) and int(self.topk_TLK.max()) >= num_experts:
+            raise UserError(f"the trace names expert {int(self.topk_TLK.max())} of a model with {num_experts}")
+        self.base_N = workload.base_N
+        self._row_F = np.empty(0, np.uint32) if workload.row_F is None else workload.row_F
+        last = max(
+            (int(self.base_N[r.id]) + r.prompt_tokens + r.output_tokens - 1 for r in workload.requests), default=0
+        )
+        have = len(self._row_F) if len(self._row_F) else len(self.topk_TLK)
+        if last > have or (len(self._row_F) and int(self._row_F.max()) >= len(self.topk_TLK)):
+            raise UserError("the workload replays rows that the trace does not have")
 
     def loads(self, spans: SpanColumns) -> IntArray:
         """Tokens by layer, source rank and expert, ``[L, S, E]``."""
         load_LSE = np.zeros((self.topk_TLK.shape[1], self.num_ranks, self.num_experts), np.int64)
-        first = self.first_row[spans.request_N] + spans.start_N
-        _count(self.topk_TLK, first, spans.stop_N - spans.start_N, spans.rank_N, load_LSE)
+        start_N = self.base_N[spans.request_N] + spans.start_N
+        _count(self.topk_TLK, start_N, spans.stop_N - spans.start_N, spans.rank_N, self._row_F, load_LSE)
         return load_LSE
 
     def rows(self, spans: SpanColumns) -> IntArray:
-        """Trace rows of the iteration's tokens, ``[T]``."""
-        first = self.first_row[spans.request_N] + spans.start_N
-        count = spans.stop_N - spans.start_N
-        offset = np.repeat(first - np.cumsum(count) + count, count)
-        return offset + np.arange(int(count.sum()))
+        """Rows of ``topk_TLK`` that are the iteration's tokens, ``[T]``."""
+        start_N = self.base_N[spans.request_N] + spans.start_N
+        count_N = spans.stop_N - spans.start_N
+        index = np.repeat(start_N - np.cumsum(count_N) + count_N, count_N) + np.arange(int(count_N.sum()))
+        return self._row_F[index].astype(np.int64) if len(self._row_F) else index
 
 
 def balanced_loads(load_LSE: IntArray, gpu_E: Int32Array) -> IntArray:

@@ -49,9 +49,9 @@ class PolicyRuntime:
         """The name that people see: the distance only where a predictor looks ahead by layers."""
         if self.lossy:
             return ORACLE
-        if self.predictor is None:
+        if self.policy.predictor == "none":
             return self.policy.planner
-        if self.policy.predictor in ("history", "none"):
+        if self.policy.predictor == "history":
             return f"{self.policy.planner}:{self.policy.predictor}"
         return str(self.policy)
 
@@ -123,7 +123,11 @@ def resolve(
     if not planner.needs_forecast and name != "none":
         raise UserError(f"policy {policy}: {policy.planner} needs no forecast; write {policy.planner}")
     predictor = None
-    if planner.needs_forecast:
+    if planner.cadence == "interval" and name != "history":
+        raise UserError(
+            f"policy {policy}: {policy.planner} plans at intervals from history; write {planner.name}:history"
+        )
+    if planner.needs_forecast and planner.cadence == "iteration":
         if name not in predictors:
             known = ", ".join(sorted(predictors))
             raise UserError(f"policy {policy}: no predictor {name!r} is at hand; there are: {known}")

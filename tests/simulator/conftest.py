@@ -9,6 +9,7 @@ from moeless.contracts import Iteration, Phase, Request, Span
 from moeless.costs import COSTS
 from moeless.simulator import Replay
 from moeless.spec import Attention, MoESpec
+from moeless.workloads.lengths import Workload
 
 SPEC = MoESpec(
     name="small",
@@ -72,8 +73,10 @@ def requests() -> list[Request]:
 @pytest.fixture
 def replay_for(topk, requests):
     def make(num_ranks: int, topk_TLK: np.ndarray = topk, chosen: list[Request] = requests) -> Replay:
-        first = np.arange(40) * 20
-        return Replay(topk_TLK, first, np.full(40, 20), chosen, SPEC.E, num_ranks)
+        base = np.zeros(40, np.int64)
+        for request in chosen:
+            base[request.id] = 20 * request.trace_request
+        return Replay(topk_TLK, Workload(tuple(chosen), False, (), base), SPEC.E, num_ranks)
 
     return make
 

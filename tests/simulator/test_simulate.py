@@ -203,6 +203,8 @@ def test_wrong_policies_are_one_sentence(policy, sentence, spec, requests, repla
         run(spec, requests, replay_for, policy)
 
 
-def test_a_request_longer_than_its_recording_is_refused(spec, topk, replay_for):
-    with pytest.raises(UserError, match="needs 28 routed tokens"):
-        replay_for(4, topk, [Request(0, 0.0, 20, 9, trace_request=0)])
+def test_rows_and_experts_that_do_not_exist_are_refused(spec, topk, replay_for):
+    with pytest.raises(UserError, match="rows that the trace does not have"):
+        replay_for(4, topk, [Request(0, 0.0, 20, 9, trace_request=39)])
+    with pytest.raises(UserError, match="expert 8 of a model with 8"):
+        replay_for(4, topk + 1)

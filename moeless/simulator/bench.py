@@ -1,0 +1,268 @@
+"""A whole benchmark: one workload under every policy and cost model, as result cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.cluster import Cluster, cluster
+from moeless.contracts import FloatArray, IntArray, Policy
+from moeless.costs import COSTS
+from moeless.errors import UserError
+from moeless.metrics.requests import Objective
+from moeless.placement import PLANNERS
+from moeless.serverless import PoolSettings
+from moeless.simulator.core import Simulation, SimulationSettings, simulate
+from moeless.simulator.routing import Replay
+from moeless.simulator.runtime import ORACLE, resolve
+from moeless.spec import MoESpec, preset
+from moeless.traces import TokenTrace, open_trace, require_kind
+from moeless.traces.compose import range_loads
+from moeless.workloads import arrivals, lengths, schedulers
+
+#: Share of the trace's requests that is history (predictors, first plans); the rest is served.
+HISTORY_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What ``serve-bench --backend sim`` runs; every field goes into the manifest.
+
+    Attributes:
+        trace: a folder of kind tokens.
+        model: a preset that replaces the trace's own spec (same layers, experts and top-k), None keeps it.
+        arrivals, lengths, request_rate, burstiness: as in ``moeless.workloads``.
+        batching: ``continuous`` or ``one-second``.
+        predictors: folders of fitted predictors.
+        extra_slots: replicas per GPU and layer beyond the static primaries.
+        max_requests, duration: where the workload ends.
+        keep_alive, home: of expert copies; see ``moeless.serverless``.
+        replan_seconds: between EPLB's plans.
+        instant_copies: whether copies take no time; None: only under the ``paper`` costs, whose formula has no term
+            for them.
+    """
+
+    trace: Path
+    policies: tuple[Policy, ...]
+    costs: tuple[str, ...]
+    cluster: str = "h100x8"
+    model: str | None = None
+    arrivals: str = "azure-like"
+    lengths: str = "trace"
+    request_rate: float | None = None
+    burstiness: float | None = None
+    batching: str = "continuous"
+    token_budget: int = 8192
+    max_running: int = 256
+    predictors: tuple[Path, ...] = ()
+    extra_slots: int = 1
+    max_requests: int | None = 1000
+    duration: float | None = None
+    objectives: tuple[Objective, ...] = ()
+    warmup: int = 0
+    keep_alive: float = 10.0
+    home: str = "host"
+    replan_seconds: float = 600.0
+    instant_copies: bool | None = None
+    planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ServedTrace:
+    """The part of a trace that is served, and the load shares of the part that is known beforehand.
+
+    ``row_T`` is each served row's place in the trace; the request table is that of the served part.
+    """
+
+    topk_TLK: NDArray[np.uint16]
+    row_T: IntArray
+    first_row: IntArray
+    prompt_tokens: IntArray
+    category: list[str]
+    history_share_LE: FloatArray
+    num_history: int
+
+
+def split_trace(trace: TokenTrace, seed: int = 0) -> ServedTrace:
+    """Split a trace's requests 70/30 by a seeded permutation; a trace of fewer than two requests is not split.
+
+    Nothing that a policy knows beforehand is served, so that history and fitted predictors do not see the answers.
+    """
+    spec, count = trace.spec, trace.num_requests
+    first_N = np.asarray(trace.requests.first_row, np.int64)
+    rows_N = np.diff(np.append(first_N, trace.num_rows))
+    order = np.random.default_rng(seed).permutation(count)
+    num_history = min(round(HISTORY_SHARE * count), count - 1)
+    known, served = np.sort(order[:num_history]), np.sort(order[num_history:])
+    topk_TLK = trace.load_topk()
+    share_LE = np.full((spec.L, spec.E), 1.0 / spec.E)
+    if rows_N[known].sum():
+        load_LE = range_loads(
+            topk_TLK, first_N[known], first_N[known] + rows_N[known], np.zeros(len(known), np.int64), spec.E, 1
+        )[:, 0].astype(np.float64)
+        share_LE = load_LE / load_LE.sum(1, keepdims=True)
+    row_T = np.concatenate([np.arange(first_N[q], first_N[q] + rows_N[q]) for q in served.tolist()])
+    return ServedTrace(
+        topk_TLK=topk_TLK[row_T],
+        row_T=row_T,
+        first_row=np.cumsum(rows_N[served]) - rows_N[served],
+        prompt_tokens=np.asarray(trace.requests.prompt_tokens, np.int64)[served],
+        category=[trace.requests.category[q] for q in served.tolist()],
+        history_share_LE=share_LE,
+        num_history=len(known),
+    )
+
+
+class Bench:
+    """The workload and everything that the cells share.
+
+    Raises:
+        UserError: an input is missing or wrong; nothing has been run by then.
+    """
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.config = config
+        self.cluster: Cluster = cluster(config.cluster)
+        trace = open_trace(config.trace)
+        require_kind(trace, "tokens", command="serve-bench")
+        assert isinstance(trace, TokenTrace)
+        self.trace = trace
+        self.spec: MoESpec = self._spec(trace.spec)
+        for name in config.costs:
+            COSTS.get(name)
+        for policy in config.policies:
+            if policy.planner != ORACLE:
+                PLANNERS.get(policy.planner)
+        self.predictors = self._predictors()
+        self.served = split_trace(trace, 0)
+        series = arrivals.load(
+            config.arrivals,
+            num_requests=config.max_requests,
+            duration=config.duration,
+            request_rate=config.request_rate,
+            burstiness=config.burstiness,
+            seed=config.seed,
+        )
+        if config.lengths not in ("trace", "arrival"):
+            raise UserError(f"--lengths is {config.lengths!r}, it must be trace or arrival")
+        self.workload = lengths.join(
+            series,
+            self.served,
+            len(self.served.topk_TLK),
+            lengths=config.lengths,  # type: ignore[arg-type]
+            seed=config.seed,
+        )
+        self.replay = Replay(self.served.topk_TLK, self.workload, self.spec.E, self.cluster.G)
+        self._scheduler()
+
+    def _spec(self, recorded: MoESpec) -> MoESpec:
+        if self.config.model is None:
+            return recorded
+        chosen = preset(self.config.model)
+        if (chosen.L, chosen.E, chosen.K) != (recorded.L, recorded.E, recorded.K):
+            raise UserError(
+                f"--model {chosen.name} has {chosen.L} layers, {chosen.E} experts, top-{chosen.K}; the trace has "
+                f"{recorded.L}, {recorded.E}, top-{recorded.K}"
+            )
+        return chosen
+
+    def _predictors(self) -> dict[str, Any]:
+        from moeless.simulator.predictors import load_predictors
+
+        return load_predictors(self.config.policies, self.config.predictors, self.spec, self.trace.has_router_inputs)
+
+    def _scheduler(self) -> schedulers.Scheduler:
+        options: dict[str, Any] = {}
+        if self.config.batching == "continuous":
+            options = {"token_budget": self.config.token_budget, "max_running": self.config.max_running}
+        return schedulers.build(self.config.batching, self.workload.requests, self.cluster.G, **options)
+
+    @property
+    def cells(self) -> list[tuple[str, Policy]]:
+        """The (cost model, policy) pairs, in order of running."""
+        return [(costs, policy) for costs in self.config.costs for policy in self.config.policies]
+
+    def estimate(self) -> dict[str, Any]:
+        """What a run would take: requests, token positions, megabytes of routing and of records."""
+        positions = sum(r.prompt_tokens + r.output_tokens - 1 for r in self.workload.requests)
+        return {
+            "cells": len(self.cells),
+            "requests": len(self.workload.requests),
+            "token_positions": positions,
+            "layer_events_at_most": positions * self.spec.L * len(self.cells),
+            "memory_mb": round((2 * self.served.topk_TLK.nbytes + 4.0 * positions * self.spec.L) / 1e6, 1),
+            "warnings": list(self.workload.warnings),
+        }
+
+    def run_cell(self, costs_name: str, policy: Policy, progress: Callable[[int], None] | None = None) -> Simulation:
+        """Serve the workload once."""
+        config = self.config
+        costs = COSTS.get(costs_name)(self.spec, self.cluster)
+        runtime = resolve(
+            policy,
+            spec=self.spec,
+            cluster=self.cluster,
+            costs=costs,
+            extra_slots=config.extra_slots,
+            predictors=self.predictors,
+            params=config.planner_params.get(policy.planner),
+        )
+        instant = costs_name == "paper" if config.instant_copies is None else config.instant_copies
+        # a serverful planner frees what it no longer wants at once
+        keep_alive = config.keep_alive if runtime.planner.cadence == "iteration" else 0.0
+        return simulate(
+            self.replay,
+            self.workload.requests,
+            self._scheduler(),
+            runtime,
+            settings=SimulationSettings(
+                PoolSettings(keep_alive_seconds=keep_alive, home=config.home, instant=instant),
+                config.replan_seconds,
+                config.warmup,
+            ),
+            prior_share_LE=self.served.history_share_LE,
+            objectives=config.objectives,
+            evidence="synthetic" if self.trace.info.synthetic else "simulated",
+            labels=self._labels(instant, keep_alive),
+            router_inputs=self._router_inputs if self.trace.has_router_inputs else None,
+            progress=progress,
+            notes=self.workload.warnings,
+        )
+
+    def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Simulation]:
+        """Every cell in turn; ``progress`` gets a cell's name and its completed requests."""
+        for costs_name, policy in self.cells:
+            report = None if progress is None else partial(progress, f"{costs_name} {policy}")
+            yield self.run_cell(costs_name, policy, report)
+
+    def _labels(self, instant: bool, keep_alive: float) -> dict[str, Any]:
+        config = self.config
+        return {
+            "batching": config.batching,
+            "arrivals": Path(config.arrivals).name,
+            "lengths": "resampled" if self.workload.resampled else "trace",
+            "requests": len(self.workload.requests),
+            "request_rate": config.request_rate,
+            "extra_slots": config.extra_slots,
+            "copies": "instant" if instant else "timed",
+            "keep_alive_s": keep_alive,
+            "seed": config.seed,
+        }
+
+    def _router_inputs(self, rows: IntArray) -> NDArray[np.float32]:
+        at = self.served.row_T[rows]
+        # runs of consecutive rows are read at once
+        starts = np.flatnonzero(np.diff(at, prepend=-2) != 1)
+        ends = np.append(starts[1:], len(at))
+        parts = [
+            self.trace.router_inputs(int(at[a]), int(at[b - 1]) + 1)
+            for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
+        ]
+        return np.concatenate(parts)
