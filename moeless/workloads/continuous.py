@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -64,6 +65,7 @@ class Continuous(Scheduler):
         self._prefilling: list[Running] = []
         self._decoding: list[Running] = []
         self._arrived = 0
+        self._next_time = -math.inf
         # what the iteration in flight does: the first `len(chunks)` of _prefilling, the first `turn` of _decoding
         self._chunks: list[tuple[int, int, int, bool]] = []
         self._turn = 0
@@ -71,9 +73,14 @@ class Continuous(Scheduler):
     def next(self, now: float) -> ScheduledIteration | None:
         """As much work as the budget holds; None where nothing runs and nothing has arrived."""
         self._idle()
-        self._see_arrivals(now)
-        budget = self._budget
-        if not self._decoding:
+        if now >= self._next_time:
+            self._see_arrivals(now)
+        budget, decoding = self._budget, self._decoding
+        if decoding and len(decoding) <= budget and not self._prefilling and self._admitted == self._arrived:
+            # nearly every iteration of a small batch: all decode, nobody waits
+            self._chunks, self._turn = [], len(decoding)
+            return self._begin(Spans([], [r.id for r in decoding], [r.position for r in decoding]))
+        if not decoding:
             self._turn = 0
             self._chunks = self._plan_prefill(budget, now)
         elif self._prefill_first:
@@ -94,6 +101,7 @@ class Continuous(Scheduler):
         while index < len(requests) and requests[index].arrival <= now:
             index += 1
         self._arrived = index
+        self._next_time = requests[index].arrival if index < len(requests) else math.inf
 
     def _plan_prefill(self, budget: int, now: float) -> list[tuple[int, int, int, bool]]:
         """Chunks for prompts under way, then for newly admitted requests, within ``budget`` tokens."""
@@ -126,6 +134,13 @@ class Continuous(Scheduler):
     def complete(self, iteration: Iteration, now: float) -> None:
         """Advance what was scheduled, release what has finished."""
         self._end(iteration)
+        decoding, turn = self._decoding, self._turn
+        ended = False
+        for running in decoding if turn == len(decoding) else decoding[:turn]:
+            running.position += 1
+            ended = ended or running.position == running.total
+        if not ended and not self._chunks and turn == len(decoding):
+            return
         begun: list[Running] = []
         for running, (_, _, stop, ends) in zip(self._prefilling, self._chunks, strict=False):
             running.position = stop
@@ -133,12 +148,6 @@ class Continuous(Scheduler):
                 begun.append(running)
         # prompts are served in order and only the last chunk of an iteration can leave one unfinished
         del self._prefilling[: len(begun)]
-        decoding, turn = self._decoding, self._turn
-        ended = False
-        for index in range(turn):
-            running = decoding[index]
-            running.position += 1
-            ended = ended or running.position == running.total
         if turn < len(decoding):
             decoding = decoding[turn:] + decoding[:turn]
         if ended:
