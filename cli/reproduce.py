@@ -1,0 +1,84 @@
+"""``moeless reproduce``: the paper's figures and tables, from data to picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeless.cli import common
+
+
+def command(
+    what: Annotated[str, typer.Argument(help="fig1, fig3, ..., table1, table2, a study, or all.")],
+    full: Annotated[bool, typer.Option("--full/--quick", help="The paper's sizes, or minutes on two cores.")] = False,
+    model: Annotated[list[str] | None, typer.Option("--model", help="Model preset; repeatable.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="DIR", help="Your routing trace, in place of every other source.")
+    ] = None,
+    cluster: Annotated[str, typer.Option("--cluster", help="Cluster that is simulated.")] = "a6000x8",
+    costs: Annotated[
+        list[str] | None, typer.Option("--costs", help="Cost model; repeatable. Default: paper, roofline.")
+    ] = None,
+    billing: Annotated[
+        str, typer.Option("--billing", help="Bill shown first: paper, resident, gpu_seconds.")
+    ] = "paper",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes at a time.")] = 2,
+    cache: Annotated[Path, typer.Option("--cache", metavar="DIR", help="Where results are kept.")] = Path(
+        "results/.cache"
+    ),
+    seed: common.SeedOption = 0,
+    out: common.RunFolderOption = None,
+    wandb: common.WandbOption = None,
+    as_json: common.JsonOption = False,
+    dry_run: common.DryRunOption = False,
+    config: common.ConfigOption = None,
+) -> None:
+    """Reproduce a figure or table of the paper, or all of them; interrupted runs continue where they stopped.
+
+    Example: moeless reproduce fig8 --quick
+    """
+    from moeless.experiments import reproduce
+    from moeless.experiments.base import Options
+
+    options = Options(
+        full=full,
+        models=tuple(model or ()),
+        trace=trace,
+        cluster=cluster,
+        costs=tuple(costs or ("paper", "roofline")),
+        billing=billing,
+        seed=seed,
+    )
+    plan = reproduce.prepare(what, options, cache)
+    if dry_run:
+        common.dry_run(plan.config(), plan.estimate())
+    with common.progress() as bar:
+        task = bar.add_task("", total=None)
+        page, record = plan.run(
+            out=out,
+            wandb=wandb,
+            workers=jobs,
+            progress=lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
+        )
+    if as_json:
+        common.print_json(record)
+        return
+    rows = [
+        [entry["name"], entry["title"], len(entry["figures"]), entry["jobs"].get("computed", 0), entry["seconds"]]
+        for entry in record["experiments"]
+    ]
+    columns = ["name", "experiment", "figures", "computed", "seconds"]
+    common.show(common.table("Reproduced", columns, rows))
+    claims = [claim for entry in record["experiments"] for claim in entry["claims"]]
+    if claims:
+        made = common.table(
+            "Claims",
+            ["claim", "paper", "ours, its rules", "ours, physical", "live", "evidence"],
+            [[c["statement"], c["paper"], c["paper_rules"], c["physical"], c["live"], c["kind"]] for c in claims],
+        )
+        common.show(made)
+    for problem in plan.cache.problems:
+        common.remarks.print(f"! {problem}")
+    common.remarks.print(f"page: {page}")

@@ -1,0 +1,139 @@
+"""What an experiment is: jobs that compute, a function that draws, claims that are held against the paper's.
+
+Jobs are pure: a named function of JSON parameters and of other jobs' results. That is what makes them
+cacheable by content, resumable and parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+#: The evidence words of result files, and ``derived``: arithmetic on published shapes.
+Kind = Literal["measured", "simulated", "synthetic", "stated", "derived"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``moeless reproduce`` was asked for.
+
+    Attributes:
+        full: the paper's sizes; otherwise sizes that finish in minutes on two cores.
+        models: presets to study; empty means the paper's three.
+        trace: the reader's own routing trace, in place of every other source.
+        cluster, costs: as in ``serve-bench``.
+        billing: the rule that cost figures show first.
+    """
+
+    full: bool = False
+    models: tuple[str, ...] = ()
+    trace: Path | None = None
+    cluster: str = "a6000x8"
+    costs: tuple[str, ...] = ("paper", "roofline")
+    billing: str = "paper"
+    seed: int = 0
+
+    def pick(self, quick: Any, full: Any) -> Any:
+        """One of two sizes."""
+        return full if self.full else quick
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work.
+
+    Attributes:
+        label: for people, for example ``simulate static on mixtral-8x7b``.
+        function: ``module:name``. A cell's is called with (params, results of needs) and returns JSON data; an
+            artefact's with (params, results of needs, folder) and fills the folder.
+        needs: jobs whose results it reads: data of cells, folders of artefacts.
+        artefact: whether the result is a folder.
+        given: a folder that the user supplied, with its hash in ``params``; nothing is computed.
+        timed: the result holds wall-clock measurements, which differ from run to run.
+    """
+
+    label: str
+    function: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[Job, ...] = ()
+    artefact: bool = False
+    given: Path | None = None
+    timed: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure with what belongs under it."""
+
+    figure: Any
+    caption: str
+    kind: Kind
+    label: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """A table: shown on the page where ``show``, always saved as CSV."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    show: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the paper's claims beside what we find.
+
+    Attributes:
+        paper: the stated figure, as text with its unit.
+        paper_rules: ours under the paper's assumptions; ``physical`` ours under physical costs; ``live`` measured.
+        kind: on what evidence ours stands.
+        note: why they differ, where they do.
+    """
+
+    statement: str
+    paper: str
+    paper_rules: str | None
+    physical: str | None
+    live: str | None
+    kind: Kind
+    command: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What an experiment hands to the page."""
+
+    plots: Mapping[str, Plot] = field(default_factory=dict)
+    data: Mapping[str, Data] = field(default_factory=dict)
+    claims: Sequence[Claim] = ()
+    text: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One figure or table of the paper, or a study beyond it.
+
+    Attributes:
+        question: what it asks.
+        stated: what the paper shows or states.
+        jobs: the work, by short name; ``draw`` gets the results under the same names.
+    """
+
+    name: str
+    title: str
+    question: str
+    stated: str
+    jobs: Callable[[Options], Mapping[str, Job]]
+    draw: Callable[[Options, Mapping[str, Any]], Drawn]
+
+
+def no_jobs(options: Options) -> Mapping[str, Job]:
+    """The jobs of an experiment that needs none."""
+    return {}

@@ -1,0 +1,24 @@
+"""The experiments by name, in the order of the paper."""
+
+from __future__ import annotations
+
+import importlib
+
+from moeless.errors import UserError
+from moeless.experiments.base import Experiment
+
+#: Each is a module of this package with an ``EXPERIMENT``.
+NAMES = ("table1", "table2")
+
+
+def find(name: str) -> list[Experiment]:
+    """The experiment of that name, or all of them for ``all``.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name == "all":
+        return [experiment for each in NAMES for experiment in find(each)]
+    if name not in NAMES:
+        raise UserError(f"no experiment is called {name!r}; there are: {', '.join(NAMES)}, all")
+    return [importlib.import_module(f"moeless.experiments.{name}").EXPERIMENT]

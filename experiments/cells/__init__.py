@@ -1,0 +1,1 @@
+"""Functions that compute experiments' cells and artefacts: pure, JSON in, JSON out."""

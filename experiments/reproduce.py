@@ -1,0 +1,99 @@
+"""Runs experiments one after the other into one run folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeless.cluster import cluster
+from moeless.costs import COSTS
+from moeless.errors import UserError
+from moeless.experiments.base import Experiment, Options
+from moeless.experiments.cache import Cache
+from moeless.experiments.catalogue import find
+from moeless.experiments.publish import RECORD, Publisher
+from moeless.experiments.runner import Progress, closure, run_jobs
+from moeless.files import check_writable, read_json
+from moeless.report.result_figures import BILLS
+from moeless.spec import preset
+from moeless.tracking import start_run
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What will be run: checked options, experiments, cache."""
+
+    what: str
+    options: Options
+    experiments: list[Experiment]
+    cache: Cache
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, JSON-ready."""
+        options = self.options
+        return {
+            "what": self.what,
+            "experiments": [experiment.name for experiment in self.experiments],
+            "size": "full" if options.full else "quick",
+            "models": list(options.models),
+            "trace": None if options.trace is None else str(options.trace),
+            "cluster": options.cluster,
+            "costs": list(options.costs),
+            "billing": options.billing,
+            "seed": options.seed,
+            "cache": str(self.cache.root),
+        }
+
+    def estimate(self) -> dict[str, Any]:
+        """How many jobs there are, and how many of them the cache holds."""
+        every = {}
+        for experiment in self.experiments:
+            every |= closure(experiment.jobs(self.options).values())
+        kept = sum(self.cache.has(job) for job in every.values())
+        return {"jobs": len(every), "cached": kept, "memory": "below 2 GiB per process at quick size"}
+
+    def run(
+        self, *, out: Path | None, wandb: bool | None, workers: int, progress: Progress | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """Run every experiment; returns the page's path and the record.
+
+        Raises:
+            RunFailed: a worker died or the disk is full; what was finished is kept in the cache.
+        """
+        inputs = [] if self.options.trace is None else [self.options.trace]
+        with start_run("reproduce", self.what, self.config(), self.options.seed, inputs, out, wandb) as run:
+            publisher = Publisher(run, self.options)
+            for experiment in self.experiments:
+                started = time.perf_counter()
+                jobs = experiment.jobs(self.options)
+                results, counts = run_jobs(jobs, self.cache, workers=workers, progress=progress)
+                drawn = experiment.draw(self.options, results)
+                publisher.add(experiment, drawn, time.perf_counter() - started, counts)
+            for problem in self.cache.problems:
+                run.warn(problem)
+            page = publisher.finish()
+            return page, read_json(run.path / RECORD)
+
+
+def prepare(what: str, options: Options, cache: Path) -> Reproduction:
+    """Check a request.
+
+    Raises:
+        UserError: an experiment, model, cluster, cost model, bill or trace is not there, or nothing can be written.
+    """
+    experiments = find(what)
+    for name in options.models:
+        preset(name)
+    cluster(options.cluster)
+    for name in options.costs:
+        COSTS.get(name)
+    if options.billing not in BILLS:
+        raise UserError(f"--billing is {options.billing!r}, it must be one of {', '.join(BILLS)}")
+    if options.trace is not None:
+        from moeless.traces import open_trace
+
+        open_trace(options.trace)
+    check_writable(cache)
+    return Reproduction(what, options, experiments, Cache(cache))

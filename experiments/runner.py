@@ -1,0 +1,132 @@
+"""Runs jobs: cached ones are read, independent ones run in parallel, each result is kept as soon as it is there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+from moeless.errors import RunFailed, UserError
+from moeless.experiments.base import Job
+from moeless.experiments.cache import Cache, compute, job_key
+
+#: Called with (jobs done, jobs in all, label of the job just done or about to start).
+Progress = Callable[[int, int, str], None]
+
+
+def closure(jobs: Iterable[Job]) -> dict[str, Job]:
+    """The jobs and all that they need, by key, each after its needs."""
+    ordered: dict[str, Job] = {}
+
+    def visit(job: Job) -> None:
+        for need in job.needs:
+            visit(need)
+        ordered.setdefault(job_key(job), job)
+
+    for job in jobs:
+        visit(job)
+    return ordered
+
+
+def run_jobs(
+    jobs: Mapping[str, Job], cache: Cache, *, workers: int = 1, progress: Progress | None = None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Results by the names given, and how many jobs were ``computed`` and ``cached``.
+
+    An interrupt or a failure keeps every result that was finished; running again continues from there.
+
+    Raises:
+        RunFailed: a worker died.
+    """
+    wanted = closure(jobs.values())
+    # a job whose result is kept makes its needs unnecessary, unless the caller asks for them
+    pending: dict[str, Job] = {}
+
+    def require(job: Job) -> None:
+        key = job_key(job)
+        if key in pending or cache.has(job):
+            return
+        for need in job.needs:
+            require(need)
+        pending[key] = job
+
+    for job in jobs.values():
+        require(job)
+    total, done = len(wanted), len(wanted) - len(pending)
+    counts = {"computed": len(pending), "cached": done}
+    tell = progress or (lambda *_: None)
+    tell(done, total, "")
+    if workers <= 1 or len(pending) <= 1:
+        for job in _in_order(pending, wanted):
+            tell(done, total, job.label)
+            _store(cache, job, _call(job, _needs(cache, job), cache))
+            done += 1
+            tell(done, total, job.label)
+    else:
+        _parallel(pending, cache, workers, lambda label, finished: tell(done + finished, total, label))
+    return {name: cache.read(job) for name, job in jobs.items()}, counts
+
+
+def _in_order(pending: Mapping[str, Job], wanted: Mapping[str, Job]) -> list[Job]:
+    return [job for key, job in wanted.items() if key in pending]
+
+
+def _needs(cache: Cache, job: Job) -> list[Any]:
+    return [cache.read(need) for need in job.needs]
+
+
+def _call(job: Job, needs: list[Any], cache: Cache) -> Any:
+    return compute(job, needs, cache.folder(job) if job.artefact else None)
+
+
+def _store(cache: Cache, job: Job, data: Any) -> None:
+    cache.write(job, data)
+
+
+def _parallel(pending: Mapping[str, Job], cache: Cache, workers: int, tell: Callable[[str, int], None]) -> None:
+    waiting = dict(pending)
+    running: dict[Future[Any], str] = {}
+    finished = 0
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=context, initializer=_quiet_worker)
+    try:
+        while waiting or running:
+            ready = [
+                key
+                for key, job in waiting.items()
+                if not any(job_key(need) in _open(waiting, running) for need in job.needs)
+            ]
+            for key in ready[: workers + 1 - len(running)]:
+                job = waiting.pop(key)
+                folder = cache.folder(job) if job.artefact else None
+                tell(job.label, finished)
+                running[pool.submit(compute, job, _needs(cache, job), folder)] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = pending[running.pop(future)]
+                _store(cache, job, future.result())
+                finished += 1
+                tell(job.label, finished)
+    except (UserError, RunFailed, KeyboardInterrupt, OSError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "BrokenProcessPool":
+            raise RunFailed("a worker process died, most likely for lack of memory; try --jobs 1") from error
+        raise
+    finally:
+        # finished results are on disk; what still runs is abandoned
+        for process in list(getattr(pool, "_processes", {}).values()) if running else []:
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _open(waiting: Mapping[str, Job], running: Mapping[Future[Any], str]) -> set[str]:
+    return {*waiting, *running.values()}
+
+
+def _quiet_worker() -> None:
+    """Interrupts are the parent's to handle; one thread per worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
