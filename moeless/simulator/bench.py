@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from moeless.traces import TokenTrace, open_trace, require_kind
 from moeless.traces.compose import range_loads
 from moeless.workloads import arrivals, lengths, schedulers
 
+Part = Literal["test", "tune"]
 #: Share of the trace's requests that is history (predictors, first plans); the rest is served.
 HISTORY_SHARE = 0.7
 
@@ -42,6 +43,9 @@ class BenchConfig:
         predictors: folders of fitted predictors.
         extra_slots: replicas per GPU and layer beyond the static primaries.
         max_requests, duration: where the workload ends.
+        part: which requests of the trace are served: ``test``, those that history and fitting leave out, or ``tune``,
+            a share of the others, so that what is tuned can be tested on requests that tuning never saw.
+        arrivals_window: seconds [start, stop) of a request trace's file that are used.
         keep_alive, home: of expert copies; see ``moeless.serverless``.
         replan_seconds: between EPLB's plans.
         instant_copies: whether copies take no time; None: only under the ``paper`` costs, whose formula has no term
@@ -64,6 +68,8 @@ class BenchConfig:
     extra_slots: int = 1
     max_requests: int | None = 1000
     duration: float | None = None
+    part: Part = "test"
+    arrivals_window: tuple[float, float] | None = None
     objectives: tuple[Objective, ...] = ()
     warmup: int = 0
     keep_alive: float = 10.0
@@ -90,16 +96,25 @@ class ServedTrace:
     num_history: int
 
 
-def split_trace(trace: TokenTrace, seed: int = 0) -> ServedTrace:
+def split_trace(trace: TokenTrace, seed: int = 0, part: Part = "test") -> ServedTrace:
     """Split a trace's requests 70/30 by a seeded permutation; a trace of fewer than two requests is not split.
 
     Nothing that a policy knows beforehand is served, so that history and fitted predictors do not see the answers.
+    Part ``tune`` splits the 70 once more, and leaves the 30 out.
+
+    Raises:
+        UserError: the trace has too few requests to split twice.
     """
     spec, count = trace.spec, trace.num_requests
     first_N = np.asarray(trace.requests.first_row, np.int64)
     rows_N = np.diff(np.append(first_N, trace.num_rows))
     order = np.random.default_rng(seed).permutation(count)
     num_history = min(round(HISTORY_SHARE * count), count - 1)
+    if part == "tune":
+        if num_history < 2:
+            raise UserError(f"the trace has {count} requests, too few to tune on some and test on others")
+        order = order[:num_history]
+        num_history = min(round(HISTORY_SHARE * num_history), num_history - 1)
     known, served = np.sort(order[:num_history]), np.sort(order[num_history:])
     topk_TLK = trace.load_topk()
     share_LE = np.full((spec.L, spec.E), 1.0 / spec.E)
@@ -141,11 +156,12 @@ class Bench:
             if policy.planner != ORACLE:
                 PLANNERS.get(policy.planner)
         self.predictors = self._predictors()
-        self.served = split_trace(trace, 0)
+        self.served = split_trace(trace, 0, config.part)
         series = arrivals.load(
             config.arrivals,
             num_requests=config.max_requests,
             duration=config.duration,
+            window=config.arrivals_window,
             request_rate=config.request_rate,
             burstiness=config.burstiness,
             seed=config.seed,
