@@ -8,7 +8,7 @@ from moeless.errors import UserError
 from moeless.experiments.base import Experiment
 
 #: Each is a module of this package with an ``EXPERIMENT``.
-NAMES = ("table1", "table2")
+NAMES = ("table1", "table2", "fig1", "fig3")
 
 
 def find(name: str) -> list[Experiment]:

@@ -48,7 +48,7 @@ class Reproduction:
 
     def estimate(self) -> dict[str, Any]:
         """How many jobs there are, and how many of them the cache holds."""
-        every = {}
+        every: dict[str, Any] = {}
         for experiment in self.experiments:
             every |= closure(experiment.jobs(self.options).values())
         kept = sum(self.cache.has(job) for job in every.values())

@@ -1,0 +1,68 @@
+"""Figure 1: how unevenly experts are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.sources import routing_sources
+from moeless.report import routing_figures
+
+_CELLS = "moeless.experiments.cells.routing"
+
+
+def _jobs(options: Options) -> Mapping[str, Job]:
+    return {
+        source.title: Job(f"count loads of {source.title}", f"{_CELLS}:popularity", needs=(source.job,))
+        for source in routing_sources(options)
+    }
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    plots: dict[str, Plot] = {}
+    rows: list[list[Any]] = []
+    text = []
+    for source in routing_sources(options):
+        found = results[source.title]
+        load_LE = np.array(found["load_LE"], np.float64)
+        layers = sorted({0, len(load_LE) // 2, len(load_LE) - 1})
+        size = f"{found['tokens']:,} tokens of {found['requests']:,} requests"
+        skew_L = load_LE.max(1) / load_LE.mean(1)
+        plots[source.title] = Plot(
+            routing_figures.expert_bars(
+                {f"layer {layer}": load_LE[layer] for layer in layers}, f"Load per expert, {source.title}"
+            ),
+            f"Share of the load that each expert of {source.title} gets, in three layers; dashed: an even share ({size}).",
+            source.routing,
+            source.label,
+        )
+        plots[f"{source.title}-layers"] = Plot(
+            routing_figures.popularity(load_LE, f"All layers, {source.title}"),
+            f"Load of every expert in every MoE layer of {source.title} ({size}).",
+            source.routing,
+            source.label,
+        )
+        rows += [
+            [source.title, layer, expert, int(load)]
+            for layer, load_E in enumerate(load_LE)
+            for expert, load in enumerate(load_E)
+        ]
+        text.append(
+            f"{source.title}: the busiest expert of a layer gets {skew_L.mean():.2f} times the even share, averaged over "
+            f"layers (from {skew_L.min():.2f} to {skew_L.max():.2f})."
+        )
+    data = {"loads": Data(["model", "layer", "expert", "assignments"], rows, "Assignments per layer and expert")}
+    return Drawn(plots, data, text=text)
+
+
+EXPERIMENT = Experiment(
+    name="fig1",
+    title="Figure 1: load per expert",
+    question="Are experts of a layer loaded evenly?",
+    stated="Strong skew in three layers each of Mixtral-8x7B on ShareGPT and Phi-3.5-MoE on LMSYS-Chat-1M.",
+    jobs=_jobs,
+    draw=_draw,
+)

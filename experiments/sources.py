@@ -1,0 +1,62 @@
+"""Where routing comes from: the reader's trace, or what is at hand without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moeless.experiments.base import Job, Kind, Options
+from moeless.tracking.environment import fingerprint
+
+_RECORDING = "moeless.experiments.cells.recording"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trace, and how figures made from it are marked.
+
+    Attributes:
+        title: the model's name, as a figure shows it.
+        kind: evidence of figures that simulate on it.
+        routing: evidence of figures that show the routing itself.
+        label: shown on every figure, ``bundled model`` for the bundled one.
+    """
+
+    title: str
+    job: Job
+    kind: Kind
+    routing: Kind
+    label: str = ""
+
+
+def given(options: Options) -> Source | None:
+    """The reader's own trace."""
+    if options.trace is None:
+        return None
+    from moeless.traces import open_trace
+
+    info = open_trace(options.trace).info
+    mark = fingerprint(options.trace)
+    job = Job(f"the trace {options.trace.name}", "", {"sha256": mark["sha256"]}, given=options.trace)
+    if info.synthetic:
+        return Source(info.spec.name, job, "synthetic", "synthetic")
+    label = "bundled model" if info.spec.name == "bundled" else ""
+    return Source(info.spec.name, job, "simulated", "measured", label)
+
+
+def bundled(options: Options, router_inputs: bool = True) -> Source:
+    """The bundled model, recorded on bundled prompts."""
+    params: dict[str, Any] = {
+        "requests": options.pick(96, 240),
+        "max_new_tokens": options.pick(48, 128),
+        "router_inputs": "float16" if router_inputs else None,
+        "seed": options.seed,
+    }
+    job = Job("record the bundled model", f"{_RECORDING}:bundled", params, artefact=True)
+    return Source("bundled", job, "simulated", "measured", "bundled model")
+
+
+def routing_sources(options: Options) -> list[Source]:
+    """What the routing figures show: the reader's trace, or everything at hand."""
+    mine = given(options)
+    return [mine] if mine is not None else [bundled(options)]
