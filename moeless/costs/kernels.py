@@ -1,6 +1,6 @@
 """Compiled layer times of cost models that are a few numbers; equal to ``CostModel.layer_seconds``.
 
-Axes: S source ranks (rank s is GPU s), R replicas, G GPUs, E experts, L layers.
+Axes: S source ranks (rank s is GPU s), R replicas, G GPUs.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-
-from moeless.contracts import FloatArray, Int32Array, IntArray
 
 
 class KernelTerms(NamedTuple):
@@ -30,7 +28,7 @@ class KernelTerms(NamedTuple):
 
 
 @njit(cache=True)
-def _exchange(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_gpus):  # type: ignore[no-untyped-def]
+def exchange_time(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_gpus):  # type: ignore[no-untyped-def]
     """Both directions of a layer's all-to-all, from tokens by GPU, tier and direction."""
     if not terms.local_is_free:
         return 2.0 * got_all.max() * terms.token_bytes / terms.slow_bytes_per_second
@@ -81,24 +79,4 @@ def quota_time(quota_SR, gpu_R, terms, num_gpus, load_G):  # type: ignore[no-unt
     for g in range(num_gpus):
         if seconds_G[g] > 0.0:
             worst = max(worst, seconds_G[g] + terms.launch_seconds)
-    return worst, _exchange(sent_fast, sent_slow, got_fast, got_slow, load_G, terms, num_gpus)
-
-
-@njit(cache=True)
-def _single_copy(load_LSE, gpu_LE, terms, num_gpus, expert_L, exchange_L, load_LG):  # type: ignore[no-untyped-def]
-    for layer in range(load_LSE.shape[0]):
-        expert_L[layer], exchange_L[layer] = quota_time(load_LSE[layer], gpu_LE[layer], terms, num_gpus, load_LG[layer])
-
-
-def single_copy_times(
-    load_LSE: IntArray, gpu_LE: Int32Array, terms: KernelTerms, num_gpus: int
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """All layers at once where every expert has one copy, so that every dispatch is the same.
-
-    Returns:
-        expert seconds ``[L]``, exchange seconds ``[L]``, tokens ``[L, G]``.
-    """
-    layers = load_LSE.shape[0]
-    expert_L, exchange_L, load_LG = np.zeros(layers), np.zeros(layers), np.zeros((layers, num_gpus))
-    _single_copy(load_LSE, gpu_LE, terms, num_gpus, expert_L, exchange_L, load_LG)
-    return expert_L, exchange_L, load_LG
+    return worst, exchange_time(sent_fast, sent_slow, got_fast, got_slow, load_G, terms, num_gpus)

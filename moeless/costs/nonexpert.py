@@ -7,19 +7,60 @@ wait for the slowest one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from numba import njit
 
 from moeless.cluster import Cluster
-from moeless.contracts import FloatArray, IntArray
+from moeless.contracts import FloatArray
 from moeless.spec import BYTES_PER_WEIGHT, MoESpec
 
 
-@dataclass(frozen=True)
-class NonExpertTime:
+class NonExpertTerms(NamedTuple):
+    """The model's shapes as numbers for compiled code; parameters are counts, ``*_bytes`` bytes."""
+
+    moe_params: float
+    dense_params: float
+    dense_layers: int
+    head_params: float
+    weight_bytes: float
+    score_flops: float
+    kv_bytes: float
+    flops: float
+    bandwidth: float
+    launch_seconds: float
+
+
+class NonExpertTime(NamedTuple):
     """Seconds of one iteration: per MoE layer, ahead of its experts; and once, for dense layers and the head."""
 
     per_moe_layer: float
     once: float
+
+
+@njit(cache=True)
+def _layer(params, sums_SX, terms):  # type: ignore[no-untyped-def]
+    worst = 0.0
+    for s in range(sums_SX.shape[0]):
+        tokens, past, context = sums_SX[s, 0], sums_SX[s, 1], sums_SX[s, 2]
+        if tokens > 0:
+            flops = 2.0 * params * tokens + terms.score_flops * past
+            moved = params * terms.weight_bytes + terms.kv_bytes * context
+            worst = max(worst, flops / terms.flops, moved / terms.bandwidth)
+    return worst + terms.launch_seconds if worst > 0.0 else 0.0
+
+
+@njit(cache=True)
+def nonexpert_times(sums_SX, terms):  # type: ignore[no-untyped-def]
+    """Seconds per MoE layer, and once; ``sums_SX`` as in :meth:`NonExpertCosts.seconds`."""
+    per_layer = _layer(terms.moe_params, sums_SX, terms)
+    once = terms.dense_layers * _layer(terms.dense_params, sums_SX, terms) if terms.dense_layers else 0.0
+    rows = sums_SX[:, 3].max()
+    if rows > 0:
+        once += max(
+            2.0 * terms.head_params * rows / terms.flops, terms.head_params * terms.weight_bytes / terms.bandwidth
+        )
+    return per_layer, once
 
 
 class NonExpertCosts:
@@ -31,45 +72,27 @@ class NonExpertCosts:
     """
 
     def __init__(self, spec: MoESpec, cluster: Cluster) -> None:
-        self.spec, self.cluster = spec, cluster
-        weight_bytes = BYTES_PER_WEIGHT[spec.dtype]
-        attention = spec.attention
+        attention, device = spec.attention, cluster.device
         params = attention.params(spec.hidden_size)
-        self._attention_params = float(params)
-        self._moe_params = float(params + spec.router_params + spec.shared_params)
-        self._dense_params = float(params + spec.expert_matrices * spec.hidden_size * spec.dense_intermediate_size)
-        self._head_params = float(spec.embedding_params)
-        self._weight_bytes = weight_bytes
-        self._score_flops = 4.0 * attention.heads * attention.head_dim
-        self._kv_bytes = attention.kv_values_per_token() * weight_bytes
+        weight_bytes = BYTES_PER_WEIGHT[spec.dtype]
+        self.terms = NonExpertTerms(
+            moe_params=float(params + spec.router_params + spec.shared_params),
+            dense_params=float(params + spec.expert_matrices * spec.hidden_size * spec.dense_intermediate_size),
+            dense_layers=spec.num_layers - spec.L,
+            head_params=float(spec.embedding_params),
+            weight_bytes=weight_bytes,
+            score_flops=4.0 * attention.heads * attention.head_dim,
+            kv_bytes=attention.kv_values_per_token() * weight_bytes,
+            flops=device.flops,
+            bandwidth=device.memory_bandwidth,
+            launch_seconds=device.launch_seconds,
+        )
 
-    def seconds(
-        self, tokens_S: IntArray, past_S: FloatArray, context_S: FloatArray, heads_S: IntArray
-    ) -> NonExpertTime:
+    def seconds(self, sums_SX: FloatArray) -> NonExpertTime:
         """Time of one iteration.
 
         Args:
-            tokens_S: tokens of each rank.
-            past_S: sum over a rank's tokens of the positions each attends to.
-            context_S: sum over a rank's requests of their KV entries, each read once.
-            heads_S: tokens of each rank whose logits are needed.
+            sums_SX: of each rank its tokens, the positions that they attend to, the KV entries that its requests
+                hold (each read once), and the rows of the output head, ``[S, 4]``.
         """
-        per_layer = self._layer(self._moe_params, tokens_S, past_S, context_S)
-        dense = self.spec.num_layers - self.spec.L
-        once = dense * self._layer(self._dense_params, tokens_S, past_S, context_S) if dense else 0.0
-        most = float(heads_S.max(initial=0))
-        if most:
-            once += self._roofline(2.0 * self._head_params * most, self._head_params * self._weight_bytes)
-        return NonExpertTime(per_layer, once)
-
-    def _layer(self, params: float, tokens_S: IntArray, past_S: FloatArray, context_S: FloatArray) -> float:
-        worst = 0.0
-        for tokens, past, context in zip(tokens_S.tolist(), past_S.tolist(), context_S.tolist(), strict=True):
-            if tokens:
-                flops = 2.0 * params * tokens + self._score_flops * past
-                moved = params * self._weight_bytes + self._kv_bytes * context
-                worst = max(worst, self._roofline(flops, moved))
-        return worst + self.cluster.device.launch_seconds if worst else 0.0
-
-    def _roofline(self, flops: float, moved: float) -> float:
-        return max(flops / self.cluster.device.flops, moved / self.cluster.device.memory_bandwidth)
+        return NonExpertTime(*nonexpert_times(sums_SX, self.terms))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless.contracts import Request
+from moeless.contracts import FloatArray, Request
 from moeless.metrics.requests import RequestTimes
 from moeless.simulator.routing import SpanColumns
 
@@ -45,6 +45,15 @@ class RequestClocks:
         self._first[begun] = now
         self._last[request] = now
         self._got[request] += 1
+
+    def repeat(self, spans: SpanColumns, end_I: FloatArray) -> None:
+        """Give every request of a decode batch a token at each of the times."""
+        self.complete(spans, float(end_I[0]))
+        if len(end_I) > 1:
+            self._gaps.extend(np.diff(end_I).tolist())
+            self._counts.extend([len(spans.request_N)] * (len(end_I) - 1))
+            self._last[spans.request_N] = end_I[-1]
+            self._got[spans.request_N] += len(end_I) - 1
 
     @property
     def completed(self) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-import numpy as np
 
 from moeless.contracts import FloatArray, Iteration, Request
 from moeless.costs.nonexpert import NonExpertCosts
@@ -15,10 +14,11 @@ from moeless.metrics.billing import Meter
 from moeless.metrics.requests import Objective, request_metrics
 from moeless.metrics.result import Cell, Evidence
 from moeless.serverless import InstancePool, PoolSettings
+from moeless.simulator import kernels
 from moeless.simulator.clocks import RequestClocks
 from moeless.simulator.history import LoadHistory
-from moeless.simulator.record import LayerRecord, LayerStep
-from moeless.simulator.routing import Replay, columns, past_sums
+from moeless.simulator.record import LayerRecord
+from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
 from moeless.simulator.runtime import PolicyRuntime
 from moeless.simulator.stage import Stage, Work
 from moeless.simulator.validity import check_validity
@@ -98,11 +98,12 @@ def simulate(
     """
     spec, cluster = runtime.spec, runtime.cluster
     pool = InstancePool(spec, cluster, runtime.costs, settings.pool)
-    history = LoadHistory(prior_share_LE, spec.K)
-    stage = Stage(runtime, pool, history, settings.replan_seconds)
+    history = LoadHistory(prior_share_LE, spec.L, spec.E, spec.K)
+    record, clocks = LayerRecord(spec.L), RequestClocks(requests)
+    stage = Stage(runtime, pool, history, record, settings.replan_seconds)
     nonexpert = NonExpertCosts(spec, cluster)
-    record, clocks, meter = LayerRecord(spec.L), RequestClocks(requests), Meter()
     reads_tokens = runtime.predictor is not None and stage.cadence == "iteration"
+    steady = getattr(scheduler, "steady", None)
     now, busy, iterations = 0.0, 0.0, 0
     while True:
         iteration = scheduler.next(now)
@@ -114,34 +115,33 @@ def simulate(
                 raise RunFailed("the scheduler has work that it never starts")
             now = arrival
             continue
+        if iterations == settings.warmup_iterations:
+            record.restart()
         spans = columns(iteration)
-        load_LSE = replay.loads(spans)
-        rows = replay.rows(spans) if reads_tokens else None
-        work = Work(
-            load_LSE,
-            iteration.phase,
-            iteration.tokens,
-            None if rows is None else replay.topk_TLK[rows],
-            None if rows is None or router_inputs is None else router_inputs(rows),
-        )
-        other = nonexpert.seconds(*past_sums(spans, cluster.G))
-        step, end = stage.run(work, now, other)
-        end += other.once
-        if iterations >= settings.warmup_iterations:
-            record.add(step)
-        record.stalls["cold"] += float(step.stall_L.sum())
-        _meter(meter, step, spec.expert_bytes, spec.non_expert_bytes * cluster.G)
-        history.add(load_LSE.sum(1), iteration.phase, iteration.tokens)
+        steps, deadline = (1, math.inf) if steady is None or iterations < settings.warmup_iterations else steady()
+        end_I = stage.repeat(spans, replay, steps, now, deadline, nonexpert)
+        if len(end_I):
+            end = float(end_I[-1])
+            clocks.repeat(spans, end_I)
+            scheduler.skip(len(end_I) - 1)  # type: ignore[attr-defined]
+            iterations += len(end_I)
+        else:
+            end = _one(stage, replay, spans, iteration, nonexpert, now, reads_tokens, router_inputs)
+            clocks.complete(spans, end)
+            iterations += 1
         busy += end - now
         now = end
-        clocks.complete(spans, now)
         scheduler.complete(iteration, now)
-        iterations += 1
-        if progress is not None and iterations % 50 == 0:
+        if progress is not None:
             progress(clocks.completed)
     clocks.check()
-    meter.gpu_seconds = cluster.G * now
-    meter.resident_byte_seconds = pool.resident_byte_seconds(now)
+    meter = Meter(
+        own_layer_byte_seconds=float(record.billed[kernels.OWN]) * spec.expert_bytes,
+        whole_byte_seconds=float(record.billed[kernels.WHOLE]) * spec.expert_bytes,
+        misc_byte_seconds=float(record.billed[kernels.MISC]) * spec.non_expert_bytes * cluster.G,
+        resident_byte_seconds=pool.resident_byte_seconds(now),
+        gpu_seconds=cluster.G * now,
+    )
     layer = record.metrics(pool.moved_bytes)
     if layer is None:
         raise RunFailed("no iteration was measured: the workload is empty or warm-up took all of it")
@@ -172,8 +172,27 @@ def simulate(
     return Simulation(cell, record, clocks, pool, now)
 
 
-def _meter(meter: Meter, step: LayerStep, expert_bytes: int, misc_bytes: float) -> None:
-    total_L = step.total_L
-    meter.own_layer_byte_seconds += float(np.dot(total_L, step.replicas_L)) * expert_bytes
-    meter.whole_byte_seconds += float(total_L.sum()) * float(step.replicas_L.sum()) * expert_bytes
-    meter.misc_byte_seconds += float(step.misc_L.sum()) * misc_bytes
+def _one(
+    stage: Stage,
+    replay: Replay,
+    spans: SpanColumns,
+    iteration: Iteration,
+    nonexpert: NonExpertCosts,
+    now: float,
+    reads_tokens: bool,
+    router_inputs: Callable[[Any], Any] | None,
+) -> float:
+    """Run one iteration; returns when it ended."""
+    load_LSE = replay.loads(spans)
+    rows = replay.rows(spans) if reads_tokens else None
+    work = Work(
+        load_LSE,
+        iteration.phase,
+        iteration.tokens,
+        None if rows is None else replay.topk_TLK[rows],
+        None if rows is None or router_inputs is None else router_inputs(rows),
+    )
+    other = nonexpert.seconds(rank_sums(spans, stage.cluster.G))
+    end = stage.run(work, now, other)
+    stage.history.add(load_LSE.sum(1), iteration.phase, iteration.tokens)
+    return end + other.once

@@ -16,33 +16,49 @@ class LoadHistory:
     Args:
         prior_share_LE: load shares known beforehand (rows sum to 1), None at a cold start.
         prior_tokens: how many tokens' worth the prior counts for.
+
+    Attributes:
+        weight_LE: the forgotten loads; compiled loops update it in place.
     """
 
-    def __init__(self, prior_share_LE: FloatArray | None, top_k: int, prior_tokens: float = 1e4) -> None:
-        self._weight_LE: FloatArray | None = None
+    def __init__(
+        self,
+        prior_share_LE: FloatArray | None,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        prior_tokens: float = 1e4,
+    ) -> None:
+        self.weight_LE = np.zeros((num_layers, num_experts))
         if prior_share_LE is not None:
-            self._weight_LE = np.array(prior_share_LE, np.float64) * (prior_tokens * top_k)
+            self.weight_LE += np.asarray(prior_share_LE, np.float64) * (prior_tokens * top_k)
         self._last: dict[Phase, IntArray] = {}
         self._seen = 0
         self._tokens = 0
 
     def add(self, load_LE: IntArray, phase: Phase, tokens: int) -> None:
         """Note an iteration's true loads, once it has run."""
-        if self._weight_LE is None:
-            self._weight_LE = np.zeros(load_LE.shape)
-        self._weight_LE *= DECAY
-        self._weight_LE += load_LE
+        self.weight_LE *= DECAY
+        self.weight_LE += load_LE
         self._last[phase] = load_LE
-        self._seen += 1
+        self.count(1, tokens)
+
+    def count(self, iterations: int, tokens: int) -> None:
+        """Note iterations whose loads ``weight_LE`` holds already."""
+        self._seen += iterations
         self._tokens += tokens
 
     def share(self, layer: int) -> FloatArray | None:
         """Mean load share of a layer, ``[E]``; None before anything is known."""
-        if self._weight_LE is None:
-            return None
-        weight_E = self._weight_LE[layer]
+        weight_E = self.weight_LE[layer]
         total = float(weight_E.sum())
-        return weight_E / total if total > 0 else None
+        return np.asarray(weight_E / total) if total > 0 else None
+
+    def share_or_even(self, layer: int) -> FloatArray:
+        """Mean load share of a layer, even shares before anything is known."""
+        share_E = self.share(layer)
+        experts = self.weight_LE.shape[1]
+        return np.full(experts, 1.0 / experts) if share_E is None else share_E
 
     def last(self, layer: int, phase: Phase) -> IntArray | None:
         """The layer's load in the previous iteration of this phase, ``[E]``."""

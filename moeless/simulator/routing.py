@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray, Int32Array, IntArray, Iteration, Phase
 from moeless.errors import UserError
+from moeless.simulator import kernels
 from moeless.workloads.lengths import Workload
 
 
@@ -41,18 +41,6 @@ def columns(iteration: Iteration) -> SpanColumns:
     return SpanColumns(request, start, stop, prefill, rank)
 
 
-@njit(cache=True, nogil=True)
-def _count(topk_TLK, start_N, count_N, rank_N, row_F, load_LSE):  # type: ignore[no-untyped-def]
-    _, layers, top = topk_TLK.shape
-    for n in range(len(start_N)):
-        rank = rank_N[n]
-        for at in range(start_N[n], start_N[n] + count_N[n]):
-            row = row_F[at] if len(row_F) else at
-            for layer in range(layers):
-                for k in range(top):
-                    load_LSE[layer, rank, topk_TLK[row, layer, k]] += 1
-
-
 class Replay:
     """Replays a token trace's routing for a workload's requests.
 
@@ -70,19 +58,19 @@ class Replay:
         if len(self.topk_TLK) and int(self.topk_TLK.max()) >= num_experts:
             raise UserError(f"the trace names expert {int(self.topk_TLK.max())} of a model with {num_experts}")
         self.base_N = workload.base_N
-        self._row_F = np.empty(0, np.uint32) if workload.row_F is None else workload.row_F
+        self.row_F = np.empty(0, np.uint32) if workload.row_F is None else workload.row_F
         last = max(
             (int(self.base_N[r.id]) + r.prompt_tokens + r.output_tokens - 1 for r in workload.requests), default=0
         )
-        have = len(self._row_F) if len(self._row_F) else len(self.topk_TLK)
-        if last > have or (len(self._row_F) and int(self._row_F.max()) >= len(self.topk_TLK)):
+        have = len(self.row_F) if len(self.row_F) else len(self.topk_TLK)
+        if last > have or (len(self.row_F) and int(self.row_F.max()) >= len(self.topk_TLK)):
             raise UserError("the workload replays rows that the trace does not have")
 
     def loads(self, spans: SpanColumns) -> IntArray:
         """Tokens by layer, source rank and expert, ``[L, S, E]``."""
         load_LSE = np.zeros((self.topk_TLK.shape[1], self.num_ranks, self.num_experts), np.int64)
         start_N = self.base_N[spans.request_N] + spans.start_N
-        _count(self.topk_TLK, start_N, spans.stop_N - spans.start_N, spans.rank_N, self._row_F, load_LSE)
+        kernels.count_loads(self.topk_TLK, start_N, spans.stop_N - spans.start_N, spans.rank_N, self.row_F, load_LSE)
         return load_LSE
 
     def rows(self, spans: SpanColumns) -> IntArray:
@@ -90,7 +78,7 @@ class Replay:
         start_N = self.base_N[spans.request_N] + spans.start_N
         count_N = spans.stop_N - spans.start_N
         index = np.repeat(start_N - np.cumsum(count_N) + count_N, count_N) + np.arange(int(count_N.sum()))
-        return self._row_F[index].astype(np.int64) if len(self._row_F) else index
+        return self.row_F[index].astype(np.int64) if len(self.row_F) else index
 
 
 def balanced_loads(load_LSE: IntArray, gpu_E: Int32Array) -> IntArray:
@@ -115,12 +103,8 @@ def balanced_loads(load_LSE: IntArray, gpu_E: Int32Array) -> IntArray:
     return dealt
 
 
-def past_sums(spans: SpanColumns, num_ranks: int) -> tuple[IntArray, FloatArray, FloatArray, IntArray]:
-    """What non-expert costs need: tokens, attended positions, KV entries and logit rows of each rank, ``[S]``."""
-    count = spans.stop_N - spans.start_N
-    attended = (spans.start_N + spans.stop_N + 1) * count / 2.0
-    sums_S = [
-        np.bincount(spans.rank_N, weights=values, minlength=num_ranks)
-        for values in (count, attended, spans.stop_N, np.ones(len(count)))
-    ]
-    return sums_S[0].astype(np.int64), sums_S[1].astype(float), sums_S[2].astype(float), sums_S[3].astype(np.int64)
+def rank_sums(spans: SpanColumns, num_ranks: int) -> FloatArray:
+    """What non-expert costs ask of each rank: tokens, attended positions, KV entries, logit rows, ``[S, 4]``."""
+    sums_SX = np.zeros((num_ranks, 4))
+    kernels.span_sums(spans.start_N, spans.stop_N, spans.rank_N, sums_SX)
+    return sums_SX

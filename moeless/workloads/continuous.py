@@ -162,6 +162,21 @@ class Continuous(Scheduler):
                 decoding.append(running)
         self._decoding = decoding
 
+    def steady(self) -> tuple[int, float]:
+        """Pure decode steps repeat until the first request ends or the next one arrives."""
+        if self._in_flight is None or self._chunks or self._turn < len(self._decoding):
+            return 1, math.inf
+        arrival = self._requests[self._arrived].arrival if self._arrived < len(self._requests) else math.inf
+        return min(running.total - running.position for running in self._decoding), arrival
+
+    def skip(self, steps: int) -> None:
+        """Advance the decoding requests ahead of the step in flight."""
+        if steps and steps >= self.steady()[0]:
+            raise RuntimeError(f"only {self.steady()[0]} decode steps are steady, the last of them is completed")
+        for running in self._decoding:
+            running.position += steps
+        self._iterations += steps
+
     def _free(self, running: Running) -> None:
         self._release(running)
         if self._kv_free is not None:

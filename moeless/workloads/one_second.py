@@ -61,6 +61,20 @@ class OneSecond(Scheduler):
                 left.append(running)
         self._batch = left
 
+    def steady(self) -> tuple[int, float]:
+        """A batch's decode steps repeat until its first request ends; arrivals do not interrupt it."""
+        if self._in_flight is None or not self._batch or self._batch[0].position == 0:
+            return 1, math.inf
+        return min(running.total - running.position for running in self._batch), math.inf
+
+    def skip(self, steps: int) -> None:
+        """Advance the batch ahead of the step in flight."""
+        if steps and steps >= self.steady()[0]:
+            raise RuntimeError(f"only {self.steady()[0]} decode steps are steady, the last of them is completed")
+        for running in self._batch:
+            running.position += steps
+        self._iterations += steps
+
     def next_arrival(self, now: float) -> float | None:
         """When the next batch is complete (``now`` where it already is), None after the last."""
         if self._admitted == len(self._requests):

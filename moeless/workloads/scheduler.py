@@ -6,6 +6,7 @@ and yields the first output token; each decode step feeds one token back, at pos
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,6 +107,19 @@ class Scheduler(ABC):
     @abstractmethod
     def finish(self, request: int) -> None:
         """End an admitted request early (a stop token); between ``complete`` and ``next`` only."""
+
+    def steady(self) -> tuple[int, float]:
+        """How the iteration in flight may be repeated: steps, and a deadline in seconds.
+
+        That many iterations, the one in flight included, are decode steps of the same requests, each one position
+        further, as long as they begin before the deadline. (1, infinity) where nothing is known.
+        """
+        return 1, math.inf
+
+    def skip(self, steps: int) -> None:
+        """Take ``steps`` of the steady decode steps as done, ahead of the one that :meth:`complete` ends."""
+        if steps:
+            raise RuntimeError("this scheduler has no steady steps")
 
     @property
     def done(self) -> bool:

@@ -1,0 +1,226 @@
+"""Compiled inner loops of the simulator: composing loads, timing layers, adding up.
+
+Axes: L layers, S source ranks, E experts, R replicas (padded with -1), G GPUs, N spans, I iterations, X the
+columns of ``span_sums``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from moeless.costs.kernels import exchange_time, quota_time
+from moeless.costs.nonexpert import nonexpert_times
+from moeless.placement.dispatch import _round_robin
+
+# columns of the tally, sums over (iteration, layer) pairs
+TOTAL, EXPERT, EXCHANGE, MISC, CONTROL, STALL = 0, 1, 2, 3, 4, 5
+IMBALANCE, BALANCED, REPLICAS, ACTIVE, WARM, OWN, WHOLE = 6, 7, 8, 9, 10, 11, 12
+NUM_TALLIES = 13
+
+
+@njit(cache=True, nogil=True)
+def count_loads(topk_TLK, start_N, count_N, rank_N, row_F, load_LSE):  # type: ignore[no-untyped-def]
+    """Tokens by layer, source rank and expert of spans of rows (of ``row_F``'s rows where it is not empty)."""
+    _, layers, top = topk_TLK.shape
+    for n in range(len(start_N)):
+        rank = rank_N[n]
+        for at in range(start_N[n], start_N[n] + count_N[n]):
+            row = row_F[at] if len(row_F) else at
+            for layer in range(layers):
+                for k in range(top):
+                    load_LSE[layer, rank, topk_TLK[row, layer, k]] += 1
+
+
+@njit(cache=True, nogil=True)
+def span_sums(start_N, stop_N, rank_N, sums_SX):  # type: ignore[no-untyped-def]
+    """Tokens, attended positions, KV entries and logit rows of each rank, added to ``sums_SX`` ``[S, 4]``."""
+    for n in range(len(start_N)):
+        s, count = rank_N[n], stop_N[n] - start_N[n]
+        sums_SX[s, 0] += count
+        sums_SX[s, 1] += (start_N[n] + stop_N[n] + 1) * count / 2.0
+        sums_SX[s, 2] += stop_N[n]
+        sums_SX[s, 3] += 1
+
+
+@njit(cache=True, nogil=True)
+def tally_layer(  # type: ignore[no-untyped-def]
+    tally, expert, exchange, misc, control, stall, load_G, replicas, all_replicas, active, warm
+):
+    """Add one layer's run to the tally; returns its total seconds."""
+    total = expert + exchange + misc + control + stall
+    mean = load_G.sum() / len(load_G)
+    ratio = load_G.max() / mean if mean > 0 else 1.0
+    tally[TOTAL] += total
+    tally[EXPERT] += expert
+    tally[EXCHANGE] += exchange
+    tally[MISC] += misc
+    tally[CONTROL] += control
+    tally[STALL] += stall
+    tally[IMBALANCE] += ratio
+    tally[BALANCED] += 1.0 / ratio
+    tally[REPLICAS] += replicas
+    tally[ACTIVE] += active
+    tally[WARM] += warm
+    tally[OWN] += total * replicas
+    tally[WHOLE] += total * all_replicas
+    return total
+
+
+@njit(cache=True, nogil=True)
+def even_layers(load_LSE, expert_LR, gpu_LR, count_L, terms, misc, control_L, num_gpus, tally, time_L):  # type: ignore[no-untyped-def]
+    """All layers of one iteration under warm plans and even dispatch; fills ``time_L``, adds to the tally."""
+    layers, sources, experts = load_LSE.shape
+    all_replicas = count_L.sum()
+    load_G = np.zeros(num_gpus)
+    for layer in range(layers):
+        replicas = count_L[layer]
+        expert_R, gpu_R = expert_LR[layer, :replicas], gpu_LR[layer, :replicas]
+        quota_SR = np.zeros((sources, replicas), np.int64)
+        if replicas == experts:
+            for s in range(sources):
+                for r in range(replicas):
+                    quota_SR[s, r] = load_LSE[layer, s, expert_R[r]]
+        else:
+            _round_robin(load_LSE[layer], expert_R, np.ones(replicas, np.bool_), quota_SR)
+        expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
+        active = 0
+        for r in range(replicas):
+            for s in range(sources):
+                if quota_SR[s, r] > 0:
+                    active += 1
+                    break
+        time_L[layer] = tally_layer(
+            tally, expert, exchange, misc, control_L[layer], 0.0, load_G, replicas, all_replicas, active, replicas
+        )
+
+
+@njit(cache=True, nogil=True)
+def _sparse_layer(topk_TLK, row_N, rank_N, layer, gpu_E, terms, num_gpus, tokens_E, scratch):  # type: ignore[no-untyped-def]
+    """One layer of decode tokens where every expert has one copy, without the [S, E] matrix."""
+    tokens_E[:] = 0
+    scratch[:] = 0.0
+    sent_fast, sent_slow, got_fast, got_slow, load_G, seconds_G = scratch
+    for n in range(len(row_N)):
+        s = rank_N[n]
+        for k in range(topk_TLK.shape[2]):
+            e = topk_TLK[row_N[n], layer, k]
+            g = gpu_E[e]
+            tokens_E[e] += 1
+            load_G[g] += 1
+            if g != s:
+                if g // terms.island_size == s // terms.island_size:
+                    sent_fast[s] += 1
+                    got_fast[g] += 1
+                else:
+                    sent_slow[s] += 1
+                    got_slow[g] += 1
+    active = 0
+    for e in range(len(tokens_E)):
+        if tokens_E[e] > 0:
+            active += 1
+            time = max(tokens_E[e] * terms.token_seconds, terms.floor_seconds)
+            if terms.reduce_max:
+                seconds_G[gpu_E[e]] = max(seconds_G[gpu_E[e]], time)
+            else:
+                seconds_G[gpu_E[e]] += time
+    worst = 0.0
+    for g in range(num_gpus):
+        if seconds_G[g] > 0.0:
+            worst = max(worst, seconds_G[g] + terms.launch_seconds)
+    exchange = exchange_time(sent_fast, sent_slow, got_fast, got_slow, load_G, terms, num_gpus)
+    return worst, exchange, active
+
+
+@njit(cache=True, nogil=True)
+def decode_run(  # type: ignore[no-untyped-def]
+    topk_TLK,
+    row_F,
+    index_N,
+    position_N,
+    rank_N,
+    steps,
+    now,
+    deadline,
+    expert_LR,
+    gpu_LR,
+    count_L,
+    single,
+    terms,
+    misc,
+    control_L,
+    other_terms,
+    num_gpus,
+    num_experts,
+    weight_LE,
+    decay,
+    tally,
+    time_IL,
+    end_I,
+):
+    """Up to ``steps`` decode iterations of one batch, ending with the first that ends at or after ``deadline``.
+
+    Row ``index_N + i`` (through ``row_F``) is each request's token of step i. Past loads in ``weight_LE`` (empty:
+    nobody asks) are forgotten by ``decay`` a step. Returns the number of steps done; fills ``time_IL`` and ``end_I``.
+    """
+    layers = topk_TLK.shape[1]
+    size = len(index_N)
+    row_N = np.empty(size, np.int64)
+    tokens_E = np.zeros(num_experts, np.int64)
+    scratch = np.zeros((6, num_gpus))
+    sums_SX = np.zeros((num_gpus, 4))
+    for n in range(size):
+        sums_SX[rank_N[n], 0] += 1
+        sums_SX[rank_N[n], 3] += 1
+    gpu_LE = np.zeros((layers, num_experts), np.int64)
+    for layer in range(layers):
+        for r in range(count_L[layer]):
+            gpu_LE[layer, expert_LR[layer, r]] = gpu_LR[layer, r]
+    dense = not single or len(weight_LE) > 0
+    load_LSE = np.zeros((layers if dense else 0, num_gpus, num_experts), np.int64)
+    one_N = np.ones(size, np.int64)
+    all_replicas = count_L.sum()
+    for i in range(steps):
+        sums_SX[:, 1:3] = 0.0
+        for n in range(size):
+            row_N[n] = row_F[index_N[n] + i] if len(row_F) else index_N[n] + i
+            # a token attends to its past and itself
+            sums_SX[rank_N[n], 1] += position_N[n] + i + 1
+            sums_SX[rank_N[n], 2] += position_N[n] + i + 1
+        per_layer, once = nonexpert_times(sums_SX, other_terms)
+        if dense:
+            load_LSE[:] = 0
+            count_loads(topk_TLK, index_N + i, one_N, rank_N, row_F, load_LSE)
+        if single:
+            for layer in range(layers):
+                expert, exchange, active = _sparse_layer(
+                    topk_TLK, row_N, rank_N, layer, gpu_LE[layer], terms, num_gpus, tokens_E, scratch
+                )
+                time_IL[i, layer] = tally_layer(
+                    tally,
+                    expert,
+                    exchange,
+                    misc,
+                    control_L[layer],
+                    0.0,
+                    scratch[4],
+                    num_experts,
+                    all_replicas,
+                    active,
+                    num_experts,
+                )
+        else:
+            even_layers(load_LSE, expert_LR, gpu_LR, count_L, terms, misc, control_L, num_gpus, tally, time_IL[i])
+        if len(weight_LE):
+            for layer in range(layers):
+                for e in range(num_experts):
+                    weight_LE[layer, e] *= decay
+                    for s in range(num_gpus):
+                        weight_LE[layer, e] += load_LSE[layer, s, e]
+        for layer in range(layers):
+            now += time_IL[i, layer]
+        now += layers * per_layer + once
+        end_I[i] = now
+        if now >= deadline:
+            return i + 1
+    return steps
