@@ -103,6 +103,18 @@ def balanced_loads(load_LSE: IntArray, gpu_E: Int32Array) -> IntArray:
     return dealt
 
 
+def balanced_topk(rank_N: IntArray, gpu_E: Int32Array, num_ranks: int, top_k: int) -> NDArray[np.uint16]:
+    """Expert ids of one layer that give :func:`balanced_loads` for one token of each rank given, ``[N, K]``."""
+    load_LSE = np.zeros((1, num_ranks, len(gpu_E)), np.int64)
+    load_LSE[0, :, 0] = np.bincount(rank_N, minlength=num_ranks) * top_k
+    dealt_SE = balanced_loads(load_LSE, gpu_E)[0]
+    topk_NK = np.empty((len(rank_N), top_k), np.uint16)
+    topk_NK[np.argsort(rank_N, kind="stable")] = np.repeat(
+        np.tile(np.arange(len(gpu_E)), num_ranks), dealt_SE.ravel()
+    ).reshape(-1, top_k)
+    return topk_NK
+
+
 def rank_sums(spans: SpanColumns, num_ranks: int) -> FloatArray:
     """What non-expert costs ask of each rank: tokens, attended positions, KV entries, logit rows, ``[S, 4]``."""
     sums_SX = np.zeros((num_ranks, 4))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.contracts import BoolArray, Context, FloatArray, Forecast, IntArray, LayerPlan, Phase
+from moeless.contracts import BoolArray, Context, FloatArray, Forecast, Int32Array, IntArray, LayerPlan, Phase
 from moeless.costs.kernels import quota_time
 from moeless.costs.nonexpert import NonExpertCosts, NonExpertTime
 from moeless.errors import RunFailed
@@ -23,7 +23,7 @@ from moeless.serverless import InstancePool
 from moeless.simulator import kernels
 from moeless.simulator.history import DECAY, LoadHistory
 from moeless.simulator.record import LayerRecord
-from moeless.simulator.routing import Replay, SpanColumns, balanced_loads
+from moeless.simulator.routing import Replay, SpanColumns, balanced_loads, balanced_topk
 from moeless.simulator.runtime import INTERVAL_ITERATIONS, PolicyRuntime
 
 #: Steady decode steps that are simulated in one go, at most.
@@ -86,6 +86,13 @@ class Stage:
         self._single = bool((self._count_L == self.spec.E).all())
 
     @property
+    def _first_gpu_E(self) -> Int32Array:
+        """Where the first layer's primaries are, ``[E]``."""
+        gpu_E = np.empty(self.spec.E, np.int32)
+        gpu_E[self.plans[0].expert_R[self.plans[0].primary_R]] = self.plans[0].gpu_R[self.plans[0].primary_R]
+        return gpu_E
+
+    @property
     def _compiled(self) -> bool:
         """Whether an iteration is one compiled call: known terms, fixed plans, and no choice of copies or even ones."""
         return self.terms is not None and self.cadence != "iteration" and (self._single or self._even)
@@ -93,9 +100,7 @@ class Stage:
     def run(self, work: Work, now: float, other: NonExpertTime) -> float:
         """Run one iteration's layers from ``now`` on; returns when the last of them ended."""
         if self.runtime.lossy:
-            gpu_E = np.empty(self.spec.E, np.int32)
-            gpu_E[self._expert_LR[0]] = self._gpu_LR[0]
-            work = Work(balanced_loads(work.load_LSE, gpu_E), work.phase, work.tokens)
+            work = Work(balanced_loads(work.load_LSE, self._first_gpu_E), work.phase, work.tokens)
         if self.cadence == "interval":
             self._replan(now)
         if not self._compiled:
@@ -123,17 +128,25 @@ class Stage:
 
         Returns when each ended, ``[I]``; empty where this stage cannot tell ahead what they do.
         """
-        if not self._compiled or self.runtime.lossy or steps < 2:
+        if not self._compiled or steps < 2:
             return np.empty(0)
         if self.cadence == "interval":
             self._replan(now)
         steps = min(steps, LONGEST_RUN)
         time_IL, end_I = np.empty((steps, self.spec.L)), np.empty(steps)
         learns = self.cadence == "interval"
+        topk_TLK, row_F, index_N = replay.topk_TLK, replay.row_F, replay.base_N[spans.request_N] + spans.start_N
+        if self.runtime.lossy:
+            # the override depends on nothing but how many tokens each rank has: every step and layer alike
+            size = len(index_N)
+            topk_NK = balanced_topk(spans.rank_N, self._first_gpu_E, self.cluster.G, self.spec.K)
+            topk_TLK = np.ascontiguousarray(np.broadcast_to(topk_NK[:, None], (size, self.spec.L, self.spec.K)))
+            row_F = np.repeat(np.arange(size, dtype=np.uint32), steps)
+            index_N = np.arange(size) * steps
         done = kernels.decode_run(
-            replay.topk_TLK,
-            replay.row_F,
-            replay.base_N[spans.request_N] + spans.start_N,
+            topk_TLK,
+            row_F,
+            index_N,
             spans.start_N,
             spans.rank_N,
             steps,

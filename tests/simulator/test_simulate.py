@@ -79,7 +79,7 @@ class OneStepAtATime:
 
 
 @pytest.mark.parametrize("kind", [Continuous, OneSecond])
-@pytest.mark.parametrize("policy", ["static", "eplb:history"])
+@pytest.mark.parametrize("policy", ["static", "eplb:history", "oracle"])
 def test_steady_decode_steps_in_one_go_equal_single_steps(kind, policy, spec, requests, replay_for, costs_name):
     both = [
         run(spec, requests, replay_for, policy, costs_name, scheduler=scheduler, replan_seconds=0.004)
