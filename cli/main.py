@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Describe and check a routing trace."),
     "train-predictor": ("train_predictor", "Fit and evaluate a load predictor."),
     "plan": ("plan", "Plan replicas and placement of every layer."),
+    "profile": ("profile", "Measure a model's parts on this hardware."),
     "reproduce": ("reproduce", "Reproduce the paper's figures and tables."),
     "serve-bench": ("serve_bench", "Serve a workload under policies, compare latency and cost."),
 }

@@ -12,5 +12,6 @@ COSTS = Registry(
     {
         "paper": "moeless.costs.paper:PaperCosts",
         "roofline": "moeless.costs.roofline:RooflineCosts",
+        "measured": "moeless.costs.measured:MeasuredCosts",
     },
 )

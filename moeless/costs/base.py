@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from moeless.cluster import Cluster
 from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
-from moeless.costs.kernels import KernelTerms
 from moeless.spec import MoESpec
+
+if TYPE_CHECKING:
+    # profiles are written on machines without numba, which the kernels need
+    from moeless.costs.kernels import KernelTerms
 
 
 @dataclass(frozen=True)

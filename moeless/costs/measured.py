@@ -1,0 +1,213 @@
+"""Costs by interpolation of a hardware profile.
+
+A profile holds the time T(n, a) of a equally loaded experts of n tokens each. Unequal loads are taken apart by
+level: between the k-th and the (k+1)-th largest load, k experts are still at work, so
+
+    time = sum over k of T(n_(k), k) - T(n_(k+1), k),    n_(1) >= n_(2) >= ..., after the last one 0, T(0, k) = 0.
+
+This is exact for equal loads, and for unequal ones both where experts run one after another (T = a * t(n): the sum of
+t) and where they run all at once (T = t(n): the largest). It never falls when a load or the number of active experts
+rises, because the profile's mixed differences are not negative (``profile.ExpertGrid``).
+
+Axes: R replicas, G GPUs, N tokens of the grid, K active experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from moeless.cluster import CPU, Cluster
+from moeless.contracts import FloatArray, Int32Array, IntArray, LayerPlan, Policy
+from moeless.costs import links, roofline
+from moeless.costs.base import CostModel, CostTerms
+from moeless.costs.exchange import ExchangeTimes
+from moeless.costs.profile import SHAPES, ExpertGrid, HardwareProfile
+from moeless.costs.profile_reader import load_profile, shipped_profiles
+from moeless.errors import UserError
+from moeless.spec import MoESpec
+
+
+@njit("float64(float64, float64[::1], float64[::1])", cache=True)
+def _row(n, tokens_N, seconds_N):  # type: ignore[no-untyped-def]
+    """Linear interpolation over tokens; the last segment's slope beyond the grid; 0 for no tokens."""
+    if n <= 0.0:
+        return 0.0
+    last = len(tokens_N) - 1
+    i = min(max(np.searchsorted(tokens_N, n), 1), last)
+    step = (n - tokens_N[i - 1]) / (tokens_N[i] - tokens_N[i - 1])
+    return seconds_N[i - 1] + step * (seconds_N[i] - seconds_N[i - 1])
+
+
+@njit("void(float64[::1], int64[::1], float64[::1], float64[:, ::1], float64[::1])", cache=True)
+def _gpu_seconds(tokens_R, gpu_R, tokens_N, seconds_KN, out_G):  # type: ignore[no-untyped-def]
+    for g in range(len(out_G)):
+        loads = np.sort(tokens_R[(gpu_R == g) & (tokens_R > 0)])[::-1]
+        total = 0.0
+        for k in range(len(loads)):
+            below = loads[k + 1] if k + 1 < len(loads) else 0.0
+            if loads[k] > below:
+                total += _row(loads[k], tokens_N, seconds_KN[k]) - _row(below, tokens_N, seconds_KN[k])
+        out_G[g] = total
+
+
+def active_rows(grid: ExpertGrid, most: int) -> FloatArray:
+    """The grid at 1, 2, ... ``most`` active experts, ``[K, N]``; the last segment's slope beyond it."""
+    wanted = np.arange(1, most + 1, dtype=np.float64)
+    rows = np.stack([np.interp(wanted, grid.active_A, column) for column in grid.seconds_AN.T], axis=1)
+    beyond = wanted > grid.active_A[-1]
+    if beyond.any() and len(grid.active_A) > 1:
+        slope = (grid.seconds_AN[-1] - grid.seconds_AN[-2]) / (grid.active_A[-1] - grid.active_A[-2])
+        rows[beyond] = grid.seconds_AN[-1] + (wanted[beyond, None] - grid.active_A[-1]) * slope
+    elif beyond.any():
+        # one expert at a time is all that is known: as many times as long
+        rows[beyond] = wanted[beyond, None] * grid.seconds_AN[-1]
+    return np.ascontiguousarray(rows)
+
+
+def linear_terms(grid: ExpertGrid) -> tuple[float, float, float]:
+    """Token, floor and launch seconds of ``launch + a * max(token * n, floor)`` with the least relative error.
+
+    Tries break points n* = floor / token over the grid's range and solves the two remaining numbers by least squares.
+    """
+    tokens, active = np.meshgrid(grid.tokens_N, grid.active_A)
+    target = grid.seconds_AN.ravel()
+    best: tuple[float, float, float, float] | None = None
+    for bend in np.geomspace(0.5, grid.tokens_N[-1], 160):
+        shape = (active * np.maximum(tokens / bend, 1.0)).ravel()
+        for with_launch in (True, False):
+            columns = np.stack([np.ones_like(shape), shape] if with_launch else [shape], axis=1) / target[:, None]
+            solved, *_ = np.linalg.lstsq(columns, np.ones_like(target), rcond=None)
+            if (solved < 0).any():
+                continue
+            error = float(np.square(columns @ solved - 1.0).sum())
+            if best is None or error < best[0]:
+                floor = float(solved[-1])
+                best = (error, floor / bend, floor, float(solved[0]) if with_launch else 0.0)
+    assert best is not None  # the fit without a launch has a positive solution
+    return best[1], best[2], best[3]
+
+
+class MeasuredCosts(CostModel):
+    """Times of a hardware profile.
+
+    Args:
+        profile: a profile's file, the name of a shipped one, or a profile; None takes the shipped one that fits.
+        kernel, dtype: which of the profile's expert grids; None takes those the profile names.
+        charge_control: False leaves control time out (the algorithm alone).
+
+    Raises:
+        UserError: the profile is of another model, or none fits.
+    """
+
+    name = "measured"
+
+    def __init__(
+        self,
+        spec: MoESpec,
+        cluster: Cluster,
+        profile: str | HardwareProfile | None = None,
+        kernel: str | None = None,
+        dtype: str | None = None,
+        charge_control: bool = True,
+    ) -> None:
+        super().__init__(spec, cluster)
+        if profile is None:
+            profile = _fitting(spec, cluster)
+        self.profile = profile if isinstance(profile, HardwareProfile) else load_profile(profile)
+        self.profile.check_model(spec)
+        self.grid = self.profile.grid(kernel, dtype)
+        self.charge_control = charge_control
+        self._warnings: dict[str, None] = {}
+        self.exchange = ExchangeTimes(self.profile, cluster, self._warn)
+        self._rows_KN = active_rows(self.grid, int(self.grid.active_A[-1]))
+        self._tokens_N = np.ascontiguousarray(self.grid.tokens_N)
+        machine = self.profile.document["machine"]
+        if (machine.get("device") == "cpu") != (cluster.device.name == CPU.name):
+            self._warn(f"times are those of {self.profile.device}, cluster {cluster.name} is of {cluster.device.name}")
+        if self.grid.dtype != spec.expert_dtype:
+            self._warn(f"experts stored as {spec.expert_dtype} are timed as {self.grid.dtype}")
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was taken from outside the measurements so far, one sentence each."""
+        return tuple(self._warnings)
+
+    def _warn(self, sentence: str) -> None:
+        self._warnings.setdefault(sentence)
+
+    def terms(self) -> CostTerms:
+        token, floor, launch = linear_terms(self.grid)
+        link, latency = self.exchange.linear()
+        return CostTerms(
+            token_seconds=token,
+            floor_seconds=floor,
+            launch_seconds=launch,
+            link_seconds=link * self.spec.token_bytes,
+            latency_seconds=latency,
+            reduce_max=False,
+        )
+
+    def grouped_seconds(self, tokens_R: IntArray, gpu_R: IntArray | Int32Array) -> FloatArray:
+        """Expert FFN time alone of each GPU, ``[G]``; equal loads that are grid points give the measured time."""
+        tokens = np.ascontiguousarray(tokens_R, np.float64)
+        gpu = np.ascontiguousarray(gpu_R, np.int64)
+        most = int(np.bincount(gpu[tokens > 0], minlength=1).max())
+        if most > len(self._rows_KN):
+            self._rows_KN = active_rows(self.grid, most)
+        if most > self.grid.active_A[-1]:
+            self._warn(f"more than {self.grid.active_A[-1]:g} active experts on a GPU are extrapolated")
+        if tokens.max(initial=0.0) > self.grid.tokens_N[-1]:
+            self._warn(f"more than {self.grid.tokens_N[-1]:g} tokens per expert are extrapolated")
+        seconds_G = np.zeros(self.cluster.num_gpus)
+        _gpu_seconds(tokens, gpu, self._tokens_N, self._rows_KN, seconds_G)
+        return seconds_G
+
+    def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
+        seconds_G = self.grouped_seconds(tokens_R, plan.gpu_R)
+        tokens_G = np.bincount(plan.gpu_R, weights=tokens_R, minlength=self.cluster.num_gpus)
+        for g, tokens in enumerate(tokens_G.tolist()):
+            # sorting a GPU's tokens by expert, and adding the results back in the tokens' order
+            seconds_G[g] += self.profile.parts["permute"].at(tokens) + self.profile.parts["combine"].at(tokens)
+        return seconds_G
+
+    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
+        return 2.0 * self.exchange.seconds(bytes_SG)
+
+    def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
+        copies = self.profile.copies
+        to_device = copies.get("host_to_device_pinned", copies.get("host_to_device_pageable"))
+        if source_tier == "host" and to_device is not None:
+            return to_device.at(num_bytes)
+        if source_tier == "storage" and to_device is not None and "disk_to_host" in copies:
+            # a stream through the host: the slower of the two counts
+            return max(copies["disk_to_host"].at(num_bytes), to_device.at(num_bytes))
+        if source_tier in ("peer", "peer-slow") and self.cluster.num_gpus > 1:
+            return self.exchange.pair_seconds(num_bytes, slow=source_tier == "peer-slow")
+        if source_tier != "local":
+            self._warn(f"copies from {source_tier} were not measured: the cluster's stated bandwidth is taken")
+        return links.transfer_seconds(self.cluster, num_bytes, source_tier)
+
+    def control_seconds(self, policy: Policy, layer: int) -> float:
+        if not self.charge_control or policy.planner not in roofline.DISPATCHING:
+            return 0.0
+        dispatch = self.profile.dispatch_seconds.get(policy.planner)
+        if dispatch is None:
+            self._warn(f"the dispatch of {policy.planner} was not measured: the roofline model's constant is taken")
+            dispatch = roofline.DISPATCH_SECONDS
+        return self.exchange.gather_seconds() + dispatch
+
+
+def _fitting(spec: MoESpec, cluster: Cluster) -> HardwareProfile:
+    """The shipped profile of the model's shapes on the cluster's kind of device."""
+    for name in shipped_profiles():
+        profile = load_profile(name)
+        machine, model = profile.document["machine"], profile.document["model"]
+        same_kind = (machine.get("device") == "cpu") == (cluster.device.name == CPU.name)
+        if same_kind and all(model[key] == getattr(spec, key) for key in SHAPES):
+            return profile
+    kind = "cpu" if cluster.device.name == CPU.name else "cuda"
+    raise UserError(
+        f"no shipped profile has the shapes of {spec.name!r} on {cluster.device.name}; make one with "
+        f"`moeless profile --model {spec.name} --device {kind} --out FILE` and name it: --costs measured:FILE"
+    )

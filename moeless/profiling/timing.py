@@ -1,0 +1,113 @@
+"""Timing of one call on a device: warm-up, repetitions, median with spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+#: A repetition whose thread had less than this share of a core was interrupted by other work.
+CORE_SHARE = 0.97
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one call: median, 10th and 90th percentile; repetitions kept and dropped as interrupted."""
+
+    seconds: float
+    low: float
+    high: float
+    kept: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long one sample may take.
+
+    Attributes:
+        budget: seconds of measuring per sample, warm-up apart.
+        least, most: bounds on the number of repetitions.
+    """
+
+    budget: float = 0.15
+    least: int = 7
+    most: int = 60
+
+
+QUICK = Effort(budget=0.02, least=3, most=15)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(calls: Sequence[Call], device: torch.device, effort: Effort = Effort()) -> Sample:
+    """Time a call.
+
+    Args:
+        calls: the same work on different inputs, taken in turn so that no repetition finds its data in a cache.
+    """
+    calls = list(calls)
+    for call in calls[: min(3, len(calls))]:
+        call()
+    synchronize(device)
+    start = time.perf_counter()
+    calls[-1]()
+    synchronize(device)
+    once = max(time.perf_counter() - start, 1e-7)
+    repetitions = int(np.clip(effort.budget / once, effort.least, effort.most))
+    return _on_cuda(calls, device, repetitions) if device.type == "cuda" else _on_cpu(calls, repetitions)
+
+
+def _on_cuda(calls: Sequence[Call], device: torch.device, repetitions: int) -> Sample:
+    """Device time between events; the queue is kept filled so that the host's launches do not show."""
+    begin = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    end = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    # a device-side pause lets the host run ahead: without it short kernels are timed with the gaps between launches
+    torch.cuda._sleep(min(int(2e6 + 2e5 * repetitions), 40_000_000))
+    for i in range(repetitions):
+        begin[i].record()
+        calls[i % len(calls)]()
+        end[i].record()
+    torch.cuda.synchronize(device)
+    return _sample(np.array([b.elapsed_time(e) / 1e3 for b, e in zip(begin, end, strict=True)]), 0)
+
+
+def _on_cpu(calls: Sequence[Call], repetitions: int) -> Sample:
+    """Wall time; repetitions in which other processes took the core are dropped while enough remain."""
+    threads = torch.get_num_threads()
+    wall, share = np.zeros(repetitions), np.ones(repetitions)
+    for i in range(repetitions):
+        call = calls[i % len(calls)]
+        cpu = time.thread_time()
+        start = time.perf_counter()
+        call()
+        wall[i] = time.perf_counter() - start
+        share[i] = (time.thread_time() - cpu) / wall[i]
+    clean = share >= CORE_SHARE
+    # with several threads the main one may wait for the others: its own share then says nothing
+    if threads > 1 or clean.sum() < min(3, repetitions):
+        clean[:] = True
+    return _sample(wall[clean], int((~clean).sum()))
+
+
+def _sample(seconds: np.ndarray, dropped: int) -> Sample:
+    low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
+    return Sample(float(middle), float(low), float(high), len(seconds), dropped)
+
+
+def timed_wall(call: Call, device: torch.device) -> float:
+    """Wall seconds of one call, the device's queue empty before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
