@@ -2,3 +2,20 @@
 
 if not __name__.startswith("moeless."):
     raise ImportError(f"import this package as moeless.predictors, not as {__name__!r}")
+
+from moeless.predictors.base import LoadPredictor, load_predictor
+from moeless.registry import Registry
+
+#: Load predictors by name; other packages add theirs under the entry-point group ``moeless.predictors``.
+PREDICTORS = Registry(
+    "predictor",
+    "moeless.predictors",
+    {
+        "none": "moeless.predictors.uniform:Uniform",
+        "history": "moeless.predictors.history:History",
+        "last": "moeless.predictors.last:Last",
+        "oracle": "moeless.predictors.oracle:Oracle",
+    },
+)
+
+__all__ = ["PREDICTORS", "LoadPredictor", "load_predictor"]

@@ -1,0 +1,214 @@
+"""What every load predictor is: a forecast of layer l + d's load from what layer l sees.
+
+Importing this module needs NumPy alone; saving and loading need safetensors. The live engine relies on that.
+
+Axes: T tokens, L MoE layers, E experts, K experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.contracts import Context, Forecast, IntArray
+from moeless.errors import UserError
+from moeless.files import folder_atomic, read_json, write_json
+from moeless.predictors.shares import known_share, proportional
+from moeless.spec import MoESpec
+
+PREDICTOR_FILE = "predictor.json"
+WEIGHTS_FILE = "weights.safetensors"
+METRICS_FILE = "metrics.json"
+FORMAT = 1
+
+#: What a predictor reads from its context besides past loads.
+Reads = Literal["nothing", "topk", "router_inputs"]
+
+
+class LoadPredictor(ABC):
+    """Forecasts the load of layer ``layer + distance`` while ``layer`` runs.
+
+    Attributes:
+        name: the registry's name of the method.
+        reads: what it takes from :class:`~moeless.contracts.Context` besides past loads.
+        spec: the model whose loads it forecasts.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[Reads] = "nothing"
+
+    def __init__(self, spec: MoESpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def predict(self, context: Context, layer: int, distance: int) -> Forecast:
+        """Forecast the load of layer ``layer + distance``; its mean sums to ``tokens * K``.
+
+        Where the method has no source (``layer`` below 0, or nothing fitted for that pair) it falls back to history,
+        else the last load, else equal shares, and says so in ``Forecast.source``.
+
+        Raises:
+            UserError: the target is no layer, an input is missing, holds NaN or has another shape.
+        """
+
+    def predict_topk(self, inputs: NDArray[Any], layer: int, distance: int) -> IntArray:
+        """Expert ids ``[T, K]`` that each token is forecast to choose at ``layer + distance``, most likely first.
+
+        Args:
+            inputs: ``[T, H]`` gate inputs or ``[T, K]`` expert ids of ``layer``, as :attr:`reads` says.
+
+        Raises:
+            UserError: the method forecasts loads only, or the inputs do not fit.
+        """
+        raise UserError(f"predictor {self.name!r} forecasts loads, not single tokens")
+
+    def settings(self) -> dict[str, Any]:
+        """What ``predictor.json`` keeps besides name and model: JSON values."""
+        return {}
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Fitted arrays by name."""
+        return {}
+
+    @classmethod
+    def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
+        """Rebuild from :meth:`settings` and :meth:`tensors`, of which a method without a fit has none."""
+        del settings, tensors
+        return cls(spec)
+
+    @property
+    def num_parameters(self) -> int:
+        """Fitted numbers."""
+        return sum(int(array.size) for array in self.tensors().values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the fitted arrays as they are kept."""
+        return sum(int(array.nbytes) for array in self.tensors().values())
+
+    def write(self, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Write the predictor's files into an existing folder."""
+        from safetensors.numpy import save_file
+
+        head = {"format": FORMAT, "name": self.name, "spec": self.spec.to_json(), "settings": self.settings()}
+        write_json(folder / PREDICTOR_FILE, head | {"notes": dict(notes or {})})
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.tensors().items()}
+        save_file(arrays, folder / WEIGHTS_FILE)
+
+    def save(self, path: Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Write the predictor's folder, whole or not at all.
+
+        Raises:
+            UserError: ``path`` exists and is not an empty folder, or cannot be written.
+        """
+        with folder_atomic(path) as folder:
+            self.write(folder, notes)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a folder that :meth:`save` wrote.
+
+        Raises:
+            UserError: it is not one of this method, or is damaged.
+        """
+        name, spec, settings = read_head(path)
+        if name != cls.name:
+            raise UserError(f"{path} holds predictor {name!r}, not {cls.name!r}")
+        try:
+            return cls.from_state(spec, settings, _read_tensors(path / WEIGHTS_FILE))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{path} does not hold a complete predictor {name!r} ({error!r}); fit it again") from None
+
+    def check_spec(self, spec: MoESpec, what: str) -> None:
+        """Refuse to work on another model than the one it was fitted on.
+
+        Only what routing depends on is compared: name, layers, experts, experts per token, hidden size.
+
+        Raises:
+            UserError: ``spec`` differs.
+        """
+        if fingerprint(spec) != fingerprint(self.spec):
+            mine, other = describe(self.spec), describe(spec)
+            raise UserError(f"predictor {self.name!r} was fitted on {mine}; {what} is of {other}")
+
+    def fallback(self, context: Context, target: int) -> Forecast:
+        """Forecast from past loads alone: history, else the last load, else equal shares."""
+        self._check_target(target)
+        share_E, source = known_share(context, self.spec.E)
+        mean_E = proportional(share_E, context.tokens * self.spec.K)
+        return Forecast(mean_E, mean_E.copy(), context.tokens, source)
+
+    def _check_target(self, target: int) -> None:
+        if not 0 <= target < self.spec.L:
+            raise UserError(f"there is no layer {target} to forecast: {self.spec.name} has {self.spec.L} MoE layers")
+
+
+def not_fitted(name: str) -> UserError:
+    """The error of a method that was made without being fitted."""
+    return UserError(
+        f"predictor {name!r} must be fitted first: run `moeless train-predictor TRACE --method {name} --out DIR` "
+        "and pass that folder"
+    )
+
+
+def fingerprint(spec: MoESpec) -> dict[str, Any]:
+    """What a predictor depends on in a model."""
+    return {
+        "name": spec.name,
+        "moe_layers": list(spec.moe_layers),
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "hidden_size": spec.hidden_size,
+    }
+
+
+def describe(spec: MoESpec) -> str:
+    """A model in half a sentence."""
+    return f"{spec.name} ({spec.L} MoE layers, {spec.E} experts, top-{spec.K}, hidden size {spec.hidden_size})"
+
+
+def read_head(path: Path) -> tuple[str, MoESpec, dict[str, Any]]:
+    """Method name, model and settings of a predictor folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = path / PREDICTOR_FILE
+    if not file.is_file():
+        raise UserError(f"{path} is not a predictor: it holds no {PREDICTOR_FILE}; make one with train-predictor")
+    data = read_json(file)
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT or "name" not in data or "spec" not in data:
+        raise UserError(f"{file} does not describe a predictor of format {FORMAT}")
+    return str(data["name"]), MoESpec.from_json(data["spec"]), dict(data.get("settings", {}))
+
+
+def load_predictor(path: Path) -> LoadPredictor:
+    """Read a predictor's folder, whatever its method.
+
+    Raises:
+        UserError: there is none, or its method is unknown.
+    """
+    from moeless.predictors import PREDICTORS
+
+    kind = PREDICTORS.get(read_head(Path(path))[0])
+    loaded: LoadPredictor = kind.load(Path(path))
+    return loaded
+
+
+def _read_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors: dict[str, NDArray[Any]] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fit the predictor again") from None
+    for name, array in tensors.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path}: tensor {name!r} holds a value that is not finite; fit the predictor again")
+    return tensors
