@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from moeless.cli import common
 if TYPE_CHECKING:
     from moeless.metrics import Cell
     from moeless.simulator.bench import BenchConfig
+    from moeless.tuning.presets import Preset
 
 DEFAULT_POLICIES = ["static", "eplb:history", "oracle"]
 COLUMNS = [
@@ -40,6 +42,9 @@ def command(
     policy: Annotated[
         list[str] | None,
         typer.Option("--policy", help="planner[:predictor[:distance]]; repeatable. Default: static, eplb, oracle."),
+    ] = None,
+    preset: Annotated[
+        list[Path] | None, typer.Option("--preset", metavar="FILE", help="Tuned policy (moeless tune); repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Model preset; default: the trace's own shapes.")] = None,
     cluster: Annotated[str, typer.Option("--cluster", help="Cluster: a6000x8, h100x8, h100x8xN, ...")] = "h100x8",
@@ -122,24 +127,32 @@ def command(
         instant_copies={"instant": True, "timed": False}.get(copies),
         seed=seed,
     )
+    presets: list[Preset] = []
+    if preset:
+        from moeless.tuning.presets import load_preset, run_presets
+
+        presets = [load_preset(path) for path in preset]
     bench = Bench(bench_config)
-    resolved = _plain(bench_config)
+    resolved = _plain(bench_config) | {"presets": [str(path) for path in preset or ()]}
     if dry_run:
         common.dry_run(resolved, bench.estimate())
-    inputs = [trace, *bench_config.predictors]
+    inputs = [trace, *bench_config.predictors, *(preset or ())]
     if Path(arrivals).is_file():
         inputs.append(Path(arrivals))
     cells: list[Cell] = []
     with start_run("serve-bench", bench.spec.name, resolved, seed, inputs, out, wandb) as run:
         with common.progress() as bar:
             total = len(bench.workload.requests)
-            task = bar.add_task("", total=total * len(bench.cells))
+            task = bar.add_task("", total=total * (len(bench.cells) + len(presets) * len(bench_config.costs)))
             done = 0
 
             def tick(name: str, completed: int) -> None:
                 bar.update(task, completed=done + completed, description=name)
 
-            for simulation in bench.run(tick):
+            runs = bench.run(tick)
+            if presets:
+                runs = itertools.chain(runs, run_presets(bench, presets, tick))
+            for simulation in runs:
                 cells.append(simulation.cell)
                 done += total
                 run.log(_row(simulation.cell))

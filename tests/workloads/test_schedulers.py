@@ -313,3 +313,30 @@ def test_spans_are_the_same_as_columns_and_as_objects():
     assert spans.prefill_tokens + 1 == spans.tokens == 8
     with pytest.raises(IndexError):
         spans[len(spans)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(workloads(), st.sampled_from(["one-second", "continuous"]), st.integers(1, 5), st.integers(1, 30))
+def test_skipping_steady_steps_changes_nothing(requests: list[Request], name: str, running: int, stride: int):
+    """A caller that executes steady decode steps at once gets the schedule of one that asks for each."""
+    options = {"max_running": running, "token_budget": 20} if name == "continuous" else {}
+    plain = serve(build(name, requests, 2, **options), requests, 0.05)
+    expected = [(start, list(it.spans), it.id) for start, it in zip(plain.starts, plain.iterations, strict=True)]
+    scheduler, now, found = build(name, requests, 2, **options), 0.0, []
+    while not scheduler.done:
+        iteration = scheduler.next(now)
+        if iteration is None:
+            now = scheduler.next_arrival(now)
+            continue
+        steps, deadline = scheduler.steady()
+        taken = 0
+        while taken < min(steps, stride) and (taken == 0 or now < deadline):
+            spans = [
+                type(s)(s.request, s.start + taken, s.stop + taken, s.phase) if taken else s for s in iteration.spans
+            ]
+            found.append((now, spans, iteration.id + taken))
+            taken += 1
+            now += 0.05
+        scheduler.skip(taken - 1)
+        scheduler.complete(iteration, now)
+    assert found == expected

@@ -1,0 +1,181 @@
+"""``moeless tune``: search a policy's parameters through the simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeless.cli import common
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from moeless.tuning import Tuning
+    from moeless.tuning.outcome import Outcome
+
+
+def command(
+    trace: Annotated[Path, typer.Argument(help="Routing trace of kind tokens.")],
+    policy: Annotated[str, typer.Option("--policy", help="planner[:predictor[:distance]].")] = "moeless:history",
+    objective: Annotated[
+        list[str] | None,
+        typer.Option("--objective", help="latency, cost, moved, ...; repeatable. Default: latency and cost."),
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials of the study, over all processes.")] = 50,
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option("--range", metavar="NAME=LOW:HIGH[:log]", help="Search range, or NAME=A,B,C; repeatable."),
+    ] = None,
+    study: Annotated[str | None, typer.Option("--study", help="Name; one that exists is continued.")] = None,
+    storage: Annotated[
+        str, typer.Option("--storage", help="Journal file, or a database URL; several processes may share it.")
+    ] = "results/studies.journal",
+    model: Annotated[str | None, typer.Option("--model", help="Model preset; default: the trace's own shapes.")] = None,
+    cluster: Annotated[str, typer.Option("--cluster", help="Cluster, for example h100x8.")] = "h100x8",
+    costs: Annotated[str, typer.Option("--costs", help="Cost model.")] = "roofline",
+    arrivals: Annotated[
+        str, typer.Option("--arrivals", help="azure-like, poisson:RATE, ..., or a request trace's file.")
+    ] = "azure-like",
+    lengths: Annotated[str, typer.Option("--lengths", help="Token counts of the trace, or of the arrivals.")] = "trace",
+    request_rate: Annotated[float | None, typer.Option("--request-rate", help="Mean requests per second.")] = None,
+    batching: Annotated[str, typer.Option("--batching", help="continuous or one-second.")] = "continuous",
+    predictor: Annotated[
+        list[Path] | None, typer.Option("--predictor", metavar="DIR", help="Fitted predictor; repeatable.")
+    ] = None,
+    home: Annotated[str, typer.Option("--home", help="Where experts' weights always are: host or storage.")] = "host",
+    goodput: Annotated[
+        list[str] | None, typer.Option("--goodput", help="Limits of the goodput objective, such as ttft:500.")
+    ] = None,
+    max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Requests of one trial.")] = 200,
+    quick: common.QuickOption = False,
+    seed: common.SeedOption = 0,
+    out: common.RunFolderOption = None,
+    wandb: common.WandbOption = None,
+    as_json: common.JsonOption = False,
+    dry_run: common.DryRunOption = False,
+    config: common.ConfigOption = None,
+) -> None:
+    """Search a policy's parameters; test what is found on requests that the search never saw.
+
+    Tuning serves a part of the trace; another part, under other arrivals, tests the result. The same command
+    again continues a study that was stopped; two at once share it. `serve-bench --preset FILE` uses the result.
+
+    Example: moeless tune traces/gpt-oss --policy moeless:history --objective latency --objective cost --trials 40
+    """
+    from moeless.contracts import Policy
+    from moeless.metrics import Result
+    from moeless.metrics.requests import parse_goodput
+    from moeless.simulator.bench import BenchConfig
+    from moeless.tracking.run import start_run
+    from moeless.tuning import Tuning, TuningConfig, parse_ranges
+    from moeless.tuning.outcome import conclude
+
+    names = tuple(objective or ("latency", "cost"))
+    chosen = Policy.parse(policy)
+    bench = BenchConfig(
+        trace=trace,
+        policies=(chosen,),
+        costs=(costs,),
+        cluster=cluster,
+        model=model,
+        arrivals=arrivals,
+        lengths=lengths,
+        request_rate=request_rate,
+        batching=batching,
+        predictors=tuple(predictor or ()),
+        home=home,
+        objectives=parse_goodput(goodput or []),
+        max_requests=min(max_requests, 60) if quick else max_requests,
+        seed=seed,
+    )
+    wanted = min(trials, 12) if quick else trials
+    name = study or f"{policy}-{'-'.join(names)}"
+    tuning = Tuning(TuningConfig(bench, wanted, names, storage, name, parse_ranges(ranges or [])))
+    resolved = {
+        **dataclasses.asdict(bench),
+        "policies": [policy],
+        "trace": str(trace),
+        "trials": wanted,
+        "objectives": list(names),
+        "storage": storage.rpartition("@")[2],
+        "study": name,
+        "space": {axis.name: axis.to_json() for axis in tuning.axes},
+        "left_at_default": list(tuning.left),
+    }
+    if dry_run:
+        common.dry_run(resolved, tuning.bench.estimate() | {"trials": wanted})
+    inputs = [trace, *bench.predictors, *([Path(arrivals)] if Path(arrivals).is_file() else [])]
+    opened = tuning.open()
+    with start_run("tune", chosen.planner, resolved, seed, inputs, out, wandb) as run:
+        with common.progress() as bar:
+            task = bar.add_task("trials", total=wanted)
+            bar.update(task, completed=sum(trial.state.is_finished() for trial in opened.trials))
+
+            def ended(trial: FrozenTrial) -> None:
+                bar.advance(task)
+                values = dict(zip(names, trial.values or [None] * len(names), strict=False))
+                run.log({"trial": trial.number, "state": trial.state.name.lower(), **values, **trial.params})
+
+            tuning.run(opened, ended)
+        outcome = conclude(tuning, opened, run.path)
+        run.produced(run.path / "preset.json", "preset")
+        run.produced(run.path / "tuning.json", "tuning")
+        run.write_result(Result(str(run.manifest["command_line"]), outcome.cells))
+        title, figure = _figure(tuning, outcome)
+        run.figure("tuning", figure, title)
+        for warning in dict.fromkeys(warning for cell in outcome.cells for warning in cell.warnings):
+            run.warn(warning)
+    if as_json:
+        common.print_json(outcome.to_json())
+        return
+    _show(tuning, outcome)
+    common.remarks.print(f"run folder: {run.path}; the preset for serve-bench: {run.path / 'preset.json'}")
+
+
+def _figure(tuning: Tuning, outcome: Outcome) -> tuple[str, Any]:
+    import numpy as np
+
+    from moeless.report import tuning_figures
+
+    title = f"Tuning {tuning.policy}, {tuning.bench.spec.name} on {tuning.bench.cluster.name}"
+    labels = [objective.label for objective in tuning.objectives]
+    if len(labels) == 1:
+        value_N = [trial["values"][tuning.objectives[0].name] for trial in outcome.trials]
+        found = np.array([np.nan if value is None else value for value in value_N])
+        return title, tuning_figures.progress(found, labels[0], maximise=tuning.objectives[0].maximise, title=title)
+    row = {number: index for index, number in enumerate(outcome.trial_N)}
+    trial_of = {point.name: row[point.trial] for point in outcome.rows if point.trial is not None}
+    return title, tuning_figures.pareto(
+        outcome.values_NM,
+        [row[number] for number in outcome.front],
+        labels,
+        default=trial_of.get("default"),
+        knee=trial_of[outcome.recommended],
+        title=title,
+    )
+
+
+def _show(tuning: Tuning, outcome: Outcome) -> None:
+    names = [objective.name for objective in tuning.objectives]
+    columns = ["", *(axis.name for axis in tuning.axes), *names]
+    columns += [column for name in names for column in (f"{name}, held out", "vs default")]
+    base = outcome.rows[0].held_out
+    rows = []
+    for point in outcome.rows:
+        cells: list[Any] = [point.name]
+        cells += [value if isinstance(value, float) else str(value) for value in map(point.params.get, _axes(tuning))]
+        cells += [point.tuned[name] for name in names]
+        for name in names:
+            mine, theirs = point.held_out[name], base[name]
+            cells += [mine, f"{100 * (mine / theirs - 1):+.1f} %" if mine is not None and theirs else None]
+        rows.append(cells)
+    common.show(common.table(f"{tuning.policy}, study {tuning.config.study}", columns, rows))
+    for name in tuning.left:
+        common.remarks.print(f"! {name} was left at its default: give --range {name}=LOW:HIGH to search it")
+
+
+def _axes(tuning: Tuning) -> list[str]:
+    return [axis.name for axis in tuning.axes]
