@@ -87,6 +87,11 @@ class ShardWriter:
         """Whether the folder already holds the whole trace."""
         return self.info.complete
 
+    @property
+    def pending_rows(self) -> int:
+        """Rows added since the last shard."""
+        return self._pending_rows
+
     def _add(self, columns: Mapping[str, Any], rows: int) -> None:
         arrays = []
         for field in self.schema:
