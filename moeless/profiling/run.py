@@ -225,15 +225,9 @@ def _measure(
 
 
 def default_kernel(grids: list[dict[str, Any]], dtype: str) -> str:
-    """The kernel that takes least time over the whole grid, among those measured with several active experts."""
-    whole = [grid for grid in grids if grid["dtype"] == dtype]
-    widest = max(len(grid["active"]) for grid in whole)
-    best = min(
-        (grid for grid in whole if len(grid["active"]) == widest),
-        # the mean of logarithms: small and large loads count alike
-        key=lambda grid: float(torch.tensor(grid["measured"], dtype=torch.float64).log().mean()),
-    )
-    return str(best["kernel"])
+    """The kernel that the engine runs: grouped products where they were measured, else the loop."""
+    kernels = [str(grid["kernel"]) for grid in grids if grid["dtype"] == dtype]
+    return "grouped_mm" if "grouped_mm" in kernels else kernels[0]
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
