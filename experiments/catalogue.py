@@ -8,7 +8,21 @@ from moeless.errors import UserError
 from moeless.experiments.base import Experiment
 
 #: Each is a module of this package with an ``EXPERIMENT``.
-NAMES = ("table1", "table2", "fig1", "fig3")
+NAMES = (
+    "table1",
+    "table2",
+    "fig1",
+    "fig3",
+    "fig4",
+    "fig8",
+    "fig9",
+    "fig10",
+    "fig13",
+    "fig14",
+    "fig15",
+    "fig16",
+    "fig17",
+)
 
 
 def find(name: str) -> list[Experiment]:

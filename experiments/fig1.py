@@ -35,7 +35,8 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             routing_figures.expert_bars(
                 {f"layer {layer}": load_LE[layer] for layer in layers}, f"Load per expert, {source.title}"
             ),
-            f"Share of the load that each expert of {source.title} gets, in three layers; dashed: an even share ({size}).",
+            f"Share of the load that each expert of {source.title} gets, in three layers; dashed: an even share "
+            f"({size}).",
             source.routing,
             source.label,
         )
@@ -51,8 +52,8 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             for expert, load in enumerate(load_E)
         ]
         text.append(
-            f"{source.title}: the busiest expert of a layer gets {skew_L.mean():.2f} times the even share, averaged over "
-            f"layers (from {skew_L.min():.2f} to {skew_L.max():.2f})."
+            f"{source.title}: the busiest expert of a layer gets {skew_L.mean():.2f} times the even share, averaged "
+            f"over layers (from {skew_L.min():.2f} to {skew_L.max():.2f})."
         )
     data = {"loads": Data(["model", "layer", "expert", "assignments"], rows, "Assignments per layer and expert")}
     return Drawn(plots, data, text=text)

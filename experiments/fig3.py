@@ -33,8 +33,9 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         found = results[source.title]
         plots[source.title] = Plot(
             _figure(source, found),
-            f"One-second batches of {found['arrivals']} arrivals replaying {source.title}'s routing: requests, tokens, and "
-            f"experts with at least one token, mean over layers (n = {sum(row[1] for row in found['rows']):,} requests).",
+            f"One-second batches of {found['arrivals']} arrivals replaying {source.title}'s routing: requests, tokens, "
+            f"and experts with at least one token, mean over layers "
+            f"(n = {sum(row[1] for row in found['rows']):,} requests).",
             source.routing,
             source.label,
         )

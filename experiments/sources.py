@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moeless.experiments.base import Job, Kind, Options
@@ -20,6 +21,9 @@ class Source:
         kind: evidence of figures that simulate on it.
         routing: evidence of figures that show the routing itself.
         label: shown on every figure, ``bundled model`` for the bundled one.
+        key: tells sources apart in the names of jobs.
+        predictor: the load predictor that the paper's system uses on it.
+        fitted: artefacts of fitted predictors, by name.
     """
 
     title: str
@@ -27,6 +31,9 @@ class Source:
     kind: Kind
     routing: Kind
     label: str = ""
+    key: str = ""
+    predictor: str = "history"
+    fitted: Mapping[str, Job] = field(default_factory=dict)
 
 
 def given(options: Options) -> Source | None:
@@ -39,9 +46,9 @@ def given(options: Options) -> Source | None:
     mark = fingerprint(options.trace)
     job = Job(f"the trace {options.trace.name}", "", {"sha256": mark["sha256"]}, given=options.trace)
     if info.synthetic:
-        return Source(info.spec.name, job, "synthetic", "synthetic")
+        return Source(info.spec.name, job, "synthetic", "synthetic", key="given")
     label = "bundled model" if info.spec.name == "bundled" else ""
-    return Source(info.spec.name, job, "simulated", "measured", label)
+    return Source(info.spec.name, job, "simulated", "measured", label, key="given")
 
 
 def bundled(options: Options, router_inputs: bool = True) -> Source:
@@ -53,10 +60,30 @@ def bundled(options: Options, router_inputs: bool = True) -> Source:
         "seed": options.seed,
     }
     job = Job("record the bundled model", f"{_RECORDING}:bundled", params, artefact=True)
-    return Source("bundled", job, "simulated", "measured", "bundled model")
+    return Source("bundled", job, "simulated", "measured", "bundled model", key="bundled")
 
 
 def routing_sources(options: Options) -> list[Source]:
     """What the routing figures show: the reader's trace, or everything at hand."""
     mine = given(options)
     return [mine] if mine is not None else [bundled(options)]
+
+
+#: The paper's two prompt sets, and how their stand-ins are called.
+DATASETS = ("lmsys", "sharegpt")
+
+
+def serving_sources(options: Options, dataset: str) -> list[Source]:
+    """What the serving figures run on: the reader's trace, or everything at hand for that data set."""
+    mine = given(options)
+    return [mine] if mine is not None else [bundled(options)]
+
+
+def common_kind(sources: Sequence[Source]) -> Kind:
+    """The weakest evidence among the sources: one synthetic one makes the figure synthetic."""
+    return "synthetic" if any(source.kind == "synthetic" for source in sources) else sources[0].kind
+
+
+def common_label(sources: Sequence[Source]) -> str:
+    """The label of a figure that shows all of them."""
+    return next((source.label for source in sources if source.label), "")

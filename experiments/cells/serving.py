@@ -1,0 +1,34 @@
+"""Cells that serve a workload in the simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
+    """One policy under one cost model: a result row.
+
+    Params: ``policy``, ``costs``, and any field of ``BenchConfig`` but the trace and the predictors, which are
+    ``needs[0]`` and the rest. Planner parameters are those of the one planner.
+    """
+    from moeless.contracts import Policy
+    from moeless.metrics import schema
+    from moeless.simulator.bench import Bench, BenchConfig
+
+    options = dict(params)
+    policy = Policy.parse(options.pop("policy"))
+    costs = options.pop("costs")
+    planner = options.pop("planner", {})
+    bench = Bench(
+        BenchConfig(
+            trace=Path(needs[0]),
+            policies=(policy,),
+            costs=(costs,),
+            predictors=tuple(Path(need) for need in needs[1:]),
+            planner_params={policy.planner: planner} if planner else {},
+            **options,
+        )
+    )
+    data: dict[str, Any] = schema.to_json(bench.run_cell(costs, policy).cell)
+    return data

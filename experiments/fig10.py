@@ -1,0 +1,121 @@
+"""Figure 10: cost of serving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moeless.experiments import latency_figures, serving
+from moeless.experiments.base import Claim, Data, Drawn, Experiment, Options, Plot
+from moeless.experiments.sources import DATASETS, Source, common_kind, common_label, serving_sources
+from moeless.report import style
+from moeless.report.result_figures import BILLS
+
+STATED = {"static": "−92.68 %", "oracle": "−84.06 %", "eplb": "−95.11 %"}
+
+
+def _sources(options: Options) -> list[Source]:
+    every = [source for dataset in DATASETS for source in serving_sources(options, dataset)]
+    return list({source.key: source for source in every}.values())
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    sources = _sources(options)
+    plots: dict[str, Plot] = {}
+    rows = []
+    for costs in options.costs:
+        for source in sources:
+            rows += [serving.row(source, one) for one in serving.cells(results, source, costs)]
+        plots[costs] = Plot(
+            _figure(options, results, sources, costs),
+            f"Cost relative to Megatron-LM (static EP) by three billing rules, {costs} costs, {options.cluster}; the "
+            "paper bills an expert only while its own layer runs. † changes the model's outputs.",
+            common_kind(sources),
+            common_label(sources),
+            wide=True,
+        )
+    data = {"bills": Data(serving.COLUMNS, rows, "Each policy's bills", show=False)}
+    return Drawn(plots, data, _claims(options, results, sources))
+
+
+def _figure(options: Options, results: Mapping[str, Any], sources: list[Source], costs: str) -> Any:
+    first = serving.cells(results, sources[0], costs)
+    look = style.looks([one.policy for one in first])
+    rules = [options.billing, *(rule for rule in BILLS if rule != options.billing)]
+    with style.drawing() as plt:
+        figure, grid = plt.subplots(1, 3, figsize=(style.WIDE, 2.6), layout="constrained", sharey=True)
+        width = 0.8 / len(first)
+        for axes, rule in zip(grid, rules, strict=True):
+            for place, source in enumerate(sources):
+                found = serving.cells(results, source, costs)
+                base = getattr(serving.of(found, "static").billing, rule)
+                for order, one in enumerate(found):
+                    value = getattr(one.billing, rule) / base if base else np.nan
+                    planner = one.policy.partition(":")[0]
+                    name = serving.PAPER_NAMES.get(planner, planner) + (" †" if one.lossy else "")
+                    drawn = next(one for name, one in look.items() if name.partition(":")[0] == planner)
+                    axes.bar(
+                        place + (order - (len(found) - 1) / 2) * width,
+                        value,
+                        width * 0.92,
+                        color=drawn.colour,
+                        label=name if place == 0 and rule == rules[0] else None,
+                    )
+            axes.axhline(1.0, color=style.INK, linewidth=0.7)
+            axes.set_title(BILLS[rule].partition(" (")[0], fontweight="normal")
+            axes.set_xticks(range(len(sources)), [source.title.replace(", ", "\n") for source in sources], fontsize=6)
+        grid[0].set_ylabel("cost ÷ Megatron-LM's")
+        figure.suptitle(f"Cost under {costs} costs", x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+        figure.legend(loc="outside lower center", ncols=4)
+        plt.close(figure)
+    return figure
+
+
+def _claims(options: Options, results: Mapping[str, Any], sources: list[Source]) -> list[Claim]:
+    claims = []
+    for against, stated in STATED.items():
+        for rule, short in (
+            ("paper", "the paper's rule"),
+            ("resident", "resident memory"),
+            ("gpu_seconds", "whole GPUs"),
+        ):
+            found = {}
+            for costs in options.costs:
+                changes = []
+                for source in sources:
+                    one = serving.cells(results, source, costs)
+                    mine, theirs = serving.of(one, "moeless").billing, serving.of(one, against).billing
+                    changes.append(-serving.reduction(getattr(mine, rule), getattr(theirs, rule)))
+                found[costs] = latency_figures.signed(float(np.mean(changes)))
+            note = {
+                "paper": "every system billed by the same rule, own layer's replicas times own duration; the paper's "
+                "saving needs the baselines billed for all layers' experts all the time",
+                "resident": "expert copies in memory, keep-alive included",
+                "gpu_seconds": "GPUs held; freeing memory on a GPU that stays saves nothing",
+            }[rule]
+            claims.append(
+                Claim(
+                    f"Cost of MoEless against {serving.PAPER_NAMES[against]}, {short}",
+                    stated if rule == "paper" else "not stated",
+                    found.get("paper"),
+                    found.get("roofline"),
+                    None,
+                    common_kind(sources),
+                    "moeless reproduce fig10",
+                    note,
+                )
+            )
+    return claims
+
+
+EXPERIMENT = Experiment(
+    name="fig10",
+    title="Figure 10: cost",
+    question="What does serving cost, by whose bill?",
+    stated="MoEless costs 92.68 % less than Megatron-LM, 84.06 % less than Oracle, 95.11 % less than EPLB "
+    "(memory times latency).",
+    jobs=latency_figures.jobs,
+    draw=_draw,
+)

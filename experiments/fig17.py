@@ -1,0 +1,94 @@
+"""Figure 17: what each component is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moeless.experiments import serving
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.sources import Source, common_kind, common_label, serving_sources
+from moeless.report import style
+
+#: Variant to (policy, changes of the workload); None is the full system's policy. The paper shows the first and last.
+VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "full system": (None, {}),
+    "history, no prediction": ("moeless:history", {}),
+    "perfect forecast": ("moeless:oracle", {}),
+    "no extra copies": (None, {"extra_slots": 0}),
+    "no keep-alive": (None, {"keep_alive": 0.0}),
+    "none of them": ("static", {}),
+}
+
+
+def _jobs(options: Options) -> Mapping[str, Job]:
+    made = {}
+    for source in serving_sources(options, "lmsys"):
+        for costs in options.costs:
+            for variant, (policy, changes) in VARIANTS.items():
+                chosen = policy or serving.moeless_policy(source)
+                made[f"{source.key}|{costs}|{variant}"] = serving.job(options, source, chosen, costs, **changes)
+    return made
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    sources = serving_sources(options, "lmsys")
+    plots: dict[str, Plot] = {}
+    rows: list[list[Any]] = []
+    for costs in options.costs:
+        for source in sources:
+            for variant in VARIANTS:
+                one = serving.cell(results[f"{source.key}|{costs}|{variant}"])
+                layer, bill = one.layer, one.billing
+                figures = (layer.mean_ms, layer.replicas, bill.paper, bill.resident, layer.samples)
+                rows.append([source.title, costs, variant, *figures])
+        plots[costs] = Plot(
+            _figure(results, sources, costs),
+            f"Mean MoE-layer time with one component taken away or replaced, relative to the full system; "
+            f"{options.cluster}, {costs} costs (n = {min(row[-1] for row in rows):,} layer runs or more a bar).",
+            common_kind(sources),
+            common_label(sources),
+        )
+    columns = ["source", "costs", "variant", "mean layer (ms)", "replicas per layer", "paper bill (GB·s)"]
+    columns += ["resident bill (GB·s)", "layer runs"]
+    return Drawn(plots, {"variants": Data(columns, rows, "Each variant", show=True)})
+
+
+def _figure(results: Mapping[str, Any], sources: list[Source], costs: str) -> Any:
+    names = list(VARIANTS)
+    look = style.series([source.title for source in sources])
+    with style.drawing() as plt:
+        figure, axes = plt.subplots(
+            figsize=(style.COLUMN, 0.9 + 0.3 * len(names) * max(1.0, 0.55 * len(sources))), layout="constrained"
+        )
+        height = 0.8 / len(sources)
+        y = np.arange(len(names))[::-1]
+        for order, source in enumerate(sources):
+            times = np.array([results[f"{source.key}|{costs}|{name}"]["layer"]["mean_ms"] for name in names])
+            place = y + ((len(sources) - 1) / 2 - order) * height
+            one = look[source.title]
+            axes.barh(place, times / times[0], height * 0.92, color=one.colour, label=source.title)
+            for at, ratio in zip(place, times / times[0], strict=True):
+                axes.text(ratio, at, f" {ratio:.2f}", va="center", fontsize=6.5)
+        axes.axvline(1.0, color=style.INK, linewidth=0.7)
+        axes.set_yticks(y, names)
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        axes.margins(x=0.12)
+        axes.set(xlabel="mean layer time ÷ full system's", title=f"Ablation, {costs} costs")
+        if len(sources) > 1:
+            figure.legend(loc="outside lower center", ncols=2)
+        plt.close(figure)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="fig17",
+    title="Figure 17: ablation",
+    question="What is each component worth?",
+    stated="One variant without prediction, scaling and placement is slower.",
+    jobs=_jobs,
+    draw=_draw,
+)

@@ -1,0 +1,123 @@
+"""What the serving figures share: the systems that are compared, the workload, and how results are read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moeless.experiments.base import Job, Options
+from moeless.experiments.sources import Source
+from moeless.metrics import schema
+from moeless.metrics.result import Cell
+
+_SERVE = "moeless.experiments.cells.serving:serve"
+#: The four systems of the paper's figures; the predictor of ``moeless`` depends on what the trace holds.
+BASELINES = ("static", "eplb:history", "oracle")
+#: How the paper calls them.
+PAPER_NAMES = {"static": "Megatron-LM", "eplb": "EPLB", "moeless": "MoEless", "oracle": "Oracle"}
+
+
+def workload(options: Options) -> dict[str, Any]:
+    """The paper's workload: Azure arrivals, one-second batches; lengths are the trace's own."""
+    return {
+        "cluster": options.cluster,
+        "arrivals": "azure-like",
+        "batching": "one-second",
+        "lengths": "trace",
+        "max_requests": options.pick(40, 1000),
+        "seed": options.seed,
+    }
+
+
+def moeless_policy(source: Source, distance: int = 1) -> str:
+    """The paper's system with the predictor that the trace allows."""
+    return f"moeless:{source.predictor}" + ("" if source.predictor == "history" else f":{distance}")
+
+
+def systems(source: Source) -> tuple[str, ...]:
+    """Policies of the paper's comparison, in its order."""
+    return (*BASELINES, moeless_policy(source))
+
+
+def job(options: Options, source: Source, policy: str, costs: str, **changes: Any) -> Job:
+    """One simulated run; ``changes`` replace parts of the workload."""
+    planner, _, predictor = policy.partition(":")
+    needs: tuple[Job, ...] = (source.job,)
+    if planner not in ("static", "oracle") and predictor.partition(":")[0] in source.fitted:
+        needs = (source.job, source.fitted[predictor.partition(":")[0]])
+    detail = "".join(f", {key} {value}" for key, value in changes.items())
+    return Job(
+        f"serve {source.title} by {policy}, {costs} costs{detail}",
+        _SERVE,
+        {**workload(options), "policy": policy, "costs": costs, **changes},
+        needs,
+    )
+
+
+def jobs(options: Options, sources: Iterable[Source], policies: Sequence[str] = (), **changes: Any) -> dict[str, Job]:
+    """Every (source, cost model, policy); names are ``title|costs|policy``."""
+    return {
+        f"{source.key}|{costs}|{policy}": job(options, source, policy, costs, **changes)
+        for source in sources
+        for costs in options.costs
+        for policy in policies or systems(source)
+    }
+
+
+def cell(data: Mapping[str, Any]) -> Cell:
+    """A cached result row."""
+    return schema.from_json(Cell, data, "cached cell")
+
+
+def cells(results: Mapping[str, Any], source: Source, costs: str) -> list[Cell]:
+    """Rows of one source under one cost model, in the order of their jobs."""
+    return [cell(data) for name, data in results.items() if name.startswith(f"{source.key}|{costs}|")]
+
+
+def of(rows: Sequence[Cell], planner: str) -> Cell:
+    """The row of a planner."""
+    return next(row for row in rows if row.policy.partition(":")[0] == planner)
+
+
+def reduction(mine: float, theirs: float) -> float:
+    """How much lower ``mine`` is, per cent of ``theirs`` (negative: higher)."""
+    return 100.0 * (1.0 - mine / theirs) if theirs else 0.0
+
+
+COLUMNS = (
+    "source",
+    "costs",
+    "policy",
+    "mean layer (ms)",
+    "p50 (ms)",
+    "p99 (ms)",
+    "replicas per layer",
+    "imbalance",
+    "warm (%)",
+    "paper bill (GB·s)",
+    "resident bill (GB·s)",
+    "GPU·s",
+    "layer runs",
+    "evidence",
+)
+
+
+def row(source: Source, one: Cell) -> list[Any]:
+    """A result as a row of COLUMNS."""
+    layer, bill = one.layer, one.billing
+    return [
+        source.title,
+        one.costs,
+        one.policy + (" †" if one.lossy else ""),
+        layer.mean_ms,
+        layer.p50_ms,
+        layer.p99_ms,
+        layer.replicas,
+        layer.imbalance,
+        100.0 * layer.warm_rate,
+        bill.paper,
+        bill.resident,
+        bill.gpu_seconds,
+        layer.samples,
+        one.evidence,
+    ]
