@@ -35,9 +35,8 @@ def digest(data: Any) -> str:
     return hashlib.sha256(canonical(data).encode()).hexdigest()
 
 
-@lru_cache(maxsize=1)
-def code_hash() -> str:
-    """Hash of the sources that compute: the package without its presentation, and the jobs' functions."""
+def code_files() -> list[Path]:
+    """The sources that compute: the package without its presentation, and the jobs' functions."""
     root = Path(moeless.__file__).parent
     files = [
         path
@@ -47,8 +46,13 @@ def code_hash() -> str:
     # the linked folders: rglob does not follow links before Python 3.13
     for name in ("predictors", "placement", "experiments/cells"):
         files += (root / name).resolve().rglob("*.py")
-    unique = {path.resolve(): path for path in files}
-    return digest([[path.name, sha256(path)] for path in sorted(unique)])
+    return sorted({path.resolve() for path in files})
+
+
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Hash of the sources that compute."""
+    return digest([[path.name, sha256(path)] for path in code_files()])
 
 
 @cache
