@@ -87,6 +87,13 @@ class CostModel(ABC):
     def control_seconds(self, policy: Policy, layer: int) -> float:
         """Forecast, gathering counts, planning and dispatch of one layer, as far as they are exposed."""
 
+    def background_seconds(self, policy: Policy) -> float:
+        """From a layer's gate input to the plan of the layer ahead: forecast, its copy to the host, planning.
+
+        It runs beside the model and is exposed only where the layer ahead starts sooner.
+        """
+        return 0.0
+
     def misc_seconds(self) -> float:
         """Fixed time of a layer outside expert compute and exchange (T_misc of the paper)."""
         return 0.0

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from moeless.serverless.keep_alive import COVERED, FIRST_BIN_SECONDS, MIN_GAPS
+
 # accounts, as places in one array of floats
 RESIDENT, LOADS, EVICTIONS, REFUSED, BY_TIER = 0, 1, 2, 3, 4
 NUM_COUNTERS = 7
 
 
 @njit(cache=True)
-def _evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters):  # type: ignore[no-untyped-def]
+def evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters):  # type: ignore[no-untyped-def]
+    """Free a copy's memory as of ``end``."""
     counters[RESIDENT] += num_bytes * max(0.0, end - born[layer, expert, gpu])
     counters[EVICTIONS] += 1
     ready[layer, expert, gpu] = np.inf
@@ -20,23 +23,23 @@ def _evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters
 
 
 @njit(cache=True)
-def _make_room(gpu, now, num_bytes, ready, born, used, planned, resident_G, capacity_G, counters):  # type: ignore[no-untyped-def]
-    """Evict the least recently used unplanned copies of a GPU until one more fits; False where none is left."""
+def make_room(  # type: ignore[no-untyped-def]
+    gpu, wanted, now, num_bytes, ready, born, used, planned, resident_G, capacity_G, counters
+):
+    """Evict the least recently used unplanned copies of a GPU until ``wanted`` bytes fit; False where they cannot."""
     layers, experts, _ = ready.shape
-    while resident_G[gpu] + num_bytes > capacity_G[gpu]:
+    while resident_G[gpu] + wanted > capacity_G[gpu]:
         oldest, at_layer, at_expert = np.inf, -1, -1
         for layer in range(layers):
             for expert in range(experts):
-                if planned[layer, expert, gpu] or born[layer, expert, gpu] == np.inf:
-                    continue
                 # a copy on its way cannot be called back
-                if ready[layer, expert, gpu] > now:
+                if planned[layer, expert, gpu] or ready[layer, expert, gpu] > now:
                     continue
                 if used[layer, expert, gpu] < oldest:
                     oldest, at_layer, at_expert = used[layer, expert, gpu], layer, expert
         if at_layer < 0:
             return False
-        _evict(at_layer, at_expert, gpu, now, num_bytes, ready, born, resident_G, counters)
+        evict(at_layer, at_expert, gpu, now, num_bytes, ready, born, resident_G, counters)
     return True
 
 
@@ -54,13 +57,37 @@ def _source(layer, expert, gpu, now, island_size, tier_seconds, ready):  # type:
 
 
 @njit(cache=True)
+def _learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
+    """Count an idle gap; the keep-alive that covers most gaps so far."""
+    place = 0
+    edge = FIRST_BIN_SECONDS
+    while edge < gap and place < len(histogram_B) - 1:
+        place += 1
+        edge *= 2.0
+    histogram_B[place] += 1
+    total = histogram_B.sum()
+    if total < MIN_GAPS:
+        return fixed
+    seen, edge = 0, FIRST_BIN_SECONDS
+    for b in range(len(histogram_B)):
+        seen += histogram_B[b]
+        if seen >= COVERED * total:
+            return edge
+        edge *= 2.0
+    return edge
+
+
+@njit(cache=True)
 def provision(  # type: ignore[no-untyped-def]
     layer,
     expert_R,
     gpu_R,
     now,
     num_bytes,
-    keep_alive,
+    fixed_keep_alive,
+    adaptive,
+    keep_LE,
+    histogram_LEB,
     island_size,
     tier_seconds,
     instant,
@@ -75,26 +102,30 @@ def provision(  # type: ignore[no-untyped-def]
 ):
     """Make a plan the current one; see :meth:`moeless.serverless.pool.InstancePool.provision`."""
     experts, gpus = ready.shape[1], ready.shape[2]
+    wanted = np.zeros((experts, gpus), np.bool_)
+    for r in range(len(expert_R)):
+        wanted[expert_R[r], gpu_R[r]] = True
     for expert in range(experts):
         for gpu in range(gpus):
-            if planned[layer, expert, gpu]:
+            if planned[layer, expert, gpu] and not wanted[expert, gpu]:
                 # a copy's idle time starts when the plan drops it, not before
                 used[layer, expert, gpu] = max(used[layer, expert, gpu], now)
-                planned[layer, expert, gpu] = False
-    for r in range(len(expert_R)):
-        planned[layer, expert_R[r], gpu_R[r]] = True
+            elif adaptive and wanted[expert, gpu] and not planned[layer, expert, gpu] and used[layer, expert, gpu] >= 0:
+                gap = max(0.0, now - used[layer, expert, gpu])
+                keep_LE[layer, expert] = _learn(gap, histogram_LEB[layer, expert], fixed_keep_alive)
+            planned[layer, expert, gpu] = wanted[expert, gpu]
     for expert in range(experts):
         for gpu in range(gpus):
-            if born[layer, expert, gpu] == np.inf or planned[layer, expert, gpu]:
+            if born[layer, expert, gpu] == np.inf or wanted[expert, gpu]:
                 continue
-            end = max(used[layer, expert, gpu], ready[layer, expert, gpu]) + keep_alive
+            end = max(used[layer, expert, gpu], ready[layer, expert, gpu]) + keep_LE[layer, expert]
             if end <= now:
-                _evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters)
+                evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters)
     for r in range(len(expert_R)):
         expert, gpu = expert_R[r], gpu_R[r]
         if born[layer, expert, gpu] != np.inf:
             continue
-        if not _make_room(gpu, now, num_bytes, ready, born, used, planned, resident_G, capacity_G, counters):
+        if not make_room(gpu, num_bytes, now, num_bytes, ready, born, used, planned, resident_G, capacity_G, counters):
             counters[REFUSED] += 1
             continue
         start = now

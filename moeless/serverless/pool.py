@@ -2,16 +2,16 @@
 
 Glossary: a copy is *cold* when it is in no GPU memory, *loading* from the moment its transfer is asked for until it
 is ready, *warm* from then on, *expired* once its keep-alive has run out and its memory is free again. A copy that
-the layer's current plan holds never expires. Copies of one expert on one GPU share their weights: they are one
-copy here, however many replicas of it a plan names.
+the layer's current plan holds does not expire while requests run. Copies of one expert on one GPU share their
+weights: they are one copy here, however many replicas of it a plan names.
 
 Axes: L layers, E experts, G GPUs, R replicas of one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from moeless.contracts import BoolArray, FloatArray, InstanceState, Int32Array, 
 from moeless.costs import CostModel
 from moeless.errors import RunFailed, UserError
 from moeless.serverless import kernels
+from moeless.serverless.keep_alive import NUM_BINS, KeepAlive
 from moeless.spec import MoESpec
 
 #: Where a copy's weights may come from besides another GPU.
@@ -32,27 +33,27 @@ class PoolSettings:
     """Assumptions about instances; the paper states none of the durations.
 
     Attributes:
-        keep_alive_seconds: how long an unplanned copy stays in memory after its last use.
+        keep_alive: of copies that no plan holds.
         home: where every expert's weights always are: ``host`` memory or object ``storage``.
         instant: copies take no time and no link (the paper's cost formula).
-        expert_bytes_G: memory for expert copies on each GPU; None: what the model's other weights and
-            ``kv_fraction`` leave.
-        kv_fraction: share of a GPU's memory, after the non-expert weights, that is kept for the KV cache.
+        expert_bytes_G: memory for expert copies on each GPU; None: what the model's other weights and the KV cache
+            of the running requests leave, moment by moment.
+        scale_to_zero: idle for a keep-alive, all copies expire and all GPUs are given back.
+        container_seconds: starting a GPU container again; its non-expert weights then load from ``home``.
     """
 
-    keep_alive_seconds: float = 10.0
+    keep_alive: KeepAlive = field(default_factory=KeepAlive)
     home: str = "host"
     instant: bool = False
     expert_bytes_G: tuple[float, ...] | None = None
-    kv_fraction: float = 0.3
+    scale_to_zero: bool = False
+    container_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.keep_alive_seconds < 0:
-            raise UserError("the keep-alive must not be negative")
         if self.home not in HOME_TIERS:
             raise UserError(f"experts' home is {self.home!r}, it must be host or storage")
-        if not 0 <= self.kv_fraction < 1:
-            raise UserError("the KV cache's share of memory must be at least 0 and below 1")
+        if not self.container_seconds >= 0:
+            raise UserError(f"a container's start must take at least 0 seconds, got {self.container_seconds}")
 
 
 class InstancePool:
@@ -60,33 +61,45 @@ class InstancePool:
 
     def __init__(self, spec: MoESpec, cluster: Cluster, costs: CostModel, settings: PoolSettings) -> None:
         self.spec, self.cluster, self.settings = spec, cluster, settings
+        self._bytes = float(spec.expert_bytes)
         shape = (spec.L, spec.E, cluster.G)
         self.ready_LEG = np.full(shape, np.inf)
         self.born_LEG = np.full(shape, np.inf)
-        self.used_LEG = np.zeros(shape)
+        # -1: never used
+        self.used_LEG = np.full(shape, -1.0)
         self.planned_LEG = np.zeros(shape, np.bool_)
         self.engine_free_G = np.zeros(cluster.G)
         self.resident_G = np.zeros(cluster.G)
-        self.capacity_G = self._capacity()
+        self.down_G = np.zeros(cluster.G, np.bool_)
+        self.kv_overflow_bytes = 0.0
+        self._room_G = self._room()
+        self.capacity_G = self._room_G.copy()
         self._counters = np.zeros(kernels.NUM_COUNTERS)
+        keep = settings.keep_alive
+        self._keep_LE = np.full(shape[:2], np.inf if keep.kind == "lru" else keep.seconds)
+        self._histogram_LEB = np.zeros((*shape[:2], NUM_BINS) if keep.kind == "adaptive" else (0, 0, 0), np.int64)
         tiers = ("peer", "peer-slow", settings.home)
-        bytes_ = float(spec.expert_bytes)
-        seconds = [0.0 if settings.instant else costs.load_seconds(bytes_, tier, 0) for tier in tiers]
+        seconds = [0.0 if settings.instant else costs.load_seconds(self._bytes, tier, 0) for tier in tiers]
         self.tier_seconds = np.array(seconds)
+        restart = costs.load_seconds(float(spec.non_expert_bytes), settings.home, 0)
+        self.wake_seconds = settings.container_seconds + restart
+        self.released_gpu_seconds = 0.0
+        #: told of every transfer: GPU, layer, expert, begin, end
+        self.on_copy: Callable[[int, int, int, float, float], None] | None = None
 
-    def _capacity(self) -> FloatArray:
-        settings, cluster = self.settings, self.cluster
-        if settings.expert_bytes_G is not None:
-            if len(settings.expert_bytes_G) != cluster.G:
-                raise UserError(f"expert memory is given for {len(settings.expert_bytes_G)} GPUs, not {cluster.G}")
-            return np.array(settings.expert_bytes_G, np.float64)
-        room = cluster.device.memory_bytes - self.spec.non_expert_bytes
-        return np.full(cluster.G, max(0.0, room * (1.0 - settings.kv_fraction)))
+    def _room(self) -> FloatArray:
+        given = self.settings.expert_bytes_G
+        if given is not None:
+            if len(given) != self.cluster.G:
+                raise UserError(f"expert memory is given for {len(given)} GPUs, not {self.cluster.G}")
+            return np.array(given, np.float64)
+        room = self.cluster.device.memory_bytes - self.spec.non_expert_bytes
+        return np.full(self.cluster.G, max(0.0, room))
 
     @property
     def moved_bytes(self) -> float:
         """Weight bytes loaded since the deployment."""
-        return float(self._counters[kernels.LOADS] * self.spec.expert_bytes)
+        return float(self._counters[kernels.LOADS] * self._bytes)
 
     @property
     def evictions(self) -> int:
@@ -110,11 +123,10 @@ class InstancePool:
             RunFailed: the copies do not fit in the GPUs' memory.
         """
         for layer, plan in enumerate(plans):
-            self.ready_LEG[layer, plan.expert_R, plan.gpu_R] = now
-            self.born_LEG[layer, plan.expert_R, plan.gpu_R] = now
-            self.used_LEG[layer, plan.expert_R, plan.gpu_R] = now
+            for array in (self.ready_LEG, self.born_LEG, self.used_LEG):
+                array[layer, plan.expert_R, plan.gpu_R] = now
             self.planned_LEG[layer, plan.expert_R, plan.gpu_R] = True
-        self.resident_G[:] = np.isfinite(self.born_LEG).sum((0, 1)) * float(self.spec.expert_bytes)
+        self.resident_G[:] = np.isfinite(self.born_LEG).sum((0, 1)) * self._bytes
         over = np.flatnonzero(self.resident_G > self.capacity_G)
         if len(over):
             need, room = self.resident_G[over[0]] / 1e9, self.capacity_G[over[0]] / 1e9
@@ -125,13 +137,19 @@ class InstancePool:
 
     def provision(self, layer: int, expert_R: Int32Array, gpu_R: Int32Array, now: float) -> None:
         """Make these replicas the layer's plan: start loading what is missing, let what is left out grow old."""
+        cold_EG, free_G = self.born_LEG[layer] == np.inf, self.engine_free_G
+        if self.on_copy is not None:
+            cold_EG, free_G = cold_EG.copy(), free_G.copy()
         kernels.provision(
             layer,
             expert_R,
             gpu_R,
             now,
-            float(self.spec.expert_bytes),
-            self.settings.keep_alive_seconds,
+            self._bytes,
+            self.settings.keep_alive.seconds,
+            self.settings.keep_alive.kind == "adaptive",
+            self._keep_LE,
+            self._histogram_LEB,
             self.cluster.island_size,
             self.tier_seconds,
             self.settings.instant,
@@ -145,13 +163,27 @@ class InstancePool:
             self._counters,
         )
 
-    def usable(self, plan: LayerPlan, now: float) -> BoolArray:
-        """Which replicas of a plan are warm at ``now``, ``[R]``."""
-        return np.asarray(self.ready_LEG[plan.layer, plan.expert_R, plan.gpu_R] <= now)
+        if self.on_copy is not None:
+            self._report(layer, cold_EG & np.isfinite(self.born_LEG[layer]), free_G, now)
+
+    def _report(self, layer: int, begun_EG: BoolArray, free_G: FloatArray, now: float) -> None:
+        assert self.on_copy is not None
+        for gpu in np.flatnonzero(begun_EG.any(0)).tolist():
+            begin = max(now, float(free_G[gpu]))
+            for expert in sorted(
+                np.flatnonzero(begun_EG[:, gpu]).tolist(), key=lambda e: self.ready_LEG[layer, e, gpu]
+            ):
+                end = float(self.ready_LEG[layer, expert, gpu])
+                self.on_copy(gpu, layer, expert, begin, end)
+                begin = end
 
     def ready_at(self, plan: LayerPlan) -> FloatArray:
         """When each replica of a plan is warm, ``[R]``; infinite where nothing loads it."""
         return np.asarray(self.ready_LEG[plan.layer, plan.expert_R, plan.gpu_R])
+
+    def usable(self, plan: LayerPlan, now: float) -> BoolArray:
+        """Which replicas of a plan are warm at ``now``, ``[R]``."""
+        return np.asarray(self.ready_at(plan) <= now)
 
     def states(self, plan: LayerPlan, now: float) -> NDArray[np.uint8]:
         """An :class:`InstanceState` per replica, ``[R]``."""
@@ -161,14 +193,92 @@ class InstancePool:
         state[ready <= now] = InstanceState.WARM
         return state
 
+    def alive(self, plan: LayerPlan) -> LayerPlan:
+        """The plan with the copies that linger beside it as further extras: what a planner may reuse warm."""
+        lingering = np.isfinite(self.born_LEG[plan.layer]) & ~self.planned_LEG[plan.layer]
+        if not lingering.any():
+            return plan
+        expert, gpu = np.nonzero(lingering)
+        expert_R = np.concatenate([plan.expert_R, expert.astype(np.int32)])
+        gpu_R = np.concatenate([plan.gpu_R, gpu.astype(np.int32)])
+        primary_R = np.concatenate([plan.primary_R, np.zeros(len(expert), np.bool_)])
+        order = np.lexsort((expert_R, ~primary_R, gpu_R))
+        return LayerPlan(plan.layer, expert_R[order], gpu_R[order], primary_R[order])
+
+    def share_memory(self, kv_bytes_G: FloatArray, now: float) -> None:
+        """Give the KV cache its room: unplanned copies that are in its way are evicted, least recently used first.
+
+        Where even that is not enough the overflow is noted; a real system would preempt requests.
+        """
+        if self.settings.expert_bytes_G is not None:
+            return
+        self.capacity_G = np.where(self.down_G, 0.0, np.maximum(0.0, self._room_G - kv_bytes_G))
+        for gpu in np.flatnonzero(self.resident_G > self.capacity_G):
+            self._make_room(int(gpu), now)
+            over = float(self.resident_G[gpu] - self.capacity_G[gpu])
+            self.kv_overflow_bytes = max(self.kv_overflow_bytes, over)
+
+    def _make_room(self, gpu: int, now: float) -> None:
+        kernels.make_room(
+            gpu,
+            0.0,
+            now,
+            self._bytes,
+            self.ready_LEG,
+            self.born_LEG,
+            self.used_LEG,
+            self.planned_LEG,
+            self.resident_G,
+            self.capacity_G,
+            self._counters,
+        )
+
+    def set_down(self, gpu: int, down: bool) -> None:
+        """Take a GPU's memory away, or give it back empty."""
+        self.down_G[gpu] = down
+        self.capacity_G[gpu] = 0.0 if down else self._room_G[gpu]
+
+    def drop(self, copies_LEG: BoolArray, end: float) -> None:
+        """Take copies out of memory as of ``end``, planned or not (expiry, failure)."""
+        for layer, expert, gpu in np.argwhere(copies_LEG & np.isfinite(self.born_LEG)).tolist():
+            kernels.evict(
+                layer, expert, gpu, end, self._bytes, self.ready_LEG, self.born_LEG, self.resident_G, self._counters
+            )
+
+    def sleep(self, idle_from: float, until: float) -> bool:
+        """An idle gap: where it outlasts the keep-alive, everything expires and the GPUs are given back.
+
+        Returns:
+            Whether that happened; the caller then waits ``wake_seconds`` and provisions its plans again.
+        """
+        keep = self.settings.keep_alive
+        if not self.settings.scale_to_zero or keep.kind == "lru" or until - idle_from <= keep.seconds:
+            return False
+        end = idle_from + keep.seconds
+        self.drop(np.ones(self.born_LEG.shape, np.bool_), end)
+        self.released_gpu_seconds += self.cluster.G * (until - end)
+        self.engine_free_G[:] = until + self.wake_seconds
+        return True
+
     def resident_byte_seconds(self, now: float) -> float:
         """Sum over copies of bytes times seconds in memory up to ``now``, copies still there included.
 
         An unplanned copy counts to the end of its keep-alive, even where nobody has looked at it since.
         """
         here = np.isfinite(self.born_LEG)
-        until = np.full(self.born_LEG.shape, now)
-        ends = np.maximum(self.used_LEG, self.born_LEG) + self.settings.keep_alive_seconds
-        until[~self.planned_LEG] = np.minimum(ends[~self.planned_LEG], now)
-        alive = float((until[here] - self.born_LEG[here]).sum()) * float(self.spec.expert_bytes)
+        ends = np.maximum(self.used_LEG, np.where(here, self.ready_LEG, 0.0)) + self._keep_LE[:, :, None]
+        until = np.where(self.planned_LEG, now, np.minimum(ends, now))
+        alive = float(np.maximum(0.0, until[here] - self.born_LEG[here]).sum()) * self._bytes
         return float(self._counters[kernels.RESIDENT]) + alive
+
+    def check(self) -> None:
+        """Assert that memory is conserved.
+
+        Raises:
+            AssertionError: the bytes booked differ from the copies there are, or exceed what the GPU has.
+        """
+        held = np.isfinite(self.born_LEG).sum((0, 1)) * self._bytes
+        assert np.allclose(held, self.resident_G), "booked memory differs from the copies there are"
+        assert (np.isfinite(self.ready_LEG) == np.isfinite(self.born_LEG)).all(), "a copy is ready that was never begun"
+        here = np.isfinite(self.born_LEG)
+        assert (self.ready_LEG[here] >= self.born_LEG[here]).all(), "a copy was ready before its load began"

@@ -17,8 +17,9 @@ from moeless.costs import COSTS
 from moeless.errors import UserError
 from moeless.metrics.requests import Objective
 from moeless.placement import PLANNERS
-from moeless.serverless import PoolSettings
+from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator.core import Simulation, SimulationSettings, simulate
+from moeless.simulator.failures import Failure
 from moeless.simulator.routing import Replay
 from moeless.simulator.runtime import ORACLE, resolve
 from moeless.spec import MoESpec, preset
@@ -46,7 +47,9 @@ class BenchConfig:
         part: which requests of the trace are served: ``test``, those that history and fitting leave out, or ``tune``,
             a share of the others, so that what is tuned can be tested on requests that tuning never saw.
         arrivals_window: seconds [start, stop) of a request trace's file that are used.
-        keep_alive, home: of expert copies; see ``moeless.serverless``.
+        keep_alive, home, scale_to_zero, container_seconds: of expert copies; see ``moeless.serverless``. Serverful
+            planners keep no copy that their plan does not hold, and never scale to zero.
+        failures: what breaks, and when.
         replan_seconds: between EPLB's plans.
         instant_copies: whether copies take no time; None: only under the ``paper`` costs, whose formula has no term
             for them.
@@ -72,7 +75,10 @@ class BenchConfig:
     arrivals_window: tuple[float, float] | None = None
     objectives: tuple[Objective, ...] = ()
     warmup: int = 0
-    keep_alive: float = 10.0
+    keep_alive: float | str = 10.0
+    scale_to_zero: bool = False
+    container_seconds: float = 1.0
+    failures: tuple[Failure, ...] = ()
     home: str = "host"
     replan_seconds: float = 600.0
     instant_copies: bool | None = None
@@ -232,21 +238,29 @@ class Bench:
         )
         instant = costs_name == "paper" if config.instant_copies is None else config.instant_copies
         # a serverful planner frees what it no longer wants at once
-        keep_alive = config.keep_alive if runtime.planner.cadence == "iteration" else 0.0
+        serverful = runtime.planner.cadence != "iteration"
+        keep_alive = KeepAlive("fixed", 0.0) if serverful else KeepAlive.parse(str(config.keep_alive))
         return simulate(
             self.replay,
             self.workload.requests,
             self._scheduler(),
             runtime,
             settings=SimulationSettings(
-                PoolSettings(keep_alive_seconds=keep_alive, home=config.home, instant=instant),
+                PoolSettings(
+                    keep_alive=keep_alive,
+                    home=config.home,
+                    instant=instant,
+                    scale_to_zero=config.scale_to_zero and not serverful,
+                    container_seconds=config.container_seconds,
+                ),
                 config.replan_seconds,
                 config.warmup,
+                config.failures,
             ),
             prior_share_LE=self.served.history_share_LE,
             objectives=config.objectives,
             evidence="synthetic" if self.trace.info.synthetic else "simulated",
-            labels=self._labels(instant, keep_alive),
+            labels=self._labels(instant, str(keep_alive)),
             router_inputs=self._router_inputs if self.trace.has_router_inputs else None,
             progress=progress,
             notes=self.workload.warnings,
@@ -258,7 +272,7 @@ class Bench:
             report = None if progress is None else partial(progress, f"{costs_name} {policy}")
             yield self.run_cell(costs_name, policy, report)
 
-    def _labels(self, instant: bool, keep_alive: float) -> dict[str, Any]:
+    def _labels(self, instant: bool, keep_alive: str) -> dict[str, Any]:
         config = self.config
         return {
             "batching": config.batching,
@@ -268,7 +282,7 @@ class Bench:
             "request_rate": config.request_rate,
             "extra_slots": config.extra_slots,
             "copies": "instant" if instant else "timed",
-            "keep_alive_s": keep_alive,
+            "keep_alive": keep_alive,
             "seed": config.seed,
         }
 

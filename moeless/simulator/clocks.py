@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless.contracts import FloatArray, Request
+from moeless.contracts import FloatArray, IntArray, Request
 from moeless.metrics.requests import RequestTimes
 from moeless.simulator.routing import SpanColumns
 
@@ -21,6 +21,7 @@ class RequestClocks:
         size = max((request.id for request in requests), default=-1) + 1
         self._arrival, self._first, self._last = np.full((3, size), np.nan)
         self._prompt, self._output, self._got = np.zeros((3, size), np.int64)
+        self._position = np.zeros(size, np.int64)
         for request in requests:
             self._arrival[request.id] = request.arrival
             self._prompt[request.id] = request.prompt_tokens
@@ -30,6 +31,7 @@ class RequestClocks:
 
     def complete(self, spans: SpanColumns, now: float) -> None:
         """Give every request whose span ends at or after its prompt's last position a token at ``now``."""
+        self._position[spans.request_N] = spans.stop_N
         emits = spans.stop_N >= self._prompt[spans.request_N]
         request = spans.request_N[emits]
         again = request[self._got[request] > 0]
@@ -54,6 +56,12 @@ class RequestClocks:
             self._counts.extend([len(spans.request_N)] * (len(end_I) - 1))
             self._last[spans.request_N] = end_I[-1]
             self._got[spans.request_N] += len(end_I) - 1
+            self._position[spans.request_N] += len(end_I) - 1
+
+    def cached(self) -> tuple[IntArray, IntArray]:
+        """Unfinished requests that have begun, and the positions each has in its KV cache."""
+        request_N = np.flatnonzero((self._position > 0) & (self._got < self._output))
+        return request_N, self._position[request_N]
 
     @property
     def completed(self) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 from moeless.contracts import Policy
 from moeless.errors import UserError
-from moeless.files import read_json
 from moeless.placement import PLANNERS
 from moeless.simulator.runtime import ORACLE
 from moeless.spec import MoESpec
@@ -41,15 +40,28 @@ def load_predictors(
     if not names:
         return {}
     from moeless.predictors import PREDICTORS
+    from moeless.predictors.base import load_predictor
 
-    fitted = {str(read_json(folder / "predictor.json").get("name")): folder for folder in folders}
+    fitted = {}
+    for folder in folders:
+        loaded = load_predictor(folder)
+        loaded.check_spec(spec, "the trace")
+        fitted[loaded.name] = loaded
     made: dict[str, Any] = {}
     for name in names:
-        kind = PREDICTORS.get(name)
-        if name in fitted:
-            made[name] = kind.load(fitted[name])
-        else:
-            made[name] = kind(spec)
-        if made[name].spec != spec:
-            raise UserError(f"predictor {name!r} was fitted for another model than {spec.name}")
+        made[name] = fitted[name] if name in fitted else _unfitted(PREDICTORS.get(name), spec)
+        if made[name].reads == "router_inputs" and not has_router_inputs:
+            raise UserError(
+                f"predictor {name!r} reads gate inputs, which the trace does not hold; record it with "
+                "`moeless trace --router-inputs`, or use history"
+            )
     return made
+
+
+def _unfitted(kind: Any, spec: MoESpec) -> Any:
+    try:
+        return kind(spec)
+    except TypeError:
+        raise UserError(
+            f"predictor {kind.name!r} has to be fitted first: run `moeless train-predictor` and give --predictor DIR"
+        ) from None

@@ -34,7 +34,7 @@ class LayerRecord:
         self._iterations = 0
         self._billed = np.zeros(kernels.NUM_TALLIES)
         self.tally = np.zeros(kernels.NUM_TALLIES)
-        self.stalls: dict[str, float] = defaultdict(float)
+        self.stalls: dict[str, float] = defaultdict(float, cold=0.0)
 
     def append(self, time_IL: FloatArray) -> None:
         """Keep the layer seconds of some iterations; their tally has been added already."""

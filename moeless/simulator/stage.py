@@ -1,44 +1,32 @@
 """How one iteration's MoE layers run: the plans in force, what is warm, what each layer takes.
 
-A stage holds a policy's state between iterations. ``run`` walks the layers of one iteration on the clock: a
-forecast made when layer l starts decides layer l + d's copies, their loading begins at that moment, and layer
-l + d uses the copies that are warm when it starts. A layer waits only for an expert that has tokens and no warm
-copy at all.
+A stage holds a policy's state between iterations. ``run`` walks the layers of one iteration on the clock; a layer
+uses the copies that are warm when it starts, and waits only for an expert that has tokens and no warm copy at all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless.contracts import BoolArray, Context, FloatArray, Forecast, Int32Array, IntArray, LayerPlan, Phase
+from moeless.contracts import BoolArray, FloatArray, Forecast, Int32Array, IntArray, LayerPlan, Phase
 from moeless.costs.kernels import quota_time
 from moeless.costs.nonexpert import NonExpertCosts, NonExpertTime
 from moeless.errors import RunFailed
 from moeless.placement.dispatch import even_dispatch
 from moeless.serverless import InstancePool
 from moeless.simulator import kernels
+from moeless.simulator.ahead import AheadPlans, Work
+from moeless.simulator.failures import Failure, Outage
 from moeless.simulator.history import DECAY, LoadHistory
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, balanced_loads, balanced_topk
 from moeless.simulator.runtime import INTERVAL_ITERATIONS, PolicyRuntime
+from moeless.simulator.timeline import Timeline
 
 #: Steady decode steps that are simulated in one go, at most.
 LONGEST_RUN = 4096
-
-
-@dataclass(frozen=True)
-class Work:
-    """One iteration as the layers see it; the optional arrays are filled where the predictor reads them."""
-
-    load_LSE: IntArray
-    phase: Phase
-    tokens: int
-    topk_TLK: NDArray[np.uint16] | None = None
-    router_input_TLH: NDArray[Any] | None = None
 
 
 class Stage:
@@ -50,6 +38,7 @@ class Stage:
         history: loads known so far; the caller adds each iteration's after ``run``, ``repeat`` adds its own.
         record: where layer times go.
         replan_seconds: how often an ``interval`` planner plans.
+        timeline: where events go, None for nowhere.
     """
 
     def __init__(
@@ -59,22 +48,32 @@ class Stage:
         history: LoadHistory,
         record: LayerRecord,
         replan_seconds: float,
+        timeline: Timeline | None = None,
     ) -> None:
         self.runtime, self.pool, self.history, self.record = runtime, pool, history, record
-        self.replan_seconds = replan_seconds
+        self.replan_seconds, self.timeline = replan_seconds, timeline
         self.spec, self.cluster, self.costs = runtime.spec, runtime.cluster, runtime.costs
         self.cadence = runtime.planner.cadence
         self.terms = self.costs.kernel_terms()
+        self.outage = Outage(self.cluster.G)
         layers = range(self.spec.L)
-        self.plans = [runtime.deployment(history.share(layer), layer) for layer in layers]
+        self._wanted = [runtime.deployment(history.share(layer), layer) for layer in layers]
+        self.ahead = AheadPlans(runtime, pool, history, list(self._wanted), self.outage)
         self.control_L = np.array([self.costs.control_seconds(runtime.policy, layer) for layer in layers])
         self._misc = self.costs.misc_seconds()
         self._even = runtime.planner.dispatch is even_dispatch
         self._pending: list[LayerPlan] | None = None
         self._planned_at = 0.0
         self._next_change = replan_seconds if self.cadence == "interval" else np.inf
+        # until when copies are on their way that the plans in force cannot do without
+        self._settled_at, self._cause = 0.0, "cold"
         pool.deploy(self.plans, 0.0)
         self._adopt()
+
+    @property
+    def plans(self) -> list[LayerPlan]:
+        """The plan in force of each layer."""
+        return self.ahead.plans
 
     def _adopt(self) -> None:
         """Hold the plans as padded arrays until the next change."""
@@ -88,22 +87,22 @@ class Stage:
     @property
     def _first_gpu_E(self) -> Int32Array:
         """Where the first layer's primaries are, ``[E]``."""
-        gpu_E = np.empty(self.spec.E, np.int32)
-        gpu_E[self.plans[0].expert_R[self.plans[0].primary_R]] = self.plans[0].gpu_R[self.plans[0].primary_R]
+        plan, gpu_E = self.plans[0], np.empty(self.spec.E, np.int32)
+        gpu_E[plan.expert_R[plan.primary_R]] = plan.gpu_R[plan.primary_R]
         return gpu_E
 
-    @property
-    def _compiled(self) -> bool:
-        """Whether an iteration is one compiled call: known terms, fixed plans, and no choice of copies or even ones."""
-        return self.terms is not None and self.cadence != "iteration" and (self._single or self._even)
+    def _compiled(self, now: float) -> bool:
+        """Whether an iteration is one compiled call: known terms, warm plans that stay, no choice of copies."""
+        if self.terms is None or self.cadence == "iteration" or now < self._settled_at:
+            return False
+        return (self._single or self._even) and (self.timeline is None or not self.timeline.watches(now))
 
     def run(self, work: Work, now: float, other: NonExpertTime) -> float:
         """Run one iteration's layers from ``now`` on; returns when the last of them ended."""
         if self.runtime.lossy:
             work = Work(balanced_loads(work.load_LSE, self._first_gpu_E), work.phase, work.tokens)
-        if self.cadence == "interval":
-            self._replan(now)
-        if not self._compiled:
+        self._replan(now)
+        if not self._compiled(now):
             return self._run_layers(work, now, other)
         time_IL = np.empty((1, self.spec.L))
         kernels.even_layers(
@@ -128,10 +127,13 @@ class Stage:
 
         Returns when each ended, ``[I]``; empty where this stage cannot tell ahead what they do.
         """
-        if not self._compiled or steps < 2:
+        if steps < 2:
             return np.empty(0)
-        if self.cadence == "interval":
-            self._replan(now)
+        self._replan(now)
+        if not self._compiled(now):
+            return np.empty(0)
+        if self.timeline is not None:
+            deadline = min(deadline, self.timeline.next_start(now))
         steps = min(steps, LONGEST_RUN)
         time_IL, end_I = np.empty((steps, self.spec.L)), np.empty(steps)
         learns = self.cadence == "interval"
@@ -173,31 +175,21 @@ class Stage:
         return end_I[:done]
 
     def _run_layers(self, work: Work, now: float, other: NonExpertTime) -> float:
-        layers = self.spec.L
         planned = self.cadence == "iteration"
-        distance = self.runtime.policy.distance
-        time_IL = np.empty((1, layers))
+        time_IL = np.empty((1, self.spec.L))
         clock = now
         if planned:
-            # layers that nothing precedes by the distance are planned as the iteration starts, from history
-            for layer in range(min(distance, layers)):
-                self._plan(layer, self._from_history(layer, work), work.phase, clock)
+            self.ahead.start_iteration(work, clock)
         all_replicas = sum(plan.R for plan in self.plans)
-        for layer in range(layers):
+        for layer in range(self.spec.L):
             clock += other.per_moe_layer
-            target = layer + distance
-            if planned and target < layers:
-                self._plan(target, self._forecast(layer, target, work), work.phase, clock)
-            plan, load_SE, stall, warm = self.plans[layer], work.load_LSE[layer], 0.0, self.plans[layer].R
             if planned:
-                warm = int((self.pool.ready_at(plan) <= clock).sum())
-                usable_R, stall = self._wait(plan, load_SE, clock)
-            else:
-                usable_R = np.ones(plan.R, np.bool_)
+                self.ahead.start_layer(layer, work, clock)
+            plan, load_SE = self.ahead.in_force(layer, clock), work.load_LSE[layer]
+            usable_R, stall, warm = self._wait(plan, load_SE, clock)
             quota_SR = self.runtime.dispatch(load_SE, plan, usable_R)
             expert, exchange, load_G = self._layer_time(quota_SR, plan)
-            active = int(quota_SR.any(0).sum())
-            seconds = kernels.tally_layer(
+            time_IL[0, layer] = kernels.tally_layer(
                 self.record.tally,
                 expert,
                 exchange,
@@ -207,12 +199,15 @@ class Stage:
                 load_G,
                 plan.R,
                 all_replicas,
-                active,
+                int(quota_SR.any(0).sum()),
                 warm,
             )
-            self.record.stalls["cold"] += stall
-            time_IL[0, layer] = seconds
-            clock += seconds
+            if self.timeline is not None:
+                parts = {"stall": stall, "control": self.control_L[layer], "all-to-all": exchange, "experts": expert}
+                self.timeline.layer(layer, clock, other.per_moe_layer, parts, load_G)
+            clock += time_IL[0, layer]
+            if planned:
+                self.ahead.layer_ran(layer)
         self.record.append(time_IL)
         return clock
 
@@ -225,55 +220,33 @@ class Stage:
         load_G += np.bincount(plan.gpu_R, weights=quota_SR.sum(0), minlength=self.cluster.G)
         return time.expert, time.all_to_all, load_G
 
-    def _wait(self, plan: LayerPlan, load_SE: IntArray, clock: float) -> tuple[BoolArray, float]:
-        """Copies to use, and how long until every expert with tokens has one."""
+    def _wait(self, plan: LayerPlan, load_SE: IntArray, clock: float) -> tuple[BoolArray, float, int]:
+        """Copies to use, how long until every expert with tokens has one, and how many were warm at once."""
         ready_R = self.pool.ready_at(plan)
         usable_R = np.asarray(ready_R <= clock)
-        if usable_R.all():
-            return usable_R, 0.0
+        warm = int(usable_R.sum())
+        if warm == plan.R:
+            return usable_R, 0.0, warm
         first_E = np.full(self.spec.E, np.inf)
         np.minimum.at(first_E, plan.expert_R, ready_R)
         until = float(first_E[load_SE.any(0)].max(initial=clock))
         if not np.isfinite(until):
             raise RunFailed(
                 f"layer {plan.layer}: GPU memory has no room for any copy of an expert that tokens need; "
-                "use more GPUs, fewer extra slots or a smaller KV share"
+                "use more GPUs, fewer extra slots or fewer running requests"
             )
-        return np.asarray(ready_R <= max(clock, until)), max(0.0, until - clock)
-
-    def _plan(self, layer: int, forecast: Forecast, phase: Phase, now: float) -> None:
-        previous = self.plans[layer]
-        plan = self.runtime.plan(layer, phase, forecast, previous, self.pool.states(previous, now))
-        self.pool.provision(layer, plan.expert_R, plan.gpu_R, now)
-        self.plans[layer] = plan
-
-    def _forecast(self, layer: int, target: int, work: Work) -> Forecast:
-        context = Context(
-            router_input_TH=None if work.router_input_TLH is None else work.router_input_TLH[:, layer],
-            topk_TK=None if work.topk_TLK is None else work.topk_TLK[:, layer],
-            history_E=self.history.share(target),
-            last_load_E=self.history.last(target, work.phase),
-            tokens=work.tokens,
-            phase=work.phase,
-            true_load_E=work.load_LSE[target].sum(0),
-        )
-        forecast: Forecast = self.runtime.predictor.predict(context, layer, target - layer)
-        return forecast
-
-    def _from_history(self, layer: int, work: Work) -> Forecast:
-        mean_E = self.history.share_or_even(layer) * (work.tokens * self.spec.K)
-        return Forecast(mean_E, mean_E.copy(), work.tokens, "history")
+        stall = max(0.0, until - clock)
+        self.record.stalls[self._cause if clock < self._settled_at else "cold"] += stall
+        return np.asarray(ready_R <= clock + stall), stall, warm
 
     def _replan(self, now: float) -> None:
-        """Make new plans when their time has come; switch to them once all their copies are there."""
+        """Make an interval planner's new plans when their time has come; switch once all their copies are there."""
         if now < self._next_change:
             return
         if self._pending is not None:
-            self.plans, self._pending = self._pending, None
-            for plan in self.plans:
-                self.pool.provision(plan.layer, plan.expert_R, plan.gpu_R, now)
-            self._adopt()
+            self._wanted, self._pending = self._pending, None
             self._next_change = self._planned_at + self.replan_seconds
+            self._restore(now)
             return
         self._planned_at = now
         tokens = max(1, round(self.history.mean_tokens or 1))
@@ -283,10 +256,52 @@ class Stage:
             forecast = Forecast(mean_E, mean_E.copy(), tokens, "history")
             new = self.runtime.plan(layer, Phase.MIXED, forecast, old, None, INTERVAL_ITERATIONS)
             self._pending.append(new)
+            there = self.outage.evacuate(new)
             # both plans' copies are in memory until the switch
-            both = np.concatenate([old.expert_R, new.expert_R]), np.concatenate([old.gpu_R, new.gpu_R])
+            both = np.concatenate([old.expert_R, there.expert_R]), np.concatenate([old.gpu_R, there.gpu_R])
             self.pool.provision(layer, both[0], both[1], now)
-            ready = max(ready, float(self.pool.ready_at(new).max()))
+            ready = max(ready, float(self.pool.ready_at(there).max()))
         if not np.isfinite(ready):
             raise RunFailed("GPU memory has no room for the new plan's copies beside the old one's")
-        self._next_change = ready
+        self._next_change = max(ready, np.nextafter(now, np.inf))
+
+    def _restore(self, now: float) -> None:
+        """Put the wanted plans in force, as far as GPUs work; layers wait for what has to be loaded."""
+        for layer, plan in enumerate(self._wanted):
+            there = self.outage.evacuate(plan)
+            self.pool.provision(layer, there.expert_R, there.gpu_R, now)
+            self.plans[layer] = there
+            ready = self.pool.ready_at(there)
+            self._settled_at = max(self._settled_at, float(ready[np.isfinite(ready)].max(initial=now)))
+        self._adopt()
+
+    def wake(self, now: float) -> None:
+        """After the GPUs were given back: load everything again."""
+        self._cause = "wake"
+        if self.cadence == "iteration":
+            self._wanted = list(self.plans)
+        self._restore(now)
+
+    def fail(self, failure: Failure, now: float) -> None:
+        """Lose a copy or a GPU at ``now``, and load a stand-in for what was on it."""
+        lost_LEG = np.zeros(self.pool.born_LEG.shape, np.bool_)
+        if failure.layer is not None:
+            lost_LEG[failure.layer, failure.expert, failure.gpu] = True
+        else:
+            lost_LEG[:, :, failure.gpu] = True
+            self.outage.lose(failure.gpu, now + failure.restart_seconds)
+            self.pool.set_down(failure.gpu, True)
+        self.pool.drop(lost_LEG, now)
+        self._cause = "failure"
+        if self.cadence == "iteration":
+            self._wanted = list(self.plans)
+        self._restore(now)
+
+    def gpus_back(self, now: float) -> Sequence[int]:
+        """Use GPUs again that have restarted; returns them."""
+        back = self.outage.returned(now)
+        for gpu in back:
+            self.pool.set_down(gpu, False)
+        if back and self.cadence != "iteration":
+            self._restore(now)
+        return back

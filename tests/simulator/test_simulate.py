@@ -9,7 +9,7 @@ from moeless.costs import COSTS
 from moeless.costs.nonexpert import NonExpertCosts
 from moeless.errors import RunFailed, UserError
 from moeless.metrics.requests import parse_goodput
-from moeless.serverless import PoolSettings
+from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import SimulationSettings, resolve, simulate
 from moeless.simulator.routing import balanced_loads, columns, rank_sums
 from moeless.workloads.schedulers import Continuous, OneSecond
@@ -146,8 +146,14 @@ def test_balanced_loads_keep_sources_and_differ_by_one():
 
 
 def test_zero_cost_copies_remove_all_cold_stalls_and_slow_ones_only_delay(spec, requests, replay_for):
-    instant = run(spec, requests, replay_for, "moeless:last:1", pool=PoolSettings(instant=True, keep_alive_seconds=0.0))
-    slow = run(spec, requests, replay_for, "moeless:last:1", pool=PoolSettings(keep_alive_seconds=0.0))
+    instant = run(
+        spec,
+        requests,
+        replay_for,
+        "moeless:last:1",
+        pool=PoolSettings(instant=True, keep_alive=KeepAlive("fixed", 0.0)),
+    )
+    slow = run(spec, requests, replay_for, "moeless:last:1", pool=PoolSettings(keep_alive=KeepAlive("fixed", 0.0)))
     assert instant.cell.layer.stalls["cold"] == 0.0
     assert instant.cell.layer.warm_rate == 1.0
     assert slow.cell.layer.warm_rate < 1.0

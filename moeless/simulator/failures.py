@@ -1,0 +1,147 @@
+"""What breaks during a run, and what stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeless.contracts import IntArray, LayerPlan
+from moeless.errors import RunFailed, UserError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A GPU is lost, or one copy dies; it takes effect when the iteration at that moment ends.
+
+    Attributes:
+        seconds: when, since the workload's start.
+        gpu: the GPU that is lost, or that held the copy.
+        layer, expert: the copy that dies; None for the whole GPU.
+        restart_seconds: until a lost GPU is there again, empty.
+        detection_seconds: until the others notice and go on.
+    """
+
+    seconds: float
+    gpu: int
+    layer: int | None = None
+    expert: int | None = None
+    restart_seconds: float = 60.0
+    detection_seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        if (self.layer is None) != (self.expert is None):
+            raise UserError("a copy's failure needs both its layer and its expert")
+        if self.seconds < 0 or self.gpu < 0 or self.restart_seconds <= 0 or self.detection_seconds < 0:
+            raise UserError("a failure's times must not be negative, its restart must take time, its GPU must exist")
+
+    @classmethod
+    def parse(cls, text: str) -> Failure:
+        """Read ``SECONDS:GPU[:RESTART]``.
+
+        Raises:
+            UserError: the text has another form.
+        """
+        parts = text.split(":")
+        try:
+            if not 2 <= len(parts) <= 3:
+                raise ValueError
+            restart = float(parts[2]) if len(parts) == 3 else 60.0
+            return cls(float(parts[0]), int(parts[1]), restart_seconds=restart)
+        except ValueError:
+            raise UserError(f"--fail-gpu {text!r} is not of the form SECONDS:GPU[:RESTART_SECONDS]") from None
+
+
+class Outage:
+    """Which GPUs are down, and how work moves off them."""
+
+    def __init__(self, num_gpus: int) -> None:
+        self.back_at_G = np.full(num_gpus, -np.inf)
+        self._moved: dict[int, int] = {}
+
+    @property
+    def down(self) -> bool:
+        """Whether any GPU is down."""
+        return bool(np.isfinite(self.back_at_G).any())
+
+    @property
+    def alive(self) -> list[int]:
+        """GPUs that work."""
+        return np.flatnonzero(~np.isfinite(self.back_at_G)).tolist()
+
+    def lose(self, gpu: int, back_at: float) -> None:
+        """Note a lost GPU.
+
+        Raises:
+            RunFailed: it was the last one.
+        """
+        self.back_at_G[gpu] = back_at
+        if not self.alive:
+            raise RunFailed("the last GPU was lost: nothing is left to serve with")
+
+    @property
+    def next_return(self) -> float:
+        """When the first lost GPU is back, infinity where none is lost."""
+        return float(self.back_at_G[np.isfinite(self.back_at_G)].min(initial=np.inf))
+
+    def returned(self, now: float) -> list[int]:
+        """GPUs that are back by ``now``, from here on counted as working."""
+        back = np.flatnonzero(np.isfinite(self.back_at_G) & (self.back_at_G <= now)).tolist()
+        self.back_at_G[back] = -np.inf
+        return back
+
+    def evacuate(self, plan: LayerPlan) -> LayerPlan:
+        """The plan without the lost GPUs: their extras go, their primaries move to the survivor with fewest copies.
+
+        An expert that keeps another copy makes that one its primary.
+        """
+        if not self.down:
+            return plan
+        lost_R = np.isfinite(self.back_at_G)[plan.gpu_R]
+        if not lost_R.any():
+            return plan
+        num_experts = int(plan.expert_R.max()) + 1
+        expert, gpu = plan.expert_R[~lost_R].tolist(), plan.gpu_R[~lost_R].tolist()
+        primary = plan.primary_R[~lost_R].tolist()
+        headed = {e for e, first in zip(expert, primary, strict=True) if first}
+        for place, e in enumerate(expert):
+            if e not in headed:
+                primary[place] = True
+                headed.add(e)
+        count = {g: gpu.count(g) for g in self.alive}
+        for e in range(num_experts):
+            if e not in headed:
+                home = min(count, key=lambda g: (count[g], g))
+                count[home] += 1
+                expert.append(e)
+                gpu.append(home)
+                primary.append(True)
+        return LayerPlan.build(plan.layer, expert, gpu, primary, num_experts=num_experts, num_gpus=len(self.back_at_G))
+
+    def owners(self, rank_N: IntArray, request_N: IntArray) -> IntArray:
+        """Where each request's KV cache is: its scheduler's rank, unless it had to move once.
+
+        A request whose rank is down moves for good, to the working GPU at its id modulo their number.
+        """
+        if not self.down and not self._moved:
+            return rank_N
+        owner_N, alive = rank_N.copy(), self.alive
+        for place, request in enumerate(request_N.tolist()):
+            owner = self._moved.get(request, int(rank_N[place]))
+            if np.isfinite(self.back_at_G[owner]):
+                owner = self._moved[request] = alive[request % len(alive)]
+            owner_N[place] = owner
+        return owner_N
+
+
+def check_failures(failures: Sequence[Failure], num_gpus: int) -> list[Failure]:
+    """Failures in order of time.
+
+    Raises:
+        UserError: one names a GPU that the cluster does not have.
+    """
+    for failure in failures:
+        if failure.gpu >= num_gpus:
+            raise UserError(f"GPU {failure.gpu} is to fail, but the cluster has GPUs 0 to {num_gpus - 1}")
+    return sorted(failures, key=lambda failure: failure.seconds)

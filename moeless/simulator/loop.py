@@ -1,0 +1,197 @@
+"""The simulation loop: the scheduler's iterations, one after the other, on a simulated clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from moeless.contracts import FloatArray, IntArray, Iteration, Phase, Request
+from moeless.costs.nonexpert import NonExpertCosts
+from moeless.errors import RunFailed
+from moeless.serverless import InstancePool
+from moeless.simulator.ahead import Work
+from moeless.simulator.clocks import RequestClocks
+from moeless.simulator.failures import check_failures
+from moeless.simulator.history import LoadHistory
+from moeless.simulator.record import LayerRecord
+from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
+from moeless.simulator.runtime import PolicyRuntime
+from moeless.simulator.stage import Stage
+from moeless.simulator.timeline import Timeline
+
+if TYPE_CHECKING:
+    from moeless.simulator.core import SimulationSettings
+
+#: Tokens of one iteration that computes lost KV caches again.
+RECOVERY_TOKENS = 8192
+
+
+class SchedulerLike(Protocol):
+    """What the simulator asks of a scheduler; the clock is the simulator's."""
+
+    def next(self, now: float) -> Iteration | None: ...
+    def complete(self, iteration: Iteration, now: float) -> None: ...
+    def next_arrival(self, now: float) -> float | None: ...
+
+
+class Run:
+    """One workload under one policy, from the first arrival to the last token.
+
+    Attributes:
+        now: seconds since the workload's start.
+        busy: seconds in which an iteration ran.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        requests: Sequence[Request],
+        scheduler: SchedulerLike,
+        runtime: PolicyRuntime,
+        settings: SimulationSettings,
+        prior_share_LE: FloatArray | None,
+        router_inputs: Callable[[Any], Any] | None,
+        timeline: Timeline | None,
+    ) -> None:
+        self.replay, self.scheduler, self.runtime, self.timeline = replay, scheduler, runtime, timeline
+        self.spec, self.cluster = runtime.spec, runtime.cluster
+        self.pool = InstancePool(self.spec, self.cluster, runtime.costs, settings.pool)
+        self.history = LoadHistory(prior_share_LE, self.spec.L, self.spec.E, self.spec.K)
+        self.record, self.clocks = LayerRecord(self.spec.L), RequestClocks(requests)
+        self.stage = Stage(runtime, self.pool, self.history, self.record, settings.replan_seconds, timeline)
+        self.nonexpert = NonExpertCosts(self.spec, self.cluster)
+        self._warmup = settings.warmup_iterations
+        self._failures = check_failures(settings.failures, self.cluster.G)
+        self._reads = getattr(runtime.predictor, "reads", "topk") if self.stage.cadence == "iteration" else "nothing"
+        self._router_inputs = router_inputs
+        self._ranks: Any = {}
+        self._last_gap_from = 0.0
+        self.now, self.busy, self._idle, self._iterations, self._lost = 0.0, 0.0, 0.0, 0, 0
+        if timeline is not None:
+            self.pool.on_copy = timeline.copy
+
+    def to_the_end(self, progress: Callable[[int], None] | None = None) -> None:
+        """Serve every request, then check that tokens, memory and time were conserved."""
+        while True:
+            self._happen()
+            iteration = self.scheduler.next(self.now)
+            if iteration is None:
+                arrival = self.scheduler.next_arrival(self.now)
+                if arrival is None:
+                    break
+                if arrival <= self.now:
+                    raise RunFailed("the scheduler has work that it never starts")
+                self._idle_until(arrival)
+                continue
+            if self._iterations == self._warmup:
+                self.record.restart()
+            self._serve(iteration)
+            if progress is not None:
+                progress(self.clocks.completed)
+        self.clocks.check()
+        self.pool.check()
+        assert math.isclose(self.now, self.busy + self._idle, rel_tol=1e-9, abs_tol=1e-9), "time was lost"
+
+    def _serve(self, iteration: Iteration) -> None:
+        spans, begin = columns(iteration), self.now
+        self._ranks = iteration.rank_of_request
+        outage = self.stage.outage
+        spans = dataclasses.replace(spans, rank_N=outage.owners(spans.rank_N, spans.request_N))
+        sums_SX = rank_sums(spans, self.cluster.G)
+        self.pool.share_memory(sums_SX[:, 2] * self.spec.kv_bytes_per_token, begin)
+        steady = getattr(self.scheduler, "steady", None)
+        steps, deadline = (1, math.inf) if steady is None or self._iterations < self._warmup else steady()
+        end_I = self.stage.repeat(spans, self.replay, steps, begin, min(deadline, self._next_event()), self.nonexpert)
+        if len(end_I):
+            self.clocks.repeat(spans, end_I)
+            self.scheduler.skip(len(end_I) - 1)  # type: ignore[attr-defined]
+            self._iterations += len(end_I)
+            self.now = float(end_I[-1])
+        else:
+            self._compute(spans, iteration.phase, iteration.tokens, sums_SX)
+            self.clocks.complete(spans, self.now)
+            self._iterations += 1
+        self.busy += self.now - begin
+        self.scheduler.complete(iteration, self.now)
+
+    def _compute(self, spans: SpanColumns, phase: Phase, tokens: int, sums_SX: FloatArray) -> None:
+        """Run one iteration and move the clock to its end."""
+        load_LSE = self.replay.loads(spans)
+        rows = self.replay.rows(spans) if self._reads != "nothing" else None
+        inputs = None
+        if rows is not None and self._reads == "router_inputs" and self._router_inputs is not None:
+            inputs = self._router_inputs(rows)
+        work = Work(load_LSE, phase, tokens, None if rows is None else self.replay.topk_TLK[rows], inputs)
+        other = self.nonexpert.seconds(sums_SX)
+        begin = self.now
+        self.now = self.stage.run(work, begin, other) + other.once
+        self.history.add(load_LSE.sum(1), phase, tokens)
+        if self.timeline is not None:
+            self.timeline.iteration(self._iterations, work, begin, self.now)
+
+    def _idle_until(self, arrival: float) -> None:
+        asleep = self.pool.sleep(self.now, arrival)
+        self._idle += arrival - self.now
+        self.now = arrival
+        if asleep:
+            self._pause(self.pool.wake_seconds, "container")
+            self.stage.wake(self.now)
+
+    def _pause(self, seconds: float, cause: str) -> None:
+        """Nothing runs although requests wait."""
+        self.record.stalls[cause] += seconds
+        self._idle += seconds
+        self.now += seconds
+
+    def _next_event(self) -> float:
+        failure = self._failures[0].seconds if self._failures else math.inf
+        return min(failure, self.stage.outage.next_return)
+
+    def _happen(self) -> None:
+        """Let failures and returns whose time has come take effect."""
+        self.stage.gpus_back(self.now)
+        while self._failures and self._failures[0].seconds <= self.now:
+            failure = self._failures.pop(0)
+            request_N, position_N = self.clocks.cached()
+            owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
+            owner_N = self.stage.outage.owners(owner_N, request_N)
+            self._pause(failure.detection_seconds, "failure")
+            self.stage.fail(failure, self.now)
+            if failure.layer is None:
+                lost_N = owner_N == failure.gpu
+                self._recover(request_N[lost_N], position_N[lost_N], owner_N[lost_N])
+
+    def _recover(self, request_N: IntArray, position_N: IntArray, owner_N: IntArray) -> None:
+        """Compute lost KV caches again on the GPUs that are left; no request gets a token from it."""
+        self._lost += len(request_N)
+        owner_N = self.stage.outage.owners(owner_N, request_N)
+        begin = self.now
+        for request, upto, owner in zip(request_N.tolist(), position_N.tolist(), owner_N.tolist(), strict=True):
+            for start in range(0, upto, RECOVERY_TOKENS):
+                stop = min(upto, start + RECOVERY_TOKENS)
+                one = np.ones(1, np.int64)
+                spans = SpanColumns(request * one, start * one, stop * one, one > 0, owner * one)
+                self._compute(spans, Phase.PREFILL, stop - start, rank_sums(spans, self.cluster.G))
+        self.record.stalls["recovery"] += self.now - begin
+        self.busy += self.now - begin
+
+    def remarks(self) -> list[str]:
+        """What happened in memory and with plans that a reader should know."""
+        said: list[str] = []
+        if self.pool.refused:
+            said.append(f"memory had no room for {self.pool.refused} planned copies")
+        if self.pool.kv_overflow_bytes > 0:
+            said.append(
+                f"experts and KV cache exceeded a GPU's memory by up to {self.pool.kv_overflow_bytes / 1e9:.1f} GB: "
+                "a real system would preempt requests"
+            )
+        ahead = self.stage.ahead
+        if ahead.made and ahead.late:
+            said.append(f"{100 * ahead.late / ahead.made:.1f} % of the plans came after their layer had started")
+        if self._lost:
+            said.append(f"{self._lost} requests lost their KV cache with a GPU and were computed again")
+        return said
