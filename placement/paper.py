@@ -175,6 +175,6 @@ PLANNER = Planner(
     params=PaperParams,
     cadence="iteration",
     needs_forecast=True,
-    default_predictor="gate",
+    default_predictor="layer_aware",
     source="MoEless, arXiv 2603.06350, Algorithms 1 and 2",
 )

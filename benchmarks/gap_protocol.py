@@ -1,0 +1,152 @@
+"""The gap-closed protocol: real routing, H100-class constants, six regimes, static EP and a lower bound.
+
+Gap closed is the ratio of sums Σ(T_static − T) / Σ(T_static − T_bound) over (iteration, layer) pairs: 0 is no
+better than static EP, 1 is the bound. Requests are split 70/30 (seed 0); history is the training part's mean load,
+iterations come from the test part only.
+
+Axes: B (iteration, layer) pairs, L layers, E experts, K experts per token, T tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moeless.cluster import Cluster, cluster
+from moeless.contracts import FloatArray, IntArray, Phase
+from moeless.costs.roofline import RooflineCosts
+from moeless.spec import MoESpec, preset
+
+SEED = 0
+PAIRS = 216
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Iterations of one phase and size."""
+
+    phase: Phase
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase.name.lower()} {self.tokens}"
+
+
+REGIMES = (
+    *(Regime(Phase.PREFILL, n) for n in (16384, 4096, 1024)),
+    *(Regime(Phase.DECODE, n) for n in (32, 256, 2048)),
+)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Real routing with its split: ``topk_TLK``, rows of each request, training and test requests."""
+
+    topk_TLK: np.ndarray
+    offsets: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+    spec: MoESpec
+
+    def loads(self, rows: np.ndarray) -> IntArray:
+        """Load of the rows, ``[L, E]``."""
+        layers, experts = self.topk_TLK.shape[1], self.spec.E
+        flat = self.topk_TLK[rows].astype(np.int64) + np.arange(layers)[:, None] * experts
+        return np.bincount(flat.reshape(-1), minlength=layers * experts).reshape(layers, experts)
+
+    def request_rows(self, request: int) -> np.ndarray:
+        return np.arange(self.offsets[request], self.offsets[request + 1])
+
+
+def protocol_spec() -> MoESpec:
+    """gpt-oss shapes with bf16 experts and no biases."""
+    shapes = preset("gpt-oss-20b").with_expert_dtype("bfloat16").to_json()
+    return MoESpec.from_json(shapes | {"expert_bias": False})
+
+
+def load_routing(path: Path | None = None) -> Routing:
+    """gpt-oss-20b's routing of 615 requests; needs the development data."""
+    root = Path(os.environ.get("MOELESS_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    path = path or root / "routing" / "gpt-oss-20b.npz"
+    if not path.exists():
+        raise SystemExit("needs the development data: set MOELESS_SHARED_DATA to its folder")
+    with np.load(path) as data:
+        topk, offsets = data["experts"], data["offsets"]
+    order = np.random.default_rng(SEED).permutation(len(offsets) - 1)
+    cut = int(0.7 * len(order))
+    return Routing(topk, offsets, np.sort(order[:cut]), np.sort(order[cut:]), protocol_spec())
+
+
+def history_share_LE(routing: Routing) -> FloatArray:
+    """The training part's mean load, each layer summing to 1."""
+    load = routing.loads(np.concatenate([routing.request_rows(r) for r in routing.train])).astype(float)
+    return load / load.sum(1, keepdims=True)
+
+
+def sample_rows(routing: Routing, regime: Regime, rng: np.random.Generator, requests: np.ndarray) -> np.ndarray:
+    """Rows of one iteration: consecutive requests cut at n tokens, or one token of each of n drawn requests."""
+    if regime.phase == Phase.PREFILL:
+        rows: list[np.ndarray] = []
+        at = int(rng.integers(len(requests)))
+        while sum(map(len, rows)) < regime.tokens:
+            rows.append(routing.request_rows(int(requests[at % len(requests)])))
+            at += 1
+        return np.concatenate(rows)[: regime.tokens]
+    drawn = rng.choice(requests, regime.tokens)
+    first, stop = routing.offsets[drawn], routing.offsets[drawn + 1]
+    return first + (rng.random(regime.tokens) * (stop - first)).astype(np.int64)
+
+
+def sample_pairs(routing: Routing, regime: Regime, pairs: int = PAIRS) -> tuple[IntArray, IntArray]:
+    """Layer and load of each pair, ``[B]`` and ``[B, E]``, from the test requests."""
+    rng = np.random.default_rng([SEED, int(regime.phase), regime.tokens])
+    layers = routing.topk_TLK.shape[1]
+    loads = [routing.loads(sample_rows(routing, regime, rng, routing.test)) for _ in range(-(-pairs // layers))]
+    return np.tile(np.arange(layers), len(loads)), np.concatenate(loads)
+
+
+def protocol_costs(num_gpus: int = 8, spec: MoESpec | None = None, control: bool = False) -> RooflineCosts:
+    """H100 constants on one switch: 700 TFLOP/s, 3.0 TB/s, 3 µs launch, 300 GB/s, 10 µs."""
+    machine: Cluster = cluster("h100x8")
+    if num_gpus != machine.num_gpus:
+        machine = Cluster(
+            f"h100-switch-{num_gpus}", machine.device, num_gpus, num_gpus, num_gpus, machine.fast, machine.slow
+        )
+    return RooflineCosts(spec or protocol_spec(), machine, charge_control=control)
+
+
+def pair_seconds(tokens_BR: IntArray, gpu_R: IntArray, costs: RooflineCosts) -> FloatArray:
+    """Protocol time of each pair, ``[B]``: every token travels, wherever it came from."""
+    terms, gpus = costs.terms(), costs.cluster.num_gpus
+    tokens = np.atleast_2d(tokens_BR).astype(float)
+    busy = np.where(tokens > 0, np.maximum(tokens * terms.token_seconds, terms.floor_seconds), 0.0)
+    onto = np.eye(gpus)[gpu_R]
+    return (
+        (busy @ onto).max(1)
+        + terms.launch_seconds
+        + 2 * ((tokens @ onto).max(1) * terms.link_seconds + terms.latency_seconds)
+    )
+
+
+def bound_seconds(load_BE: IntArray, costs: RooflineCosts) -> FloatArray:
+    """The protocol's T_bound of each pair, ``[B]``."""
+    terms, gpus = costs.terms(), costs.cluster.num_gpus
+    busy = np.where(load_BE > 0, np.maximum(load_BE * terms.token_seconds, terms.floor_seconds), 0.0)
+    return (
+        np.maximum(busy.sum(1) / gpus, terms.floor_seconds)
+        + terms.launch_seconds
+        + 2 * (load_BE.sum(1) / gpus * terms.link_seconds + terms.latency_seconds)
+    )
+
+
+def gap_closed(static_B: FloatArray, time_B: FloatArray, bound_B: FloatArray) -> tuple[float, float, float]:
+    """Ratio of sums with its bootstrap 90 % interval."""
+    gain, room = static_B - time_B, static_B - bound_B
+    rng = np.random.default_rng(SEED)
+    drawn = rng.integers(0, len(gain), (2000, len(gain)))
+    low, high = np.quantile(gain[drawn].sum(1) / room[drawn].sum(1), [0.05, 0.95])
+    return float(gain.sum() / room.sum()), float(low), float(high)

@@ -1,0 +1,68 @@
+"""Compiled dispatch of one layer: from true counts to tokens of each source rank to each copy.
+
+Axes: S source ranks (rank s is GPU s), E experts, R replicas in any order, G GPUs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from moeless.placement.chain_kernels import GPU, NEXT, TOKENS, balance
+
+
+@njit(cache=True)
+def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R):  # type: ignore[no-untyped-def]
+    """Tokens of each copy, total over sources, into ``tokens_R``; returns static EP's time and the time reached.
+
+    Times leave out launch and latency. Primaries that cannot serve hand everything to the first copy that can.
+    """
+    num_experts, num_replicas = len(load_E), len(expert_R)
+    copies_E = np.zeros(num_experts, np.int64)
+    start_E = np.full(num_experts, -1, np.int64)
+    for r in range(num_replicas):
+        tokens_R[r] = 0
+        if serving[r]:
+            e = expert_R[r]
+            copies_E[e] += 1
+            if start_E[e] < 0 or primary_R[r]:
+                start_E[e] = r
+    time_G, tokens_G = np.zeros(num_gpus), np.zeros(num_gpus, np.int64)
+    first_G = np.zeros(num_gpus + 1, np.int64)
+    movable = 0
+    for r in range(num_replicas):
+        e, g = expert_R[r], gpu_R[r]
+        if not serving[r] or load_E[e] == 0:
+            continue
+        if start_E[e] == r:
+            tokens_R[r] = load_E[e]
+            time_G[g] += max(a * load_E[e], b)
+            tokens_G[g] += load_E[e]
+        if copies_E[e] > 1:
+            first_G[g + 1] += 1
+            movable += 1
+    before = time_G.max() + c * tokens_G.max()
+    if movable == 0:
+        return before, before
+    state = np.empty((3, movable), np.int64)
+    back_M = np.empty(movable, np.int64)
+    head_E, tail_E = np.full(num_experts, -1, np.int64), np.empty(num_experts, np.int64)
+    for g in range(num_gpus):
+        first_G[g + 1] += first_G[g]
+    fill_G = first_G.copy()
+    for r in range(num_replicas):
+        e, g = expert_R[r], gpu_R[r]
+        if serving[r] and load_E[e] > 0 and copies_E[e] > 1:
+            i = fill_G[g]
+            fill_G[g] += 1
+            state[TOKENS, i], state[GPU, i], back_M[i] = tokens_R[r], g, r
+            if head_E[e] < 0:
+                head_E[e] = i
+            else:
+                state[NEXT, tail_E[e]] = i
+            tail_E[e] = i
+            state[NEXT, i] = head_E[e]
+    after = balance(state, first_G, time_G, tokens_G, a, b, c, depth, fuel)
+    for i in range(movable):
+        tokens_R[back_M[i]] = state[TOKENS, i]
+    return before, after
