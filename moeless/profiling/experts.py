@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,14 +99,12 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> list[str]:
     return ["grouped_mm", *found] if has else found
 
 
-def run_kernel(
-    kernel: str, rows_TH: torch.Tensor, counts: Sequence[int], weights: Weights
-) -> Callable[[], torch.Tensor]:
-    """One call on rows sorted by expert, index tensors made beforehand."""
+def run_kernel(kernel: str, counts: Sequence[int], weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From rows sorted by expert, ``counts`` of each, to their outputs; index tensors are made beforehand."""
     if kernel == "loop":
-        return lambda: loop_experts(rows_TH, counts, weights)
-    ends = torch.tensor(np.cumsum(counts), dtype=torch.int32, device=rows_TH.device)
-    return lambda: grouped_experts(rows_TH, ends, weights)
+        return lambda rows_TH: loop_experts(rows_TH, counts, weights)
+    ends = torch.tensor(np.cumsum(counts), dtype=torch.int32, device=weights.up_PJH.device)
+    return lambda rows_TH: grouped_experts(rows_TH, ends, weights)
 
 
 def pool_size(spec: MoESpec, dtype: torch.dtype, most_active: int, cache: int) -> int:
@@ -153,9 +152,9 @@ def measure_experts(
         "tokens": list(tokens),
         "active": list(active),
         "seconds": smooth.tolist(),
-        "measured": middle.tolist(),
-        "low": low.tolist(),
-        "high": high.tolist(),
+        "measured": rounded(middle.tolist()),
+        "low": rounded(low.tolist()),
+        "high": rounded(high.tolist()),
         "repetitions": {"kept": kept, "dropped_as_interrupted": dropped},
         "correction": {
             "median": float(np.median(np.abs(smooth / middle - 1))),
@@ -167,6 +166,11 @@ def measure_experts(
     }
 
 
+def rounded(values: Any) -> Any:
+    """Nested lists of numbers in four digits: no clock here tells more."""
+    return [rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.4g}")
+
+
 def _rotations(
     kernel: str, rows: torch.Tensor, weights: Weights, experts: int, count: int
 ) -> list[Callable[[], object]]:
@@ -176,5 +180,5 @@ def _rotations(
     for turn in range(turns):
         first_row = (turn * span) % max(1, len(rows) - span + 1)
         part = weights.slice((turn * experts) % (weights.count - experts + 1), experts)
-        calls.append(run_kernel(kernel, rows[first_row : first_row + span], [count] * experts, part))
+        calls.append(partial(run_kernel(kernel, [count] * experts, part), rows[first_row : first_row + span]))
     return calls

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 #: A repetition whose thread had less than this share of a core was interrupted by other work.
-CORE_SHARE = 0.97
+CORE_SHARE = 0.9
 
 Call = Callable[[], object]
 
@@ -59,10 +59,11 @@ def measure(calls: Sequence[Call], device: torch.device, effort: Effort = Effort
     for call in calls[: min(3, len(calls))]:
         call()
     synchronize(device)
-    start = time.perf_counter()
+    start = time.perf_counter() if device.type == "cuda" else time.thread_time()
     calls[-1]()
     synchronize(device)
-    once = max(time.perf_counter() - start, 1e-7)
+    now = time.perf_counter() if device.type == "cuda" else time.thread_time()
+    once = max(now - start, 1e-7)
     repetitions = int(np.clip(effort.budget / once, effort.least, effort.most))
     return _on_cuda(calls, device, repetitions) if device.type == "cuda" else _on_cpu(calls, repetitions)
 
@@ -82,21 +83,23 @@ def _on_cuda(calls: Sequence[Call], device: torch.device, repetitions: int) -> S
 
 
 def _on_cpu(calls: Sequence[Call], repetitions: int) -> Sample:
-    """Wall time; repetitions in which other processes took the core are dropped while enough remain."""
-    threads = torch.get_num_threads()
-    wall, share = np.zeros(repetitions), np.ones(repetitions)
+    """With one thread its processor time, which is what the call takes on a core of its own; else wall time.
+
+    Repetitions that other processes interrupted found colder caches: they are dropped while enough remain.
+    """
+    alone = torch.get_num_threads() == 1
+    seconds, share = np.zeros(repetitions), np.ones(repetitions)
     for i in range(repetitions):
         call = calls[i % len(calls)]
-        cpu = time.thread_time()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.thread_time()
         call()
-        wall[i] = time.perf_counter() - start
-        share[i] = (time.thread_time() - cpu) / wall[i]
+        used, wall = time.thread_time() - cpu, time.perf_counter() - start
+        seconds[i] = used if alone else wall
+        share[i] = used / wall if alone else 1.0
     clean = share >= CORE_SHARE
-    # with several threads the main one may wait for the others: its own share then says nothing
-    if threads > 1 or clean.sum() < min(3, repetitions):
+    if clean.sum() < min(3, repetitions):
         clean[:] = True
-    return _sample(wall[clean], int((~clean).sum()))
+    return _sample(seconds[clean], int((~clean).sum()))
 
 
 def _sample(seconds: np.ndarray, dropped: int) -> Sample:
