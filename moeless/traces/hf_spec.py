@@ -12,6 +12,7 @@ from moeless.errors import UserError
 from moeless.spec import BYTES_PER_WEIGHT, Attention, MoESpec
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
+_LAYER_NAME = re.compile(r".*(?:^|\.)(?:layers|h|blocks|layer)\.\d+(?=\.)")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "top_k")
 _LLAMA4 = "Llama4TextMoe"
 
@@ -113,10 +114,12 @@ def _attention(config: Any, hidden: int) -> Attention:
     return Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias, output_bias=bias)
 
 
-def _shared_params(block: MoEBlock) -> int:
+def _shared_params(block: MoEBlock, model: Any) -> int:
+    """Weights of the always-active experts, which sit in the block or beside it in the decoder layer."""
+    layer = dict(model.named_modules())[_LAYER_NAME.match(block.name).group(0)]  # type: ignore[union-attr]
     own = {
         id(weight): weight
-        for name, module in block.block.named_modules()
+        for name, module in layer.named_modules()
         if "shared" in name.rpartition(".")[2] and "gate" not in name.rpartition(".")[2]
         for weight in module.parameters()
         if weight.dim() == 2
@@ -162,7 +165,7 @@ def spec_of_model(model: Any, name: str) -> MoESpec:
         expert_intermediate_size=width,
         attention=_attention(config, hidden),
         vocab_size=int(config.vocab_size),
-        shared_intermediate_size=_shared_params(blocks[0]) // (matrices * hidden),
+        shared_intermediate_size=_shared_params(blocks[0], model) // (matrices * hidden),
         dense_intermediate_size=dense,
         expert_matrices=matrices,
         expert_bias=bias,
@@ -173,23 +176,32 @@ def spec_of_model(model: Any, name: str) -> MoESpec:
     )
 
 
+def spec_of_config(config: Any, name: str) -> MoESpec:
+    """Shapes of the model that a configuration describes, built without memory for weights.
+
+    Raises:
+        UserError: it is not a MoE model on Transformers' experts interface.
+    """
+    import torch
+
+    from moeless.traces.hf_model import model_classes
+
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    with torch.device("meta"):
+        model = model_classes(config)[0].from_config(config)
+    made = spec_of_model(model, name)
+    quantised = made.expert_dtype in ("mxfp4", "fp8")
+    return dataclasses.replace(
+        made, dtype=_dtype_name(dtype), expert_dtype=made.expert_dtype if quantised else _dtype_name(dtype)
+    )
+
+
 def spec_of_folder(folder: Path) -> MoESpec:
-    """Shapes of the model in a folder, built without weights.
+    """Shapes of the model in a folder.
 
     Raises:
         UserError: the folder holds no configuration of a known MoE model.
     """
-    import torch
+    from moeless.traces.hf_model import load_config
 
-    from moeless.traces.hf_model import load_config, model_classes
-
-    config = load_config(str(folder))
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
-    with torch.device("meta"):
-        model = model_classes(config)[0].from_config(config)
-    made = spec_of_model(model, folder.resolve().name)
-    return dataclasses.replace(
-        made,
-        dtype=_dtype_name(dtype),
-        expert_dtype=(made.expert_dtype if made.expert_dtype in ("mxfp4", "fp8") else _dtype_name(dtype)),
-    )
+    return spec_of_config(load_config(str(folder)), folder.resolve().name)

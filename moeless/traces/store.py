@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moeless.errors import UserError
 from moeless.spec import MoESpec
-from moeless.traces.info import TraceInfo
+from moeless.traces.info import INFO_FILE, TraceInfo
 from moeless.traces.requests import REQUESTS_FILE, RequestTable
 from moeless.traces.router_inputs import RouterInputs
 from moeless.traces.schema import Kind
@@ -232,6 +232,24 @@ def open_trace(path: str | Path, *, check: bool = False) -> AnyTrace:
 
         check_values(trace)
     return trace
+
+
+def check_new_or_unfinished(path: Path) -> None:
+    """Refuse an output folder that is neither empty nor an unfinished trace.
+
+    Raises:
+        UserError: it holds something else, or a complete trace.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"cannot write {path}: it is a file, a trace is a folder")
+    if not any(path.iterdir()):
+        return
+    if not (path / INFO_FILE).exists():
+        raise UserError(f"{path} already exists and is not empty; choose another --out or remove it first")
+    if TraceInfo.read(path).complete:
+        raise UserError(f"{path} already holds a complete trace; choose another --out or remove it first")
 
 
 _WHAT: dict[Kind, str] = {
