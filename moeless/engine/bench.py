@@ -1,0 +1,301 @@
+"""A whole live benchmark: launch ranks, serve the workload under every policy, verify, make result cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeless.cluster import Cluster, cluster
+from moeless.contracts import ModelPlan
+from moeless.engine.checkpoint import Checkpoint
+from moeless.engine.hosts import HOSTS
+from moeless.engine.job import Job
+from moeless.engine.launch import run_forked, run_torchrun
+from moeless.engine.results import CellRecords, cores, finished_requests, make_cell, read_records
+from moeless.engine.workload import WorkloadSettings, live_requests
+from moeless.errors import RunFailed, UserError
+from moeless.files import write_json, write_text
+from moeless.metrics.requests import Objective
+from moeless.metrics.result import Cell
+from moeless.spec import MoESpec
+from moeless.workloads import schedulers
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """What ``serve-bench --backend live`` runs; every field goes into the manifest.
+
+    Attributes:
+        model: a model folder; None for the bundled model.
+        host: who lends the rest of the model, a name of ``moeless.engine.hosts.HOSTS``.
+        device: ``cpu`` (gloo, forked ranks), ``cuda`` (NCCL, torchrun) or ``auto``.
+        dtype: ``float32``, ``bfloat16``, ``float16``; None: float32 on CPUs, the checkpoint's own on GPUs.
+        cluster: whose links and rates planners assume; None: ``cpu8``-like, or ``h100x8``-like on GPUs.
+        warmup: first iterations that layer figures leave out.
+        verify: compare outputs with the unmodified model; ``record`` writes a routing trace of the first policy.
+    """
+
+    policies: tuple[str, ...]
+    workload: WorkloadSettings = field(default_factory=WorkloadSettings)
+    model: Path | None = None
+    host: str = "transformers"
+    ranks: int = 2
+    device: str = "auto"
+    dtype: str | None = None
+    cluster: str | None = None
+    costs: str = "roofline"
+    batching: str = "continuous"
+    token_budget: int = 2048
+    max_running: int = 64
+    extra_slots: int = 1
+    spare_slots: int = 1
+    keep_alive: float = 10.0
+    replan_seconds: float = 10.0
+    skip_below_tokens: int = 0
+    predictors: tuple[Path, ...] = ()
+    planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    objectives: tuple[Objective, ...] = ()
+    temperature: float = 0.0
+    warmup: int = 0
+    verify: bool = False
+    record: bool = False
+    seed: int = 0
+
+
+class LiveBench:
+    """A checked configuration; nothing runs before :meth:`run`.
+
+    Raises:
+        UserError: something asked for does not exist, does not fit together, or a file is broken.
+    """
+
+    def __init__(self, config: LiveConfig) -> None:
+        import torch
+
+        from moeless.predictors.gates import checkpoint_folder
+        from moeless.traces.specs import resolve_spec
+
+        if config.ranks < 1:
+            raise UserError(f"--ranks must be at least 1, got {config.ranks}")
+        if not config.policies:
+            raise UserError("a live run needs at least one --policy")
+        HOSTS.get(config.host)
+        self.config = config
+        self.device = config.device
+        if config.device == "auto":
+            self.device = "cuda" if torch.cuda.device_count() >= config.ranks else "cpu"
+        if self.device == "cuda" and torch.cuda.device_count() < config.ranks:
+            raise UserError(f"{config.ranks} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
+        self.model = checkpoint_folder("bundled" if config.model is None else config.model)
+        Checkpoint(self.model)
+        spec = resolve_spec(str(self.model))
+        self.dtype = config.dtype or ("float32" if self.device == "cpu" or config.verify else spec.dtype)
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"--dtype {self.dtype!r} is none of float32, bfloat16, float16")
+        name = "bundled" if config.model is None else spec.name
+        self.spec: MoESpec = dataclasses.replace(spec, name=name, dtype=self.dtype, expert_dtype=self.dtype)
+        self.requests = live_requests(self.model, config.workload)
+        options = (
+            {"token_budget": config.token_budget, "max_running": config.max_running}
+            if config.batching == "continuous"
+            else {}
+        )
+        schedulers.build(config.batching, [live.request for live in self.requests], config.ranks, **options)
+        self._check_policies()
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster that planners plan for, with as many GPUs as there are ranks."""
+        name = self.config.cluster or ("cpu8" if self.device == "cpu" else "h100x8")
+        ranks = self.config.ranks
+        found = cluster(name)
+        return dataclasses.replace(
+            found, num_gpus=ranks, island_size=min(found.island_size, ranks), gpus_per_node=max(found.gpus_per_node, 1)
+        )
+
+    def _check_policies(self) -> None:
+        from moeless.engine.worker import policies_of
+
+        job = self._job(Path(), Path())
+        for policy in policies_of(job):
+            plans = tuple(policy.first_plan(layer, None) for layer in range(job.spec.L))
+            ModelPlan(job.spec.name, job.spec.E, job.ranks, policy.label, plans)
+
+    def estimate(self) -> dict[str, Any]:
+        """What the run takes: tokens, bytes of expert copies per rank and of host memory."""
+        config, spec = self.config, self.spec
+        slots = min(-(-spec.E // config.ranks) + config.extra_slots + config.spare_slots, spec.E)
+        positions = sum(live.request.prompt_tokens + live.request.output_tokens - 1 for live in self.requests)
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "cores": cores(),
+            "requests": len(self.requests),
+            "token_positions": positions * len(config.policies),
+            "host_expert_mb": round(spec.L * spec.E * spec.expert_bytes / 1e6, 1),
+            "rank_expert_mb": round(spec.L * slots * spec.expert_bytes / 1e6, 1),
+            "rank_other_mb": round(spec.non_expert_bytes / 1e6, 1),
+        }
+
+    def _job(self, folder: Path, shared: Path) -> Job:
+        c = self.config
+        return Job(
+            model=self.model,
+            host=c.host,
+            device=self.device,
+            dtype=self.dtype,
+            ranks=c.ranks,
+            spec=self.spec,
+            cluster=self.cluster,
+            costs=c.costs,
+            policies=c.policies,
+            requests=self.requests,
+            folder=folder,
+            shared=shared,
+            batching=c.batching,
+            token_budget=c.token_budget,
+            max_running=c.max_running,
+            extra_slots=c.extra_slots,
+            spare_slots=c.spare_slots,
+            keep_alive=c.keep_alive,
+            replan_seconds=c.replan_seconds,
+            skip_below_tokens=c.skip_below_tokens,
+            predictors=c.predictors,
+            planner_params=c.planner_params,
+            temperature=c.temperature,
+            seed=c.seed,
+            verify=c.verify,
+            record=c.record,
+        )
+
+    def run(self, out: Path) -> list[Cell]:
+        """Launch the ranks, serve, verify.
+
+        ``out`` gets ``requests.jsonl`` (every finished request's token times and tokens, also after a failure), and
+        with ``record`` a trace in ``trace/``.
+
+        Raises:
+            RunFailed: a rank failed or was killed, or a policy's outputs are not the model's.
+        """
+        with tempfile.TemporaryDirectory(prefix="moeless-") as scratch, _shared_folder() as shared:
+            job = self._job(Path(scratch), Path(shared))
+            try:
+                launch(job)
+            except BaseException:
+                self._keep_finished(job, out)
+                raise
+            self._keep_finished(job, out)
+            return self._cells(job, out)
+
+    def _keep_finished(self, job: Job, out: Path) -> None:
+        lines = [
+            json.dumps({"policy": text, **entry})
+            for cell, text in enumerate(job.policies)
+            for entry in finished_requests(job.folder, cell, job.ranks)
+        ]
+        if lines:
+            write_text(out / "requests.jsonl", "\n".join(lines) + "\n")
+
+    def _cells(self, job: Job, out: Path) -> list[Cell]:
+        from moeless.engine.worker import policies_of
+
+        policies = policies_of(job)
+        records = [read_records(job, cell) for cell in range(len(policies))]
+        checked = self._verify(job, [policy.lossy for policy in policies], records) if job.verify else {}
+        cells = []
+        for index, (policy, record) in enumerate(zip(policies, records, strict=True)):
+            settings: dict[str, Any] = {"arrivals": self.config.workload.arrivals}
+            if index in checked:
+                settings["verification"] = checked[index]
+            cell = make_cell(
+                job, policy, record, warmup=self.config.warmup, objectives=self.config.objectives, settings=settings
+            )
+            if index in checked and not checked[index]["passed"]:
+                cell = dataclasses.replace(cell, warnings=(*cell.warnings, checked[index]["sentence"]))
+            cells.append(cell)
+        if job.record:
+            from moeless.engine.recording import write_trace
+
+            write_trace(job, 0, out / "trace", self.config.workload)
+        return cells
+
+    def _verify(self, job: Job, lossy: Sequence[bool], records: Sequence[CellRecords]) -> dict[int, dict[str, Any]]:
+        """Compare every policy with the reference, in a process of its own (this one must stay single-threaded)."""
+        path = job.folder / "verification.json"
+
+        def work(rank: int) -> None:
+            from moeless.engine.verify import Reference
+            from moeless.engine.worker import DTYPES
+
+            reference = Reference(job.model, DTYPES[job.dtype])
+            prompts = {live.request.id: live.token_P for live in job.requests}
+            found = {}
+            for cell, record in enumerate(records):
+                if lossy[cell]:
+                    continue
+                outputs = {entry["request"]: entry["tokens"] for entry in record.finished}
+                logits = {request: np.load(job.folder / f"logits-{cell}-{request}.npy") for request in outputs}
+                result = reference.compare(prompts, outputs, logits, greedy=job.temperature == 0.0)
+                found[cell] = result.to_json() | {"sentence": result.sentence()}
+            write_json(path, {str(cell): entry for cell, entry in found.items()})
+
+        run_forked(work, 1)
+        return {int(cell): entry for cell, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def launch(job: Job) -> None:
+    """Run a job's ranks on this machine: forked on CPUs, under ``torchrun`` on GPUs.
+
+    Raises:
+        UserError, RunFailed: see :mod:`moeless.engine.launch`.
+    """
+    if job.device == "cuda":
+        job.write(job.folder / "job.json")
+        run_torchrun(job.folder / "job.json", job.ranks)
+        return
+    # what the ranks need is imported once, before they are forked
+    import transformers  # noqa: F401
+
+    from moeless.engine import groups, worker
+
+    HOSTS.get(job.host)
+    init = f"file://{job.folder / 'rendezvous'}"
+
+    def work(rank: int) -> None:
+        ranks = groups.join(rank, job.ranks, init_method=init, timeout_seconds=job.timeout_seconds)
+        worker.serve(job, ranks)
+        groups.leave()
+
+    run_forked(work, job.ranks)
+
+
+def check_verified(cells: Sequence[Cell]) -> None:
+    """Fail a run whose outputs are not the model's.
+
+    Raises:
+        RunFailed: a policy did not pass; the sentence says which and by how much.
+    """
+    for cell in cells:
+        entry = cell.settings.get("verification")
+        if entry is not None and not entry["passed"]:
+            raise RunFailed(f"policy {cell.policy} is {entry['sentence']}")
+
+
+def serve_live(config: LiveConfig, out: Path) -> list[Cell]:
+    """Check, launch, serve, verify; see :class:`LiveBench`."""
+    return LiveBench(config).run(out)
+
+
+def _shared_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder in the machine's memory file system, or among temporary files where there is none."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and shutil.disk_usage(memory).free > 0
+    return tempfile.TemporaryDirectory(prefix="moeless-", dir=memory if usable else None)

@@ -1,0 +1,114 @@
+"""One elastic MoE layer: tokens to copies by quota, grouped compute, back, combine.
+
+Axes: T tokens of this rank, K top-k, N = T*K assignments, R replicas of the layer, S source ranks, G ranks, C slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moeless.contracts import IntArray, LayerPlan
+from moeless.engine.exchange import Exchange
+from moeless.engine.ffn import ExpertFFN
+
+
+@dataclass
+class PartTimes:
+    """Seconds of one layer on one rank; ``compute`` is processor time on CPUs, wall time on GPUs."""
+
+    control: float = 0.0
+    stall: float = 0.0
+    exchange: float = 0.0
+    compute: float = 0.0
+    total: float = 0.0
+
+
+def order_by_replica(topk_TK: torch.Tensor, quota_R: IntArray, expert_R: IntArray) -> torch.Tensor:
+    """Assignments (index t*K+k) in order of the replica that serves them, ``[N]``.
+
+    A rank's tokens fill the quotas of an expert's replicas in token order, lowest replica first. Replicas are sorted
+    by GPU, so the result is in order of destination.
+    """
+    by_expert = torch.argsort(topk_TK.reshape(-1), stable=True)
+    replicas = np.argsort(expert_R, kind="stable")
+    replica_N = np.repeat(replicas, quota_R[replicas])
+    order = torch.from_numpy(np.argsort(replica_N, kind="stable")).to(by_expert.device)
+    return by_expert[order]
+
+
+def combine(
+    rows_NH: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor, tokens: int, top_k: int
+) -> torch.Tensor:
+    """Put rows back in token order and sum each token's weighted expert outputs, ``[T, H]``."""
+    placed = torch.empty_like(rows_NH)
+    placed[order_N] = rows_NH
+    weighted = placed.view(tokens, top_k, placed.shape[-1]) * weights_TK.to(placed.dtype)[..., None]
+    return weighted.sum(1)
+
+
+def run_layer(
+    hidden_TH: torch.Tensor,
+    topk_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    plan: LayerPlan,
+    quota_SR: IntArray,
+    slot_of_expert: Mapping[int, int],
+    slots: Mapping[str, torch.Tensor],
+    ffn: ExpertFFN,
+    exchange: Exchange,
+    times: PartTimes,
+) -> torch.Tensor:
+    """Dispatch, compute, return and combine; every rank calls it with the same plan and quotas.
+
+    Zero tokens, zero copies and a single rank are valid.
+
+    Args:
+        slot_of_expert: this rank's copies that are in memory, expert to slot; must hold those with a quota here.
+    """
+    rank, world = exchange.ranks.rank, exchange.ranks.world
+    tokens, top_k = topk_TK.shape
+    own_R = quota_SR[rank]
+    order_N = order_by_replica(topk_TK, own_R, plan.expert_R)
+    send_G = np.bincount(plan.gpu_R, weights=own_R, minlength=world).astype(np.int64).tolist()
+    here = np.flatnonzero(plan.gpu_R == rank)
+    quota_Sr = quota_SR[:, here]
+    receive_S = quota_Sr.sum(1).tolist()
+
+    started = time.perf_counter()
+    arrived = exchange.all_to_all(hidden_TH[order_N // top_k], send_G, receive_S)
+    times.exchange += time.perf_counter() - started
+
+    started = _clock(hidden_TH)
+    slot_r = [slot_of_expert.get(int(e), 0) for e in plan.expert_R[here]]
+    by_slot, count_C = _regroup(quota_Sr, slot_r, len(next(iter(slots.values()))))
+    by_slot = by_slot.to(arrived.device)
+    computed = ffn(arrived[by_slot].to(ffn.dtype), count_C, slots).to(arrived.dtype)
+    returned = torch.empty_like(arrived)
+    returned[by_slot] = computed
+    times.compute += _clock(hidden_TH) - started
+
+    started = time.perf_counter()
+    back = exchange.all_to_all(returned, receive_S, send_G)
+    times.exchange += time.perf_counter() - started
+    return combine(back, order_N, weights_TK, tokens, top_k)
+
+
+def _regroup(quota_Sr: IntArray, slot_r: Sequence[int], num_slots: int) -> tuple[torch.Tensor, list[int]]:
+    """From (source, replica) order to slot order: row indices, and rows of each slot."""
+    slot_N = np.repeat(np.tile(np.asarray(slot_r, np.int64), len(quota_Sr)), quota_Sr.reshape(-1))
+    count_C = np.bincount(slot_N, minlength=num_slots).tolist()
+    return torch.from_numpy(np.argsort(slot_N, kind="stable")), count_C
+
+
+def _clock(like: torch.Tensor) -> float:
+    """Own processor time on CPUs, where ranks share cores; wall time after the queued kernels on GPUs."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+        return time.perf_counter()
+    return time.thread_time()

@@ -1,0 +1,92 @@
+"""The elastic MoE layer of one rank: a controller's decision carried out by the core, with its records."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moeless.contracts import IntArray
+from moeless.engine.controller import Controller
+from moeless.engine.core import PartTimes, run_layer
+from moeless.engine.ffn import ExpertFFN
+
+#: Columns of a record: seconds by part, then this rank's tokens and copies.
+COLUMNS = ("control", "stall", "exchange", "compute", "total", "tokens", "replicas", "active", "warm", "resident")
+
+
+@dataclass
+class ElasticExperts:
+    """What a host calls for each MoE layer.
+
+    Attributes:
+        rows: one record per layer call, see ``COLUMNS``.
+        routing: ids and weights of each layer of this iteration, kept where ``record`` is set.
+    """
+
+    controller: Controller
+    ffn: ExpertFFN
+    record: bool = False
+    rows: list[tuple[float, ...]] = field(default_factory=list)
+    routing: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # type: ignore[type-arg]
+    first_token: int = 0
+
+    def __call__(
+        self, layer: int, hidden_TH: torch.Tensor, topk_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Route, exchange, compute and combine one layer; collective."""
+        controller = self.controller
+        if controller.policy.lossy:
+            topk_TK = even_choice(topk_TK, controller.spec.E, self.first_token)
+        times, started = PartTimes(), time.perf_counter()
+        decision = controller.decide(layer, hidden_TH, topk_TK, times)
+        store = controller.store
+        out = run_layer(
+            hidden_TH,
+            topk_TK,
+            weights_TK,
+            plan=decision.plan,
+            quota_SR=decision.quota_SR,
+            slot_of_expert=store.slot_of_expert(layer),
+            slots=store.slots_L[layer],
+            ffn=self.ffn,
+            exchange=controller.exchange,
+            times=times,
+        )
+        times.total = time.perf_counter() - started
+        plan, used_R = decision.plan, decision.quota_SR.sum(0)
+        tokens = int(used_R[plan.gpu_R == controller.rank].sum())
+        self.rows.append(
+            (
+                times.control,
+                times.stall,
+                times.exchange,
+                times.compute,
+                times.total,
+                tokens,
+                plan.R,
+                int((used_R > 0).sum()),
+                decision.warm,
+                store.resident(layer),
+            )
+        )
+        if self.record:
+            self.routing.append((topk_TK.cpu().numpy(), weights_TK.float().cpu().numpy()))
+        return out
+
+
+def even_choice(topk_TK: torch.Tensor, experts: int, first: int) -> torch.Tensor:
+    """The oracle's override: tokens take the experts in turn, whatever the gate says (arXiv 2603.06350, baselines).
+
+    ``first`` is the number of tokens on lower ranks, so that loads are even over all ranks.
+    """
+    tokens, top_k = topk_TK.shape
+    turn = torch.arange(first * top_k, (first + tokens) * top_k, device=topk_TK.device)
+    return (turn % experts).view(tokens, top_k).to(topk_TK.dtype)
+
+
+def columns(rows: list[tuple[float, ...]], layers: int) -> IntArray:
+    """Records as ``[iterations, L, columns]`` float64."""
+    return np.asarray(rows, np.float64).reshape(-1, layers, len(COLUMNS))  # type: ignore[return-value]

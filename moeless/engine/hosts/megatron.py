@@ -1,0 +1,234 @@
+"""A Megatron-core ``GPTModel`` whose MoE layers are elastic, with flat batching.
+
+Megatron keeps its parallel state, layers, attention and router; the layer spec swaps in three parts: the elastic MoE
+layer, a core attention over requests, and a router that stays on the model's device.
+
+Axes: T tokens of a step, H hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+from moeless.engine.checkpoint import Checkpoint, read_expert
+from moeless.engine.ffn import GatedFFN, silu_gate
+from moeless.engine.flat import FlatBatch, KVCache, attend
+from moeless.engine.hosts.base import Host
+from moeless.engine.hosts.megatron_weights import Family, family_of, load_weights
+from moeless.files import read_json
+from moeless.spec import MoESpec
+
+
+class DeviceRouter(TopKRouter):
+    """Megatron's router without its move of the weights to CUDA."""
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits in the configured type."""
+        kind = torch.float32 if self.config.moe_router_dtype == "fp32" else input.dtype
+        return functional.linear(input.to(kind), self.weight.to(kind))
+
+
+class ElasticMoELayer(MegatronModule):
+    """Router, then the host's elastic experts; it owns no expert weights."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int | None = None, pg_collection: Any = None) -> None:
+        super().__init__(config=config)
+        self.router = DeviceRouter(config=config, pg_collection=pg_collection or get_default_pg_collection())
+        self.host: MegatronHost | None = None
+        self.layer = (layer_number or 1) - 1
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's layers count from 1."""
+        self.layer = layer_number - 1
+        self.router.set_layer_number(layer_number)
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: Any = None
+    ) -> tuple[torch.Tensor, None]:
+        """``[T, 1, H]`` to the same."""
+        assert self.host is not None
+        probs_TE, map_TE = self.router(hidden_states)
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        topk_TK = map_TE.nonzero()[:, 1].view(len(hidden_TH), -1)
+        out = self.host.moe(self.layer, hidden_TH, topk_TK, probs_TE.gather(1, topk_TK))
+        return out.view(hidden_states.shape), None
+
+
+class FlatCoreAttention(MegatronModule):
+    """Attention over each request's own keys and values, in place of the dot-product core."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
+        super().__init__(config=config)
+        self.layer = layer_number - 1
+        self.host: MegatronHost | None = None
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: Any
+    ) -> torch.Tensor:
+        """``[T, 1, heads, D]`` each to ``[T, 1, heads * D]``."""
+        host = self.host
+        assert host is not None
+        out = attend(
+            self.layer,
+            host.cache,
+            host.batch.spans,
+            query[:, 0],
+            key[:, 0],
+            value[:, 0],
+            scale=query.shape[-1] ** -0.5,
+            window=host.family.window,
+        )
+        return out.reshape(len(out), 1, -1)
+
+
+class FlatRotary(torch.nn.Module):
+    """Rotary angles at the batch's own positions instead of 0, 1, 2, ..."""
+
+    def __init__(self, dim: int, base: float, device: torch.device) -> None:
+        super().__init__()
+        self.frequency = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+        self.position_T = torch.empty(0, device=device)
+
+    def get_rotary_seq_len(self, *_: Any) -> int:
+        """Megatron asks for a length; the positions decide."""
+        return 0
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Angles ``[T, 1, 1, dim]``."""
+        angles = torch.outer(self.position_T.float(), self.frequency)
+        return torch.cat((angles, angles), -1)[:, None, None, :]
+
+
+class MegatronHost(Host):
+    """Mixtral-, Qwen3-MoE- and OLMoE-type checkpoints in a ``GPTModel``.
+
+    Raises:
+        UserError: the checkpoint's family or one of its settings is not supported here, or it is damaged.
+    """
+
+    def __init__(self, folder: Path, *, spec: MoESpec, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.spec, self.cache = device, dtype, spec, KVCache()
+        self.checkpoint = Checkpoint(folder)
+        config = read_json(folder / "config.json")
+        self.family = family_of(config, spec, folder)
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                expert_model_parallel_size=dist.get_world_size(), create_gloo_process_groups=False
+            )
+        self.model = _build(self.family, dtype)
+        load_weights(self.model, self.checkpoint, self.family)
+        self.model.to(device=device, dtype=dtype).eval()
+        self.rotary = FlatRotary(self.family.head_dim, self.family.rope_theta, device)
+        self.model.rotary_pos_emb = self.rotary
+        for module in self.model.modules():
+            if isinstance(module, ElasticMoELayer | FlatCoreAttention):
+                # a plain attribute: the host is no submodule
+                object.__setattr__(module, "host", self)
+        self.model.output_layer.register_forward_pre_hook(self._wanted_rows, with_kwargs=True)
+        up, down = (2 * self.family.expert_size, self.family.hidden), (self.family.hidden, self.family.expert_size)
+        self.ffn = GatedFFN({"up": up, "down": down}, dtype, silu_gate)
+        self.batch = FlatBatch((), *(torch.empty(0, dtype=torch.int64),) * 3)
+
+    def _wanted_rows(self, _module: Any, args: Any, kwargs: Any) -> Any:
+        return (args[0][self.batch.logit_rows], *args[1:]), kwargs
+
+    def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        return read_expert(self.checkpoint, f"model.layers.{layer}.mlp.experts", expert)
+
+    def step(self, batch: FlatBatch) -> torch.Tensor:
+        self.batch, self.rotary.position_T = batch, batch.position_T
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=batch.token_T[None],
+                position_ids=batch.position_T[None],
+                attention_mask=None,
+                runtime_gather_output=True,
+            )
+        logits: torch.Tensor = out[0].float()
+        return logits
+
+
+def _build(family: Family, dtype: torch.dtype) -> GPTModel:
+    # it warns of every MoE layer that is not its own
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    config = TransformerConfig(
+        num_layers=family.layers,
+        hidden_size=family.hidden,
+        num_attention_heads=family.heads,
+        num_query_groups=family.kv_heads,
+        kv_channels=family.head_dim,
+        ffn_hidden_size=family.expert_size,
+        moe_ffn_hidden_size=family.expert_size,
+        num_moe_experts=family.experts,
+        moe_router_topk=family.top_k,
+        moe_router_load_balancing_type="none",
+        moe_router_score_function="softmax",
+        moe_router_pre_softmax=not family.renormalised or family.top_k == 1,
+        moe_router_topk_scaling_factor=None,
+        normalization="RMSNorm",
+        layernorm_epsilon=family.epsilon,
+        qk_layernorm=family.qk_norm is not None,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        rotary_interleaved=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        apply_query_key_layer_scaling=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+    )
+    layer = get_gpt_layer_local_spec(
+        num_experts=family.experts, qk_layernorm=family.qk_norm == "head", normalization="RMSNorm"
+    )
+    layer.submodules.mlp = ModuleSpec(module=ElasticMoELayer)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = FlatCoreAttention
+    if family.qk_norm == "all":
+        attention.q_layernorm = ModuleSpec(module=AllHeadsNorm, params={"heads": family.heads})
+        attention.k_layernorm = ModuleSpec(module=AllHeadsNorm, params={"heads": family.kv_heads})
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=layer,
+        vocab_size=family.vocab,
+        max_sequence_length=family.max_positions,
+        parallel_output=False,
+        share_embeddings_and_output_weights=family.tied,
+        position_embedding_type="rope",
+        rotary_base=int(family.rope_theta),
+    )
+
+
+class AllHeadsNorm(torch.nn.Module):
+    """RMS norm over all heads of a query or key together (OLMoE)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float, heads: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """``[T, 1, heads, D]`` to the same."""
+        flat = value.reshape(*value.shape[:2], -1)
+        return functional.rms_norm(flat, flat.shape[-1:], self.weight, self.eps).view(value.shape)

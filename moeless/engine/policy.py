@@ -1,0 +1,159 @@
+"""A policy's parts on a live model: planner, predictor, budget, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeless.cluster import Cluster
+from moeless.contracts import BoolArray, Budget, FloatArray, Forecast, IntArray, LayerPlan, Phase, PlanInput, Policy
+from moeless.costs import COSTS, CostModel
+from moeless.errors import UserError
+from moeless.placement import PLANNERS, Planner
+from moeless.spec import MoESpec
+
+#: The routing override, which is no planner.
+ORACLE = "oracle"
+#: Iterations that a plan made once or at intervals is expected to stay.
+LONG_HORIZON = 10_000
+#: Tokens of an iteration that the first plans are meant for.
+FIRST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class LivePolicy:
+    """One policy, ready to decide.
+
+    Attributes:
+        predictor: None where the planner plans once or at intervals.
+        lossy: the router's choice is overridden by even loads (the oracle).
+    """
+
+    label: str
+    policy: Policy
+    planner: Planner
+    params: Any
+    predictor: Any
+    budget: Budget
+    spec: MoESpec
+    cluster: Cluster
+    costs: CostModel
+    lossy: bool
+
+    def plan(
+        self,
+        layer: int,
+        phase: Phase,
+        forecast: Forecast,
+        previous: LayerPlan | None = None,
+        state_R: Any = None,
+        horizon: int = 1,
+    ) -> LayerPlan:
+        """Ask the planner for one layer."""
+        return self.planner.plan_layer(
+            PlanInput(layer, phase, forecast, previous, state_R, horizon),
+            spec=self.spec,
+            cluster=self.cluster,
+            costs=self.costs,
+            budget=self.budget,
+            params=self.params,
+        )
+
+    def dispatch(self, load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray) -> IntArray:
+        """Ask the planner's dispatch for quotas, ``[S, R]``."""
+        return self.planner.dispatch(
+            load_SE, plan, usable_R, spec=self.spec, cluster=self.cluster, costs=self.costs, params=self.params
+        )
+
+    def from_share(self, share_E: FloatArray | None, tokens: int) -> Forecast:
+        """A forecast from load shares, even ones where none are known."""
+        share = np.full(self.spec.E, 1.0 / self.spec.E) if share_E is None else share_E
+        mean_E = share * (tokens * self.spec.K)
+        return Forecast(mean_E, mean_E.copy(), tokens, "history")
+
+    def first_plan(self, layer: int, share_E: FloatArray | None) -> LayerPlan:
+        """The plan of the deployment."""
+        return self.plan(layer, Phase.MIXED, self.from_share(share_E, FIRST_TOKENS), horizon=LONG_HORIZON)
+
+
+def resolve_live(
+    text: str,
+    *,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: str,
+    extra_slots: int,
+    model: Path,
+    predictors: tuple[Path, ...] = (),
+    params: Mapping[str, Any] | None = None,
+) -> LivePolicy:
+    """Find the parts of ``planner[:predictor[:distance]]``.
+
+    Raises:
+        UserError: a name is unknown, or the predictor cannot run live.
+    """
+    policy = Policy.parse(text)
+    lossy = policy.planner == ORACLE
+    if lossy and policy.predictor != "none":
+        raise UserError(f"policy {text}: the oracle overrides routing and takes no predictor; write oracle")
+    planner: Planner = PLANNERS.get("static" if lossy else policy.planner)
+    name = policy.predictor
+    if planner.needs_forecast and name == "none":
+        name = planner.default_predictor
+    if not planner.needs_forecast and name != "none":
+        raise UserError(f"policy {text}: {policy.planner} needs no forecast; write {policy.planner}")
+    predictor = None
+    if planner.cadence == "interval" and name != "history":
+        raise UserError(f"policy {text}: {planner.name} plans at intervals from history; write {planner.name}:history")
+    if planner.needs_forecast and planner.cadence == "iteration":
+        predictor = _predictor(name, spec, model, predictors)
+        if policy.distance >= spec.L:
+            raise UserError(f"policy {text}: the distance must be below the model's {spec.L} MoE layers")
+    try:
+        chosen = planner.params(**(params or {}))
+    except TypeError as error:
+        raise UserError(f"planner {planner.name} does not take these parameters ({error})") from None
+    budget = Budget.even(spec.E, cluster.G, 0 if planner.name == "static" else extra_slots, spec.expert_bytes)
+    label = ORACLE if lossy else policy.planner
+    if name != "none":
+        label += f":{name}" + (f":{policy.distance}" if predictor is not None and name != "history" else "")
+    return LivePolicy(
+        label,
+        Policy(policy.planner, name, policy.distance),
+        planner,
+        chosen,
+        predictor,
+        budget,
+        spec,
+        cluster,
+        COSTS.get(costs)(spec, cluster),
+        lossy,
+    )
+
+
+def _predictor(name: str, spec: MoESpec, model: Path, folders: tuple[Path, ...]) -> Any:
+    from moeless.predictors import PREDICTORS, load_predictor
+
+    kind = PREDICTORS.get(name)
+    if name == "oracle":
+        raise UserError("the oracle predictor reads the future and exists in the simulator only")
+    for folder in folders:
+        predictor = load_predictor(folder)
+        if predictor.name != name:
+            continue
+        mine, its = ((s.L, s.E, s.K, s.hidden_size) for s in (spec, predictor.spec))
+        if mine != its:
+            raise UserError(f"{folder} was fitted for {predictor.spec.name}, whose shapes are not those of {spec.name}")
+        return predictor
+    if name == "gate_reuse":
+        from moeless.predictors.gates import read_gates
+
+        return kind(spec, gates=read_gates(model, spec))
+    try:
+        return kind(spec)
+    except TypeError:
+        raise UserError(f"predictor {name!r} has to be fitted first: give its folder with --predictor") from None

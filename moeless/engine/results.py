@@ -1,0 +1,230 @@
+"""From the ranks' records to result cells.
+
+Axes: S ranks, I iterations, L layers, C record columns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeless.contracts import FloatArray
+from moeless.engine.elastic import COLUMNS
+from moeless.engine.job import Job
+from moeless.engine.policy import LivePolicy
+from moeless.metrics import balance
+from moeless.metrics.billing import Meter
+from moeless.metrics.latency import MIN_SAMPLES_P99, cdf, summarise
+from moeless.metrics.requests import Objective, RequestTimes, request_metrics
+from moeless.metrics.result import Cell, LayerMetrics
+
+
+@dataclass(frozen=True)
+class CellRecords:
+    """All ranks' records of one policy."""
+
+    rows_SILC: FloatArray
+    start_I: FloatArray
+    end_I: FloatArray
+    facts: list[dict[str, Any]]
+    finished: list[dict[str, Any]]
+
+    def column(self, name: str) -> FloatArray:
+        """One column, ``[S, I, L]``."""
+        return self.rows_SILC[..., COLUMNS.index(name)]
+
+
+def finished_requests(folder: Path, cell: int, ranks: int) -> list[dict[str, Any]]:
+    """What the ranks wrote of requests that were served to their end; a last broken line is left out."""
+    found = []
+    for rank in range(ranks):
+        path = folder / f"finished-{cell}-{rank}.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            found += [json.loads(line) | {"rank": rank} for line in lines]
+    return sorted(found, key=lambda entry: int(entry["request"]))
+
+
+def read_records(job: Job, cell: int) -> CellRecords:
+    """One policy's records."""
+    arrays = [np.load(job.folder / f"records-{cell}-{rank}.npz") for rank in range(job.ranks)]
+    facts = [json.loads((job.folder / f"facts-{cell}-{r}.json").read_text("utf-8")) for r in range(job.ranks)]
+    rows = np.stack([a["rows_ILC"] for a in arrays])
+    return CellRecords(
+        rows, arrays[0]["start_I"], arrays[0]["end_I"], facts, finished_requests(job.folder, cell, job.ranks)
+    )
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_time_only(job: Job) -> bool:
+    """Whether ranks share cores, so that wall time says nothing about balance."""
+    return job.device == "cpu" and job.ranks > cores()
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """Seconds of each part of a layer, ``[I, L]``."""
+
+    expert: FloatArray
+    exchange: FloatArray
+    control: FloatArray
+    stall: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """A layer's whole time."""
+        return self.expert + self.exchange + self.control + self.stall
+
+
+def layer_seconds(records: CellRecords, own_only: bool) -> LayerSeconds:
+    """A layer's time is the slowest rank's.
+
+    By the wall where every rank has a core. Otherwise (``own_only``) the sum of the largest compute, control and
+    stall time that any rank spent itself, the exchange left out.
+    """
+    expert, control = records.column("compute").max(0), records.column("control").max(0)
+    stall = records.column("stall").max(0)
+    known = expert + control + stall
+    exchange = np.zeros_like(known) if own_only else np.maximum(0.0, records.column("total").max(0) - known)
+    return LayerSeconds(expert, exchange, control, stall)
+
+
+def layer_metrics(records: CellRecords, seconds: LayerSeconds, warmup: int) -> LayerMetrics | None:
+    """The result's layer figures; None where the warm-up took every iteration."""
+    after = slice(warmup, None)
+    summary = summarise(seconds.total[after].ravel())
+    if summary is None:
+        return None
+    load_ILS = np.moveaxis(records.column("tokens")[:, after], 0, -1)
+    replicas, warm = records.column("replicas")[0, after], records.column("warm")[0, after]
+    parts = {
+        "expert": seconds.expert,
+        "all_to_all": seconds.exchange,
+        "misc": np.zeros_like(seconds.expert),
+        "control": seconds.control,
+        "stall": seconds.stall,
+    }
+    return LayerMetrics(
+        mean_ms=1e3 * summary.mean,
+        p50_ms=1e3 * summary.median,
+        p99_ms=1e3 * summary.p99,
+        imbalance=float(balance.imbalance(load_ILS).mean()),
+        replicas=float(replicas.mean()),
+        moved_bytes=float(sum(fact["moved_bytes"] for fact in records.facts)),
+        warm_rate=float(warm.sum() / replicas.sum()),
+        stalls={"cold": float(seconds.stall.sum())},
+        samples=summary.samples,
+        p90_ms=1e3 * summary.p90,
+        balancedness=float(balance.balancedness(load_ILS).mean()),
+        active_experts=float(records.column("active")[0, after].mean()),
+        parts_ms={name: 1e3 * float(values[after].mean()) for name, values in parts.items()},
+        cdf_ms=tuple(1e3 * value for value in cdf(seconds.total[after].ravel())),
+    )
+
+
+def request_times(job: Job, finished: Sequence[dict[str, Any]]) -> RequestTimes:
+    """Token times of the finished requests."""
+    gaps = [gap for entry in finished for gap in np.diff(entry["token_times"]).tolist()]
+    return RequestTimes(
+        arrival_N=np.array([entry["arrival"] for entry in finished], np.float64),
+        first_token_N=np.array([entry["token_times"][0] for entry in finished], np.float64),
+        last_token_N=np.array([entry["token_times"][-1] for entry in finished], np.float64),
+        input_tokens_N=np.array([entry["prompt_tokens"] for entry in finished], np.int64),
+        output_tokens_N=np.array([len(entry["token_times"]) for entry in finished], np.int64),
+        itl_seconds_I=np.array(gaps, np.float64),
+        itl_count_I=np.ones(len(gaps), np.int64),
+    )
+
+
+def make_cell(
+    job: Job,
+    policy: LivePolicy,
+    records: CellRecords,
+    *,
+    warmup: int,
+    objectives: Sequence[Objective],
+    settings: dict[str, Any],
+) -> Cell:
+    """One row of the result, evidence ``measured``.
+
+    Raises:
+        ValueError: no iteration was left after the warm-up.
+    """
+    seconds = layer_seconds(records, own_time_only(job))
+    facts, end, total_IL = records.facts, float(records.end_I[-1]), seconds.total
+    layer = layer_metrics(records, seconds, warmup)
+    if layer is None:
+        raise ValueError("no iteration was measured: the warm-up took all of them")
+    meter = Meter(gpu_seconds=job.ranks * end)
+    replicas_IL = records.column("replicas")[0]
+    meter.own_layer_byte_seconds = float((total_IL * replicas_IL).sum()) * job.spec.expert_bytes
+    meter.whole_byte_seconds = float((total_IL.sum(1) * replicas_IL.sum(1)).sum()) * job.spec.expert_bytes
+    meter.resident_byte_seconds = float(sum(fact["resident_byte_seconds"] for fact in facts))
+    missing = len(job.requests) - len(records.finished)
+    request = request_metrics(request_times(job, records.finished), duration=end, failed=missing, objectives=objectives)
+    warnings = _warnings(job, policy, facts, layer.samples, len(records.finished))
+    if facts[0]["piled_up"] and job.batching == "one-second":
+        warnings.append("one-second batches pile up: request metrics are undefined at this rate")
+        request = None
+    elif facts[0]["piled_up"]:
+        warnings.append("the queue grew over the run: the rate exceeds what is served, latency depends on duration")
+    nll, count = (sum(fact["nll"][i] for fact in facts) for i in (0, 1))
+    counted = {name: int(sum(fact[name] for fact in facts)) for name in ("loads", "evictions", "refused", "failed")}
+    return Cell(
+        policy=policy.label,
+        predictor=policy.policy.predictor,
+        distance=policy.policy.distance,
+        model=job.spec.name,
+        trace_kind="tokens",
+        cluster=f"{job.ranks} {job.device} ranks",
+        costs=job.costs,
+        evidence="measured",
+        layer=layer,
+        request=request,
+        billing=meter.bill(job.cluster),
+        warnings=tuple(warnings),
+        lossy=policy.lossy,
+        settings={
+            **settings,
+            "host": job.host,
+            "dtype": job.dtype,
+            "batching": job.batching,
+            "requests": len(job.requests),
+            "iterations": len(records.end_I),
+            "extra_slots": job.extra_slots,
+            "keep_alive_s": job.keep_alive,
+            "layer_time": "own compute, exchange left out" if own_time_only(job) else "wall clock",
+            "copies": counted,
+            "collectives": facts[0]["collectives"],
+            "prompt_perplexity": math.exp(nll / count) if count else None,
+            "seed": job.seed,
+        },
+    )
+
+
+def _warnings(job: Job, policy: LivePolicy, facts: list[dict[str, Any]], samples: int, finished: int) -> list[str]:
+    warnings = []
+    if own_time_only(job):
+        warnings.append(
+            f"{job.ranks} ranks share {cores()} cores: layer times are the largest own compute, control and stall of "
+            "any rank, the exchange left out; request times are those of the crowded machine"
+        )
+    if policy.lossy:
+        warnings.append("the oracle overrides the router: its outputs differ from the model's")
+    refused = sum(fact["refused"] for fact in facts)
+    if refused:
+        warnings.append(f"memory had no room for {refused} planned copies")
+    if samples < MIN_SAMPLES_P99 or finished < MIN_SAMPLES_P99:
+        warnings.append(f"only {finished} requests: a p99 of fewer than {MIN_SAMPLES_P99} is one observation")
+    return warnings

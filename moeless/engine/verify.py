@@ -1,0 +1,120 @@
+"""Generated tokens and logits against the unmodified model in one process.
+
+The reference reads each request's prompt and generated tokens in one pass. If at every position its greedy choice
+is the engine's token, its own greedy generation is the engine's, by induction. A different choice is excused only
+where the reference's two best logits lie closer together than the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Largest difference of float32 logits (design: outputs equal the unmodified model's).
+TOLERANCE = 1e-4
+#: Lower precisions may differ on average by this multiple of what the reference itself differs from float32.
+LOW_PRECISION_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How one policy's outputs compare.
+
+    Attributes:
+        identical: generated tokens that are the reference's greedy choice; ``near_ties`` excused ones.
+        max_difference, mean_difference: of logits.
+        reference_difference: mean difference of the reference in the run's precision from float32; 0 in float32.
+    """
+
+    requests: int
+    tokens: int
+    identical: int
+    near_ties: int
+    max_difference: float
+    mean_difference: float
+    reference_difference: float
+    passed: bool
+
+    def sentence(self) -> str:
+        """What a person reads."""
+        verdict = "verified" if self.passed else "NOT verified"
+        return (
+            f"{verdict}: {self.identical} of {self.tokens} tokens of {self.requests} requests identical, "
+            f"{self.near_ties} near ties, logits differ by at most {self.max_difference:.1e}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Reference:
+    """The unmodified model, with its answers kept by sequence.
+
+    Args:
+        dtype: precision of the run; float32 is always computed beside a lower one.
+    """
+
+    def __init__(self, model: Path, dtype: torch.dtype) -> None:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        kinds = {torch.float32, dtype}
+        self._dtype = dtype
+        self._models = {
+            kind: transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype=kind, attn_implementation="sdpa"
+            ).eval()
+            for kind in kinds
+        }
+        self._known: dict[tuple[tuple[int, ...], torch.dtype], np.ndarray] = {}  # type: ignore[type-arg]
+
+    def logits(self, sequence: tuple[int, ...], first: int, dtype: torch.dtype = torch.float32) -> np.ndarray:  # type: ignore[type-arg]
+        """Float32 logits at positions ``first`` and later, ``[n, V]``."""
+        key = (sequence, dtype)
+        if key not in self._known:
+            with torch.inference_mode():
+                ids = torch.tensor([sequence])
+                out = self._models[dtype](input_ids=ids, use_cache=False, logits_to_keep=len(sequence) - first)
+            self._known[key] = out.logits[0].float().numpy()
+        return self._known[key]
+
+    def compare(
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        outputs: Mapping[int, Sequence[int]],
+        logits: Mapping[int, np.ndarray],  # type: ignore[type-arg]
+        greedy: bool = True,
+    ) -> Verification:
+        """Compare a policy's generated tokens and their logits ``[n, V]`` by request."""
+        exact = self._dtype == torch.float32
+        tokens = identical = near = values = 0
+        worst = total = own = 0.0
+        for request, output in outputs.items():
+            sequence = (*prompts[request], *output[:-1])
+            first = len(prompts[request]) - 1
+            truth = self.logits(sequence, first)
+            difference = np.abs(logits[request] - truth)
+            worst, total, values = (
+                max(worst, float(difference.max())),
+                total + float(difference.sum()),
+                values + difference.size,
+            )
+            if not exact:
+                own += float(np.abs(self.logits(sequence, first, self._dtype) - truth).sum())
+            tokens += len(output)
+            best = np.sort(np.partition(truth, -2, axis=-1)[:, -2:], axis=-1)
+            same = truth.argmax(-1) == np.asarray(output)
+            identical += int(same.sum())
+            near += int((~same & (best[:, 1] - best[:, 0] < TOLERANCE)).sum())
+        mean, reference = total / max(values, 1), own / max(values, 1)
+        if exact:
+            passed = worst <= TOLERANCE and (not greedy or identical + near == tokens)
+        else:
+            passed = mean <= LOW_PRECISION_FACTOR * reference
+        return Verification(len(outputs), tokens, identical, near, worst, mean, reference, passed and tokens > 0)

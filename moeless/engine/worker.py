@@ -1,0 +1,167 @@
+"""One rank from start to end: join, load, serve the workload under every policy, write records.
+
+Under ``torchrun`` this module is the program: ``python -m moeless.engine.worker JOB``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moeless.contracts import Phase
+from moeless.engine import groups
+from moeless.engine.controller import Controller, ControlSettings
+from moeless.engine.elastic import ElasticExperts, columns
+from moeless.engine.exchange import Exchange
+from moeless.engine.groups import Ranks
+from moeless.engine.hostmem import HostExperts
+from moeless.engine.hosts import Host, load_host
+from moeless.engine.job import Job
+from moeless.engine.launch import describe
+from moeless.engine.policy import LivePolicy, resolve_live
+from moeless.engine.serving import LoopSettings, Served, ServingLoop
+from moeless.engine.store import ReplicaStore
+from moeless.workloads import schedulers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def policies_of(job: Job) -> list[LivePolicy]:
+    """The job's policies with their parts.
+
+    Raises:
+        UserError: one of them does not exist or cannot run live.
+    """
+    return [
+        resolve_live(
+            text,
+            spec=job.spec,
+            cluster=job.cluster,
+            costs=job.costs,
+            extra_slots=job.extra_slots,
+            model=job.model,
+            predictors=job.predictors,
+            params=job.planner_params.get(text.partition(":")[0]),
+        )
+        for text in job.policies
+    ]
+
+
+def host_experts(job: Job, host: Host, ranks: Ranks, exchange: Exchange) -> HostExperts:
+    """Map this machine's expert weights; its ranks read the checkpoint's experts between them."""
+    spec = job.spec
+    path = job.shared / f"experts-{ranks.rank // ranks.local_world}"
+    experts = HostExperts(path, spec.L, spec.E, host.ffn.shapes, host.ffn.dtype, pin=ranks.device.type == "cuda")
+    for layer in range(spec.L):
+        for expert in range(ranks.local_rank, spec.E, ranks.local_world):
+            experts.fill(layer, expert, host.read_expert(layer, expert))
+    exchange.barrier()
+    if ranks.local_rank == 0:
+        path.unlink()
+    return experts
+
+
+def serve(job: Job, ranks: Ranks) -> None:
+    """Run the whole job on this rank.
+
+    Raises:
+        UserError: the model or a policy is refused.
+        RunFailed: memory or another rank fails.
+    """
+    torch.manual_seed(job.seed)
+    exchange = Exchange(ranks)
+    policies = policies_of(job)
+    host = load_host(job.host, job.model, spec=job.spec, device=ranks.device, dtype=DTYPES[job.dtype])
+    experts = host_experts(job, host, ranks, exchange)
+    slots = max(int(policy.budget.slots_G.max()) for policy in policies) + job.spare_slots
+    store = ReplicaStore(experts, job.spec.L, min(slots, job.spec.E), ranks.device, host.ffn.dtype)
+    settings = ControlSettings(job.replan_seconds, job.keep_alive, job.skip_below_tokens)
+    for cell, policy in enumerate(policies):
+        elastic = ElasticExperts(Controller(policy, exchange, store, settings), host.ffn, record=job.record)
+        scheduler = schedulers.build(
+            job.batching, [live.request for live in job.requests], ranks.world, **job.batching_options
+        )
+        loop_settings = LoopSettings(job.temperature, job.seed, job.verify and not policy.lossy, job.verify)
+        # one walk without tokens: threads, buffers and message channels exist before the clock starts
+        host.moe = elastic
+        elastic.controller.begin(Phase.MIXED, 0, 0.0)
+        host.idle_step()
+        elastic.rows.clear()
+        elastic.routing.clear()
+        exchange.calls.clear()
+        with (job.folder / f"finished-{cell}-{ranks.rank}.jsonl").open("w", encoding="utf-8") as finished:
+            loop = ServingLoop(host, elastic, exchange, scheduler, job.requests, loop_settings, finished)
+            served = loop.run()
+        end = served.end_I[-1] if served.end_I else 0.0
+        counts = store.settle(end)
+        _write(
+            job,
+            cell,
+            ranks.rank,
+            served,
+            elastic,
+            {
+                **counts.__dict__,
+                "collectives": dict(exchange.calls),
+                "piled_up": scheduler.queueing().piled_up,
+                "nll": served.nll,
+                "grouped": getattr(host.ffn, "grouped", None),
+            },
+        )
+        exchange.barrier()
+    store.close()
+
+
+def _write(job: Job, cell: int, rank: int, served: Served, elastic: ElasticExperts, facts: Mapping[str, Any]) -> None:
+    """Leave this rank's records of one cell in the run's folder."""
+    arrays = {
+        "rows_ILC": columns(elastic.rows, job.spec.L),
+        "start_I": np.array(served.start_I),
+        "end_I": np.array(served.end_I),
+        "tokens_I": np.array(served.tokens_I, np.int64),
+        "phase_I": np.array(served.phase_I, np.int64),
+    }
+    for name in served.recorded[0] if served.recorded else ():
+        arrays[f"trace_{name}"] = np.concatenate([part[name] for part in served.recorded])
+    np.savez(job.folder / f"records-{cell}-{rank}.npz", **arrays)  # type: ignore[arg-type]
+    for request, rows in served.logits.items():
+        np.save(job.folder / f"logits-{cell}-{request}.npy", np.stack(rows))
+    (job.folder / f"facts-{cell}-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def main(path: str) -> int:
+    """The program under ``torchrun``: one rank of a job file."""
+    job = Job.read(Path(path))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        ranks = groups.join(
+            rank,
+            world,
+            init_method="env://",
+            device=job.device,
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            local_world=int(os.environ["LOCAL_WORLD_SIZE"]),
+            timeout_seconds=job.timeout_seconds,
+        )
+        serve(job, ranks)
+        groups.leave()
+        return 0
+    except Exception as error:
+        report = describe(error)
+        (job.folder / f"report-{rank}.json").write_text(json.dumps(report.__dict__), encoding="utf-8")
+        if report.kind == "peer":
+            # the rank that caused it may still be writing its own report
+            time.sleep(1.0)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,122 @@
+"""Expert copies: loaded in the background, used when complete, evicted by keep-alive or need."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeless.engine.hostmem import HostExperts
+from moeless.engine.store import ReplicaStore
+from moeless.errors import RunFailed
+
+SHAPES = {"up": (4, 3), "down": (3, 2)}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> HostExperts:
+    experts = HostExperts(tmp_path / "map", 2, 5, SHAPES, torch.float32)
+    for layer in range(2):
+        for expert in range(5):
+            fill = {name: torch.full(shape, 10.0 * layer + expert) for name, shape in SHAPES.items()}
+            experts.fill(layer, expert, fill)
+    return experts
+
+
+@pytest.fixture
+def store(host: HostExperts) -> ReplicaStore:
+    made = ReplicaStore(host, 2, 3, torch.device("cpu"), torch.float32)
+    made.deploy([[0, 1], [2]], keep_alive=5.0, now=0.0)
+    return made
+
+
+def test_ranks_of_a_machine_share_one_mapping(host: HostExperts, tmp_path: Path) -> None:
+    other = HostExperts(tmp_path / "map", 2, 5, SHAPES, torch.float32)
+    assert float(other.view(1, 3)["down"][0, 0]) == 13.0
+    assert other.expert_bytes == 4 * (12 + 6)
+
+
+def test_a_deployed_copy_holds_its_expert_and_costs_no_move(store: ReplicaStore) -> None:
+    slot = store.slot_of_expert(1)[2]
+    assert torch.equal(store.slots_L[1]["up"][slot], torch.full((4, 3), 12.0))
+    assert store.counts.moved_bytes == 0
+
+
+def test_a_copy_is_ready_only_when_all_its_bytes_are_there(
+    store: ReplicaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    load = store._load
+    monkeypatch.setattr(store, "_load", lambda layer, copy: (gate.wait(20), load(layer, copy)))
+    store.provision(0, [0, 1, 4], 1.0)
+    assert not store.ready(0, 4)
+    assert 4 not in store.slot_of_expert(0)
+    gate.set()
+    store.wait(0, 4)
+    assert store.ready(0, 4)
+    assert store.counts.moved_bytes == store.host.expert_bytes
+
+
+def test_an_unplanned_copy_stays_until_its_keep_alive_ends(store: ReplicaStore) -> None:
+    store.provision(0, [0], 1.0)
+    store.provision(0, [0], 5.9)
+    assert store.ready(0, 1)
+    store.provision(0, [0], 6.0)
+    assert not store.ready(0, 1)
+    assert store.counts.evictions == 1
+
+
+def test_a_copy_that_comes_back_within_its_keep_alive_is_not_loaded_again(store: ReplicaStore) -> None:
+    store.provision(0, [0], 1.0)
+    store.provision(0, [0, 1], 2.0)
+    assert store.ready(0, 1)
+    assert store.counts.loads == 0
+
+
+def test_need_evicts_the_copy_that_was_planned_longest_ago(store: ReplicaStore) -> None:
+    store.provision(0, [0, 1, 2], 1.0)
+    store.provision(0, [1, 2], 2.0)
+    store.provision(0, [2], 3.0)
+    store.provision(0, [2, 4], 3.5)
+    store.wait(0, 4)
+    assert sorted(store.slot_of_expert(0)) == [1, 2, 4]
+
+
+def test_a_copy_without_room_is_refused_and_the_others_keep_serving(store: ReplicaStore) -> None:
+    store.provision(0, [0, 1, 2, 3], 1.0)
+    assert store.counts.refused == 1
+    assert not store.ready(0, 3)
+    assert store.ready(0, 0)
+    with pytest.raises(RunFailed, match="no memory for expert 3 of layer 0"):
+        store.wait(0, 3)
+
+
+def test_a_copy_that_runs_out_of_memory_is_never_ready_and_is_asked_for_again(
+    store: ReplicaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, failures = store._load, iter([True, False])
+
+    def flaky(layer: int, copy: object) -> None:
+        if next(failures):
+            raise MemoryError("out of memory")
+        load(layer, copy)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "_load", flaky)
+    store.provision(0, [0, 1, 4], 1.0)
+    with pytest.raises(RunFailed, match="expert 4 of layer 0 cannot be loaded: out of memory"):
+        store.wait(0, 4)
+    assert not store.ready(0, 4)
+    store.provision(0, [0, 1, 4], 2.0)
+    store.wait(0, 4)
+    assert store.ready(0, 4)
+    assert store.counts.failed == 1
+
+
+def test_residence_is_billed_from_load_to_eviction(store: ReplicaStore) -> None:
+    store.provision(0, [0], 2.0)
+    store.provision(0, [0], 20.0)
+    bytes_ = store.host.expert_bytes
+    # expert 1: 2 s planned and 5 s of keep-alive; experts 0 and 2 for all 20 s
+    assert store.settle(20.0).resident_byte_seconds == pytest.approx(bytes_ * (7 + 20 + 20))
