@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,35 @@ from moeless.files import check_writable
 SETTINGS, WORKER, REASON = "settings", "worker", "reason"
 
 
+class ProcessLock:
+    """A journal's lock that the kernel lets go when its process dies.
+
+    Optuna's own locks are files that a killed process leaves behind; the next one waits half a minute for them.
+    ``flock`` also works between machines on NFS.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle = -1
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        self._handle = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        """Let it go."""
+        os.close(self._handle)
+
+
 def open_storage(where: str) -> optuna.storages.BaseStorage:
     """A journal file (made where it is missing), or any database that SQLAlchemy reaches by its URL.
 
     Raises:
         UserError: the file cannot be written or is no journal, or the database cannot be reached.
     """
-    try:
+    with _sentences(where):
         if "://" in where:
             return optuna.storages.RDBStorage(where)
         path = Path(where).expanduser()
@@ -32,16 +56,28 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
             raise UserError(f"the study's storage {path} is a folder; name a file, or a database URL")
         check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        lock: Any = ProcessLock(path.with_name(f"{path.name}.lock"))
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path), lock))
+
+
+@contextmanager
+def _sentences(where: str) -> Iterator[None]:
+    """Drivers, SQLAlchemy and journals fail with errors of their own."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # drivers, SQLAlchemy and journals fail with errors of their own
+    except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"cannot open the study's storage {where} ({reason})") from error
+        # a URL may hold a password
+        shown = where.rpartition("@")[2]
+        raise UserError(
+            f"cannot open the study's storage {shown} ({reason}); name a journal file or a database URL"
+        ) from error
 
 
 def open_study(
-    storage: optuna.storages.BaseStorage,
+    where: str,
     name: str,
     directions: Sequence[str],
     settings: Mapping[str, Any],
@@ -51,20 +87,22 @@ def open_study(
     """Create the study, or go on with the one of that name.
 
     Raises:
-        UserError: the existing study tunes something else.
+        UserError: the storage cannot be opened, or the existing study tunes something else.
     """
-    known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
-    if name in known and SETTINGS in known[name].user_attrs:
-        _same(name, known[name].user_attrs[SETTINGS], settings)
-    study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        directions=list(directions),
-        sampler=sampler,
-        pruner=pruner,
-        load_if_exists=True,
-    )
-    study.set_user_attr(SETTINGS, dict(settings))
+    storage = open_storage(where)
+    with _sentences(where):
+        known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
+        if name in known and SETTINGS in known[name].user_attrs:
+            _same(name, known[name].user_attrs[SETTINGS], settings)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=list(directions),
+            sampler=sampler,
+            pruner=pruner,
+            load_if_exists=True,
+        )
+        study.set_user_attr(SETTINGS, dict(settings))
     return study
 
 

@@ -107,7 +107,7 @@ class Tuning:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         single = len(self.objectives) == 1
         study = storage.open_study(
-            storage.open_storage(self.config.storage),
+            self.config.storage,
             self.config.study,
             ["maximize" if objective.maximise else "minimize" for objective in self.objectives],
             self._settings(),
