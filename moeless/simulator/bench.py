@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,8 @@ class BenchConfig:
 
     Attributes:
         trace: a folder of kind tokens.
-        model: a preset that replaces the trace's own spec (same layers, experts and top-k), None keeps it.
+        model: a preset whose shapes replace the trace's own (same experts and top-k; as many layers as were
+            recorded), None keeps them. The result is then labelled synthetic.
         arrivals, lengths, request_rate, burstiness: as in ``moeless.workloads``.
         batching: ``continuous`` or ``one-second``.
         predictors: folders of fitted predictors.
@@ -188,17 +189,27 @@ class Bench:
         if self.config.model is None:
             return recorded
         chosen = preset(self.config.model)
-        if (chosen.L, chosen.E, chosen.K) != (recorded.L, recorded.E, recorded.K):
+        if (chosen.E, chosen.K) != (recorded.E, recorded.K):
             raise UserError(
-                f"--model {chosen.name} has {chosen.L} layers, {chosen.E} experts, top-{chosen.K}; the trace has "
-                f"{recorded.L}, {recorded.E}, top-{recorded.K}"
+                f"--model {chosen.name} has {chosen.E} experts, top-{chosen.K}; the trace has {recorded.E}, "
+                f"top-{recorded.K}"
             )
-        return chosen
+        if chosen.L == recorded.L:
+            return chosen
+        # another model's layers, as many as were recorded
+        return replace(chosen, num_layers=recorded.L, moe_layers=tuple(range(recorded.L)))
+
+    @property
+    def _borrowed(self) -> bool:
+        """Whether one model's routing is played on another's shapes."""
+        return self.spec.name != self.trace.spec.name
 
     def _predictors(self) -> dict[str, Any]:
         from moeless.simulator.predictors import load_predictors
 
-        return load_predictors(self.config.policies, self.config.predictors, self.spec, self.trace.has_router_inputs)
+        return load_predictors(
+            self.config.policies, self.config.predictors, self.trace.spec, self.trace.has_router_inputs
+        )
 
     def _scheduler(self) -> schedulers.Scheduler:
         options: dict[str, Any] = {}
@@ -259,11 +270,11 @@ class Bench:
             ),
             prior_share_LE=self.served.history_share_LE,
             objectives=config.objectives,
-            evidence="synthetic" if self.trace.info.synthetic else "simulated",
+            evidence="synthetic" if self.trace.info.synthetic or self._borrowed else "simulated",
             labels=self._labels(instant, str(keep_alive)),
             router_inputs=self._router_inputs if self.trace.has_router_inputs else None,
             progress=progress,
-            notes=self.workload.warnings,
+            notes=self._notes(),
         )
 
     def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Simulation]:
@@ -271,6 +282,13 @@ class Bench:
         for costs_name, policy in self.cells:
             report = None if progress is None else partial(progress, f"{costs_name} {policy}")
             yield self.run_cell(costs_name, policy, report)
+
+    def _notes(self) -> tuple[str, ...]:
+        if not self._borrowed:
+            return tuple(self.workload.warnings)
+        recorded = self.trace.spec
+        note = f"the routing is {recorded.name}'s ({recorded.L} layers), the shapes are {self.spec.name}'s"
+        return (*self.workload.warnings, note)
 
     def _labels(self, instant: bool, keep_alive: str) -> dict[str, Any]:
         config = self.config
