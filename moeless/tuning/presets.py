@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from moeless.files import read_json, write_json
 from moeless.metrics.result import Cell
 from moeless.placement import PLANNERS
 from moeless.placement.params import make_params
+from moeless.serverless.keep_alive import KeepAlive
 from moeless.simulator import Simulation
 from moeless.simulator.bench import Bench
 from moeless.simulator.predictors import load_predictors
@@ -45,8 +47,7 @@ class Preset:
         if unknown:
             raise UserError(f"a preset sets {', '.join(sorted(unknown))}; it may set {', '.join(SERVERLESS)}")
         for name, value in self.settings.items():
-            if isinstance(value, (bool, str)) or not value >= 0:
-                raise UserError(f"preset {self.name!r}: {name} must be a number of at least 0, got {value!r}")
+            _check_setting(self.name, name, value)
         make_params(PLANNERS.get(self.policy.planner), self.planner_params)
 
     @classmethod
@@ -67,6 +68,18 @@ class Preset:
             "provenance": dict(self.provenance),
         }
         write_json(path, data)
+
+
+def _check_setting(preset: str, name: str, value: Any) -> None:
+    if name == "keep_alive":
+        KeepAlive.parse(str(value))
+    elif name == "scale_to_zero":
+        if not isinstance(value, bool):
+            raise UserError(f"preset {preset!r}: scale_to_zero must be true or false, got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise UserError(f"preset {preset!r}: {name} must be a number of at least 0, got {value!r}")
+    elif name == "extra_slots" and value != int(value):
+        raise UserError(f"preset {preset!r}: extra_slots must be a whole number, got {value!r}")
 
 
 def load_preset(path: Path) -> Preset:
@@ -110,7 +123,7 @@ def apply_preset(bench: Bench, preset: Preset) -> Bench:
     )
     if preset.policy not in bench.config.policies:
         made.predictors = load_predictors(
-            (preset.policy,), bench.config.predictors, bench.spec, bench.trace.has_router_inputs
+            (preset.policy,), bench.config.predictors, bench.trace.spec, bench.trace.has_router_inputs
         )
     return made
 

@@ -14,9 +14,10 @@ import optuna
 
 from moeless.errors import UserError
 from moeless.placement import Planner
+from moeless.serverless.keep_alive import KeepAlive
 
 #: Settings of the serverless layer and of the memory that planners share, beside the planner's own parameters.
-SERVERLESS = ("extra_slots", "keep_alive", "replan_seconds")
+SERVERLESS = ("extra_slots", "keep_alive", "scale_to_zero", "replan_seconds")
 
 Value = bool | int | float | str
 
@@ -100,7 +101,7 @@ def search_space(
         else:
             axes.append(axis)
     for name, default in serverless.items():
-        axes.append(_given(name, ranges, int if default.whole else float) or default)
+        axes.append(_given(name, ranges, _SERVERLESS_KINDS[name]) or default)
     if not axes:
         raise UserError(f"planner {planner.name} has nothing to tune")
     return tuple(axes), tuple(left)
@@ -109,16 +110,19 @@ def search_space(
 _SERVERLESS_AXES = {
     "extra_slots": Axis("extra_slots", 0, 4, whole=True),
     "keep_alive": Axis("keep_alive", 0.1, 100.0, log=True),
+    "scale_to_zero": Axis("scale_to_zero", choices=(False, True)),
     "replan_seconds": Axis("replan_seconds", 10.0, 1800.0, log=True),
 }
+# a keep-alive is a number of seconds, or the name of a policy
+_SERVERLESS_KINDS = {"extra_slots": int, "keep_alive": KeepAlive, "scale_to_zero": bool, "replan_seconds": float}
 
 
 def _concerns(name: str, planner: Planner) -> bool:
     """Keep-alive matters where copies come and go by iteration, the interval where plans are made by it."""
     if planner.cadence == "once" and not planner.needs_forecast:
         return False
-    cadence = {"keep_alive": "iteration", "replan_seconds": "interval"}.get(name, planner.cadence)
-    return planner.cadence == cadence
+    only = {"keep_alive": "iteration", "scale_to_zero": "iteration", "replan_seconds": "interval"}
+    return planner.cadence == only.get(name, planner.cadence)
 
 
 def _kind(hint: Any) -> Any:
@@ -152,16 +156,19 @@ def _given(name: str, ranges: Mapping[str, Axis | str], kind: Any) -> Axis | Non
 
 def _parse(name: str, text: str, kind: Any) -> Axis:
     parts = text.split(":")
-    if len(parts) == 1:
+    if len(parts) == 1 or (kind is KeepAlive and "," in text):
         return Axis(name, choices=tuple(_value(name, part, kind) for part in text.split(",")))
     log = parts[2:] == ["log"]
-    if len(parts) > 3 or (len(parts) == 3 and not log) or kind not in (int, float):
+    if len(parts) > 3 or (len(parts) == 3 and not log) or kind not in (int, float, KeepAlive):
         raise UserError(f"range {name}={text} is not of the form low:high, low:high:log or a,b,c")
     low, high = (float(_value(name, part, float)) for part in parts[:2])
     return Axis(name, low, high, whole=kind is int, log=log)
 
 
 def _value(name: str, text: str, kind: Any) -> Value:
+    if kind is KeepAlive:
+        asked = KeepAlive.parse(text)
+        return asked.seconds if asked.kind == "fixed" else text
     words = {"true": True, "false": False}
     if kind is bool or text.lower() in words:
         if text.lower() in words:

@@ -32,6 +32,10 @@ def test_a_preset_survives_its_file(tmp_path: Path):
         ({"planner_params": {"cv_threshold": "big"}}, "must be a number"),
         ({"settings": {"gpus": 4}}, "a preset sets gpus; it may set extra_slots"),
         ({"settings": {"keep_alive": -1}}, "at least 0"),
+        ({"settings": {"keep_alive": "soon"}}, "is none of SECONDS"),
+        ({"settings": {"extra_slots": 1.5}}, "must be a whole number"),
+        ({"settings": {"replan_seconds": "x"}}, "must be a number"),
+        ({"settings": {"scale_to_zero": 1}}, "true or false"),
         ({"settings": None}, "is not a preset"),
     ],
 )

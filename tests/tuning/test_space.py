@@ -11,7 +11,7 @@ from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
 from moeless.tuning.space import SERVERLESS, Axis, parse_ranges, search_space
 
-DEFAULTS = {"extra_slots": 1, "keep_alive": 10.0, "replan_seconds": 600.0}
+DEFAULTS = {"extra_slots": 1, "keep_alive": 10.0, "scale_to_zero": False, "replan_seconds": 600.0}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def test_axes_follow_the_fields_types_and_metadata():
 @pytest.mark.parametrize(
     ("cadence", "expected"),
     [
-        ("iteration", {"extra_slots", "keep_alive"}),
+        ("iteration", {"extra_slots", "keep_alive", "scale_to_zero"}),
         ("interval", {"extra_slots", "replan_seconds"}),
         ("once", {"extra_slots"}),
     ],
@@ -71,6 +71,13 @@ def test_given_ranges_replace_the_derived_ones():
     assert left == ()
 
 
+def test_a_keep_alive_is_searched_as_seconds_or_by_name():
+    axes, _ = search_space(planner(), DEFAULTS, parse_ranges(["keep_alive=0,2.5,lru,adaptive:3"]))
+    assert {axis.name: axis for axis in axes}["keep_alive"].choices == (0.0, 2.5, "lru", "adaptive:3")
+    axes, _ = search_space(planner(), DEFAULTS, parse_ranges(["keep_alive=1:20"]))
+    assert {axis.name: axis for axis in axes}["keep_alive"] == Axis("keep_alive", 1.0, 20.0)
+
+
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
@@ -86,6 +93,7 @@ def test_given_ranges_replace_the_derived_ones():
         (["flag=maybe"], "true or false, not 'maybe'"),
         (["rule=a:b"], "not of the form low:high"),
         (["replan_seconds=1:2"], "has no parameter 'replan_seconds'"),
+        (["keep_alive=1,soon"], "is none of SECONDS"),
     ],
 )
 def test_a_wrong_range_gives_one_sentence(texts: list[str], sentence: str):
