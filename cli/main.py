@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import-trace": ("import_trace", "Read routing recorded by another system."),
     "inspect": ("inspect", "Describe and check a routing trace."),
     "train-predictor": ("train_predictor", "Fit and evaluate a load predictor."),
+    "evaluate-predictor": ("evaluate_predictor", "Measure a load predictor on a trace."),
     "tune": ("tune", "Search a policy's parameters through the simulator."),
     "plan": ("plan", "Plan replicas and placement of every layer."),
     "profile": ("profile", "Measure a model's parts on this hardware."),

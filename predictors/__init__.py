@@ -15,6 +15,8 @@ PREDICTORS = Registry(
         "history": "moeless.predictors.history:History",
         "last": "moeless.predictors.last:Last",
         "oracle": "moeless.predictors.oracle:Oracle",
+        "gate_reuse": "moeless.predictors.gate_reuse:GateReuse",
+        "layer_aware": "moeless.predictors.layer_aware:LayerAware",
     },
 )
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.contracts import Context, Forecast, IntArray
+from moeless.contracts import Context, FloatArray, Forecast, IntArray
 from moeless.errors import UserError
 from moeless.files import folder_atomic, read_json, write_json
 from moeless.predictors.shares import known_share, proportional
@@ -66,6 +66,15 @@ class LoadPredictor(ABC):
             UserError: the method forecasts loads only, or the inputs do not fit.
         """
         raise UserError(f"predictor {self.name!r} forecasts loads, not single tokens")
+
+    @property
+    def token_part(self) -> Any:
+        """The :class:`~moeless.predictors.token_level.TokenLevel` whose sums :meth:`from_tokens` takes, or None."""
+        return None
+
+    def from_tokens(self, mean_E: FloatArray, context: Context, layer: int, distance: int) -> Forecast:
+        """The forecast, given what :attr:`token_part` sums up to over the iteration's tokens."""
+        return self.predict(context, layer, distance)
 
     def settings(self) -> dict[str, Any]:
         """What ``predictor.json`` keeps besides name and model: JSON values."""

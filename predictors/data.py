@@ -1,0 +1,132 @@
+"""A trace's rows as fitting and evaluation read them.
+
+Axes: T tokens, L MoE layers, E experts, K experts per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.contracts import FloatArray, IntArray
+from moeless.predictors.base import Reads
+from moeless.spec import MoESpec
+
+if TYPE_CHECKING:
+    from moeless.traces import TokenTrace
+
+#: Bytes of gate inputs that are kept in memory between epochs; larger samples are read again.
+CACHE_BYTES = 2**30
+BLOCK_TOKENS = 2048
+
+
+class Rows:
+    """Expert ids, phases and, on demand, gate inputs of a token trace.
+
+    Args:
+        trace: kind tokens.
+        inputs: whether gate inputs will be read.
+    """
+
+    def __init__(self, trace: TokenTrace, *, inputs: bool = False) -> None:
+        self.trace = trace
+        self.spec: MoESpec = trace.spec
+        if inputs:
+            # refuses, with its own sentence, where the trace has none
+            trace.router_inputs(0, 1)
+        self.first_N = np.asarray(trace.requests.first_row, np.int64)
+        self.rows_N = np.diff(np.append(self.first_N, trace.num_rows))
+
+    @cached_property
+    def topk_TLK(self) -> NDArray[np.uint16]:
+        """Expert ids of all rows."""
+        return self.trace.load_topk()
+
+    @cached_property
+    def phase_T(self) -> NDArray[np.uint8]:
+        """Phase of all rows."""
+        return np.asarray(self.trace.phase_T, np.uint8)
+
+    def of(self, requests: IntArray) -> IntArray:
+        """Row numbers of those requests, request after request, ``[T]``."""
+        count = self.rows_N[requests]
+        offset = np.repeat(self.first_N[requests] - np.cumsum(count) + count, count)
+        return offset + np.arange(int(count.sum()))
+
+    def share_LE(self, requests: IntArray) -> FloatArray:
+        """Mean load share of those requests' rows, ``[L, E]``; rows sum to 1."""
+        load_LE = count_loads(self.topk_TLK, self.of(requests), self.spec.E).astype(np.float64)
+        share_LE: FloatArray = load_LE / load_LE.sum(1, keepdims=True)
+        return share_LE
+
+    def inputs(self, row_T: IntArray) -> NDArray[np.float32]:
+        """Gate inputs of those rows, f32 ``[T, L, H]``; runs of consecutive rows are read at once."""
+        out = np.empty((len(row_T), self.spec.L, self.spec.hidden_size), np.float32)
+        order = np.argsort(row_T, kind="stable")
+        ascending = row_T[order]
+        # gaps of a few rows are cheaper to read than to skip
+        cut = np.flatnonzero(np.diff(ascending) > 64) + 1
+        for part in np.split(np.arange(len(row_T)), cut):
+            if len(part):
+                low, high = int(ascending[part[0]]), int(ascending[part[-1]]) + 1
+                out[order[part]] = self.trace.router_inputs(low, high)[ascending[part] - low]
+        return out
+
+
+def count_loads(topk_TLK: NDArray[np.integer[Any]], row_T: IntArray, num_experts: int) -> IntArray:
+    """Tokens of each expert over those rows, ``[L, E]``."""
+    layers = topk_TLK.shape[1]
+    ids = topk_TLK[row_T].astype(np.int64) + (np.arange(layers) * num_experts)[:, None]
+    return np.bincount(ids.ravel(), minlength=layers * num_experts).reshape(layers, num_experts).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some tokens: what the method reads of them, ``[T, L, H]`` or ``[T, L, K]``, and where they went."""
+
+    input_TLX: NDArray[Any]
+    topk_TLK: NDArray[np.int64]
+
+
+class Sample:
+    """Tokens of whole requests, streamed in blocks; kept in memory only where they are few.
+
+    Args:
+        requests: which; a random part of them is taken where they hold more than ``max_tokens`` tokens.
+    """
+
+    def __init__(self, rows: Rows, requests: IntArray, reads: Reads, max_tokens: int, seed: int) -> None:
+        self._rows, self._reads = rows, reads
+        order = np.random.default_rng(seed).permutation(requests)
+        ends = np.cumsum(rows.rows_N[order])
+        taken = order[: int(np.searchsorted(ends, max_tokens)) + 1]
+        self.requests = np.sort(taken)
+        self.row_T = rows.of(taken)[: max(1, max_tokens)]
+        width = rows.spec.hidden_size * 4 if reads == "router_inputs" else rows.spec.K * 8
+        self._cache: dict[int, Block] | None = {} if len(self.row_T) * rows.spec.L * width <= CACHE_BYTES else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sample."""
+        return len(self.row_T)
+
+    def blocks(self, rng: np.random.Generator | None = None, size: int = BLOCK_TOKENS) -> Iterator[Block]:
+        """All tokens once, in random order of blocks where ``rng`` is given."""
+        starts = np.arange(0, self.tokens, size)
+        if rng is not None:
+            starts = rng.permutation(starts)
+        for start in starts.tolist():
+            if self._cache is not None and start in self._cache:
+                yield self._cache[start]
+                continue
+            row_T = self.row_T[start : start + size]
+            topk_TLK = self._rows.topk_TLK[row_T].astype(np.int64)
+            block = Block(self._rows.inputs(row_T) if self._reads == "router_inputs" else topk_TLK, topk_TLK)
+            if self._cache is not None:
+                self._cache[start] = block
+            yield block

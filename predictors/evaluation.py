@@ -1,0 +1,222 @@
+"""Measuring a predictor on a trace's test requests.
+
+Axes: I iterations, E experts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.contracts import Context, FloatArray, IntArray, Phase
+from moeless.errors import UserError
+from moeless.predictors import metrics
+from moeless.predictors.base import LoadPredictor
+from moeless.predictors.data import Rows
+from moeless.predictors.fitting import pairs_of
+from moeless.predictors.split import Split
+from moeless.predictors.token_loads import TokenLoads
+from moeless.predictors.windows import Window, available_phases, prefill_windows, windows_of
+
+PHASES = {Phase.PREFILL: "prefill", Phase.DECODE: "decode"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of ``metrics.json``.
+
+    Attributes:
+        layer: source layer; the target is ``layer + distance``.
+        phase: ``prefill``, ``decode``, or ``all`` for figures of single tokens.
+        batch_tokens: tokens of an iteration, 1 for figures of single tokens.
+        low, high: bootstrap 90 % interval over requests.
+        n: iterations, or requests, that the value is the mean of.
+    """
+
+    layer: int
+    distance: int
+    phase: str
+    batch_tokens: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate.
+
+    Attributes:
+        batch_tokens: sizes of iterations.
+        gpus: GPUs for the straggler hit, experts placed contiguously.
+        resamples: bootstrap resamples of the test requests; ``per_resample`` iterations are composed from each.
+        max_iterations: iterations behind the value itself.
+        max_tokens: test tokens at most, whole requests.
+    """
+
+    distances: tuple[int, ...] = (1,)
+    batch_tokens: tuple[int, ...] = (32, 512)
+    phases: tuple[Phase, ...] | None = None
+    gpus: int = 8
+    resamples: int = 20
+    per_resample: int = 16
+    max_iterations: int = 120
+    max_tokens: int = 60_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.batch_tokens or min(self.batch_tokens) < 1:
+            raise UserError("iterations need at least 1 token")
+        if self.resamples < 2 or self.per_resample < 1 or self.gpus < 1:
+            raise UserError("an interval needs at least 2 resamples of at least 1 iteration, and at least 1 GPU")
+
+
+class Evaluator:
+    """Iterations and true loads of a trace's test requests, shared by all predictors that are compared.
+
+    Args:
+        history_LE: load shares that predictors may know beforehand: those of the training requests.
+    """
+
+    def __init__(self, rows: Rows, split: Split, settings: EvaluationSettings) -> None:
+        self.rows, self.settings = rows, settings
+        order = np.random.default_rng(settings.seed).permutation(split.test)
+        ends = np.cumsum(rows.rows_N[order])
+        # whole requests, at least one; in order of recording, so that prefill iterations are consecutive rows
+        self.requests = np.sort(order[: max(1, int(np.searchsorted(ends, settings.max_tokens, "right")))])
+        self.row_T = rows.of(self.requests)
+        self.history_LE = rows.share_LE(split.train)
+        self._sets: dict[tuple[Phase, int], tuple[list[Window], NDArray[np.int64]]] = {}
+        for phase in settings.phases or available_phases(rows):
+            for size in settings.batch_tokens:
+                self._sets[phase, size] = self._compose(phase, size)
+
+    def _compose(self, phase: Phase, size: int) -> tuple[list[Window], NDArray[np.int64]]:
+        """Iterations, and which resample each belongs to: -1 for the requests as they are."""
+        settings = self.settings
+        if phase == Phase.PREFILL:
+            windows = prefill_windows(self.rows, self.requests, size, settings.max_iterations)
+        else:
+            windows = windows_of(self.rows, self.requests, phase, size, settings.max_iterations, settings.seed)
+        group = [-1] * len(windows)
+        for resample in range(settings.resamples):
+            rng = np.random.default_rng([settings.seed, resample])
+            drawn = rng.choice(self.requests, len(self.requests))
+            made = windows_of(self.rows, drawn, phase, size, settings.per_resample, settings.seed + resample)
+            windows += made
+            group += [resample] * len(made)
+        return windows, np.array(group)
+
+    def evaluate(
+        self,
+        predictor: LoadPredictor,
+        report: Callable[[int, int], None] | None = None,
+    ) -> list[Row]:
+        """All rows of a predictor.
+
+        Raises:
+            UserError: it was fitted on another model, or the trace lacks what it reads.
+        """
+        predictor.check_spec(self.rows.spec, "the trace")
+        pairs = pairs_of(self.rows.spec.L, self.settings.distances)
+        part = predictor.token_part
+        tokens = None if part is None else TokenLoads(part, self.rows, self.row_T, pairs)
+        made: list[Row] = []
+        for done, (layer, distance) in enumerate(pairs):
+            usable = tokens if tokens is not None and tokens.predictor.covers(layer, distance) else None
+            if usable is not None:
+                made.append(self._recall(usable, layer, distance))
+            for (phase, size), (windows, group) in self._sets.items():
+                if windows:
+                    mean_var_load = self.forecasts(predictor, usable, layer, distance, windows)
+                    for metric, value, low, high, n in self._measure(*mean_var_load, group):
+                        made.append(Row(layer, distance, PHASES[phase], size, metric, value, low, high, n))
+            if report is not None:
+                report(done + 1, len(pairs))
+        return made
+
+    def forecasts(
+        self,
+        predictor: LoadPredictor,
+        tokens: TokenLoads | None,
+        layer: int,
+        distance: int,
+        windows: Sequence[Window],
+    ) -> tuple[FloatArray, FloatArray, IntArray]:
+        """Means, variances and true loads of iterations, ``[I, E]`` each."""
+        target, experts = layer + distance, self.rows.spec.E
+        chosen_TK = self.rows.topk_TLK[:, target]
+
+        def load(row_T: IntArray) -> IntArray:
+            return np.bincount(chosen_TK[row_T].ravel(), minlength=experts).astype(np.int64)
+
+        summed = None if tokens is None else tokens.sums([w.row_T for w in windows], layer, distance)
+        means, variances, loads = [], [], []
+        for index, window in enumerate(windows):
+            load_E = load(window.row_T)
+            last_E = load(window.previous_T) if len(window.previous_T) else None
+            context = Context(None, None, self.history_LE[target], last_E, window.tokens, window.phase, load_E)
+            if summed is not None:
+                forecast = predictor.from_tokens(summed[index], context, layer, distance)
+            elif predictor.token_part is not None:
+                forecast = predictor.fallback(context, target)
+            else:
+                forecast = predictor.predict(context, layer, distance)
+            means.append(forecast.mean_E)
+            variances.append(forecast.var_E)
+            loads.append(load_E)
+        return np.array(means), np.array(variances), np.array(loads)
+
+    def _measure(
+        self, mean_IE: FloatArray, var_IE: FloatArray, load_IE: IntArray, group: NDArray[np.int64]
+    ) -> list[tuple[str, float, float, float, int]]:
+        """Every metric: name, value, interval, iterations."""
+        values = {
+            "relative_l1": metrics.relative_l1(mean_IE, load_IE),
+            "pearson": metrics.pearson(mean_IE, load_IE),
+            "hottest_hit": metrics.hottest_hit(mean_IE, load_IE),
+            "straggler_hit": metrics.straggler_hit(mean_IE, load_IE, self.settings.gpus),
+            "coverage_90": metrics.coverage(mean_IE, var_IE, load_IE),
+        }
+        base = group == -1
+        made = []
+        for name, value_I in values.items():
+            low, high = _interval([float(value_I[group == g].mean()) for g in np.unique(group[~base])])
+            value = float(value_I[base].mean())
+            made.append((name, value, min(low, value), max(high, value), int(base.sum())))
+        return made
+
+    def _recall(self, tokens: TokenLoads, layer: int, distance: int) -> Row:
+        """Top-k recall of single tokens, with an interval over requests."""
+        count_N = self.rows.rows_N[self.requests]
+        sum_N = np.add.reduceat(tokens.hits(layer, distance), np.cumsum(count_N) - count_N)
+        value = float(sum_N.sum() / count_N.sum())
+        drawn = np.random.default_rng(self.settings.seed).integers(0, len(sum_N), (500, len(sum_N)))
+        low, high = _interval((sum_N[drawn].sum(1) / count_N[drawn].sum(1)).tolist())
+        return Row(layer, distance, "all", 1, "topk_recall", value, low, high, len(sum_N))
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.quantile(np.asarray(values), [0.05, 0.95])
+    return float(low), float(high)
+
+
+def to_json(rows: Sequence[Row], notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``metrics.json``."""
+    return {"format": 1, "notes": dict(notes), "rows": [asdict(row) for row in rows]}
+
+
+def mean_of(rows: Sequence[Row], metric: str, distance: int, phase: str, batch_tokens: int) -> float | None:
+    """A metric's mean over layers; None where it was not measured."""
+    found = [
+        row.value
+        for row in rows
+        if (row.metric, row.distance, row.phase, row.batch_tokens) == (metric, distance, phase, batch_tokens)
+    ]
+    return float(np.mean(found)) if found else None

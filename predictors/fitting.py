@@ -1,0 +1,134 @@
+"""Fitting a predictor by name on a trace's training requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moeless.errors import UserError
+from moeless.predictors import PREDICTORS
+from moeless.predictors.base import LoadPredictor
+from moeless.predictors.data import Rows, Sample
+from moeless.predictors.gates import Gates
+from moeless.predictors.split import Split
+from moeless.predictors.token_level import TokenLevel
+from moeless.predictors.token_loads import TokenLoads
+from moeless.predictors.variance import Variance, fit_variance
+from moeless.predictors.windows import available_phases, windows_of
+
+#: (what, epoch or step, values by name), for progress and curves.
+Report = Callable[[str, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What all fitted methods share.
+
+    Attributes:
+        distances: the distances to fit.
+        max_tokens: tokens of training requests that are used; 50,000 cover every expert of the supported models
+            hundreds of times.
+        options: a method's own parameters, by name.
+    """
+
+    distances: tuple[int, ...] = (1,)
+    max_tokens: int = 50_000
+    seed: int = 0
+    device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.distances or min(self.distances) < 1 or len(set(self.distances)) != len(self.distances):
+            raise UserError("distances must be different whole numbers of at least 1")
+        if self.max_tokens < 1:
+            raise UserError("fitting needs at least 1 token")
+
+
+@dataclass(frozen=True)
+class FitInput:
+    """What a method's fit function gets."""
+
+    rows: Rows
+    split: Split
+    settings: FitSettings
+    gates: Gates | None
+    report: Report
+
+    def sample(self, reads: Any, *, validation: bool = False) -> Sample:
+        """The training or the validation sample."""
+        requests = self.split.validation if validation else self.split.fit
+        limit = self.settings.max_tokens // 4 if validation else self.settings.max_tokens
+        return Sample(self.rows, requests, reads, max(1, limit), self.settings.seed)
+
+    def options(self, kind: type[Any]) -> Any:
+        """The method's parameters, checked against their dataclass.
+
+        Raises:
+            UserError: a name is unknown or a value is refused.
+        """
+        import dataclasses
+
+        names = {entry.name: entry for entry in dataclasses.fields(kind)}
+        unknown = sorted(set(self.settings.options) - set(names))
+        if unknown:
+            raise UserError(f"the method has no parameter {unknown[0]!r}; there are: {', '.join(sorted(names))}")
+        return kind(**self.settings.options)
+
+
+def fit(
+    name: str,
+    rows: Rows,
+    split: Split,
+    settings: FitSettings,
+    *,
+    gates: Gates | None = None,
+    report: Report | None = None,
+) -> tuple[LoadPredictor, float]:
+    """Fit a method; returns the predictor and the seconds that it took.
+
+    Raises:
+        UserError: no such method, an option is unknown, or the trace lacks what the method reads.
+    """
+    kind = PREDICTORS.get(name)
+    spec = rows.spec
+    if settings.distances and max(settings.distances) >= spec.L:
+        raise UserError(f"distance {max(settings.distances)} leaves no layer: {spec.name} has {spec.L} MoE layers")
+    started = time.perf_counter()
+    maker = getattr(kind, "fit", None)
+    if maker is None:
+        if settings.options:
+            raise UserError(f"predictor {name!r} has no parameters")
+        return kind(spec), time.perf_counter() - started
+    predictor: LoadPredictor = maker(FitInput(rows, split, settings, gates, report or (lambda *_: None)))
+    return predictor, time.perf_counter() - started
+
+
+#: Sizes of the iterations on which variances are calibrated.
+CALIBRATION_TOKENS = (32, 256, 1024)
+
+
+def calibrate(predictor: TokenLevel, given: FitInput, pairs: Sequence[tuple[int, int]]) -> dict[Any, Variance]:
+    """Variance coefficients of each pair, from iterations composed of validation requests."""
+    rows = given.rows
+    sample = given.sample(predictor.reads, validation=True)
+    tokens = TokenLoads(predictor, rows, sample.row_T, pairs)
+    made = []
+    for phase in available_phases(rows):
+        for size in CALIBRATION_TOKENS:
+            made += windows_of(rows, sample.requests, phase, size, 24, given.settings.seed)
+    made = [window for window in made if tokens.has(window.row_T)]
+    found = {}
+    for layer, distance in pairs:
+        true = [np.bincount(rows.topk_TLK[w.row_T, layer + distance].ravel(), minlength=rows.spec.E) for w in made]
+        mean = tokens.sums([w.row_T for w in made], layer, distance)
+        found[layer, distance] = fit_variance(mean, np.array(true))
+    return found
+
+
+def pairs_of(num_layers: int, distances: Sequence[int]) -> list[tuple[int, int]]:
+    """Every (layer, distance) whose target exists."""
+    return [(layer, d) for d in distances for layer in range(num_layers - d)]

@@ -1,0 +1,143 @@
+"""Reading a model's gates from a checkpoint, without loading the model.
+
+Axes: L MoE layers, E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.errors import UserError
+from moeless.files import read_json
+from moeless.predictors.router import RouterRule, rule_of
+from moeless.spec import MoESpec
+
+FloatMatrix = NDArray[np.float32]
+
+#: The names under which families store a gate: ``mlp.gate.weight`` (Qwen, OLMoE, DeepSeek), ``block_sparse_moe.gate``
+#: (Mixtral, Phi), ``mlp.router`` (gpt-oss), ``feed_forward.router`` (Llama 4, Jamba), ``router.layer`` (Granite, DBRX).
+_GATE = re.compile(
+    r"(?:^|\.)(?:layers|blocks)\.(\d+)\."
+    r"(?:mlp|block_sparse_moe|feed_forward|ffn|mixer|moe)\.(?:gate|router)(?:\.layer|\.wg)?"
+    r"\.(weight|bias|e_score_correction_bias)$"
+)
+#: Corrections stored beside the gate instead of inside it (MiniMax-M2, Ernie 4.5).
+_CORRECTION = re.compile(
+    r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:moe_statics\.)?(e_score_correction_bias)$"
+)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """All gates of a model, in order of its MoE layers.
+
+    Attributes:
+        weight_LEH: float32.
+        bias_LE: added to the logits, None where the family has none.
+        correction_LE: added to the scores for the choice alone, None where the family has none.
+        source: where they were read.
+    """
+
+    weight_LEH: FloatMatrix
+    bias_LE: FloatMatrix | None
+    correction_LE: FloatMatrix | None
+    rule: RouterRule
+    source: str
+
+    def check(self, spec: MoESpec) -> None:
+        """Refuse gates of another shape than the model's.
+
+        Raises:
+            UserError: they are.
+        """
+        wanted = (spec.L, spec.E, spec.hidden_size)
+        if self.weight_LEH.shape != wanted:
+            raise UserError(f"{self.source} has gates of shape {self.weight_LEH.shape}, {spec.name} has {wanted}")
+
+
+def read_gates(model: str | Path, spec: MoESpec) -> Gates:
+    """Read the gates of a Transformers checkpoint: a folder, or a hub id that is in the local cache.
+
+    Raises:
+        UserError: there is no such checkpoint, its family's router is not supported, or a layer's gate is missing.
+    """
+    folder = checkpoint_folder(model)
+    config = read_json(folder / "config.json")
+    rule = rule_of(config)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no safetensors weights; gates are read from safetensors only")
+    found = _read_keys(files)
+    index = {absolute: layer for layer, absolute in enumerate(spec.moe_layers)}
+    weight = np.zeros((spec.L, spec.E, spec.hidden_size), np.float32)
+    extra: dict[str, FloatMatrix] = {}
+    seen: set[int] = set()
+    for (absolute, part), array in found.items():
+        if absolute not in index:
+            continue
+        if part == "weight":
+            if array.shape != weight.shape[1:]:
+                raise UserError(
+                    f"{folder}: the gate of layer {absolute} has shape {array.shape}, "
+                    f"{spec.name} needs {weight.shape[1:]}; name the model that the trace was recorded from"
+                )
+            weight[index[absolute]] = array
+            seen.add(absolute)
+        else:
+            extra.setdefault(part, np.zeros(weight.shape[:2], np.float32))[index[absolute]] = array.reshape(-1)
+    missing = sorted(set(index) - seen)
+    if missing:
+        raise UserError(
+            f"{folder} holds no gate for layer {missing[0]}; name the model that the trace was recorded from"
+        )
+    return Gates(weight, extra.get("bias"), extra.get("e_score_correction_bias"), rule, str(model))
+
+
+def checkpoint_folder(model: str | Path) -> Path:
+    """The folder of a checkpoint: ``bundled``, a path, or a hub id that is in the local cache.
+
+    Raises:
+        UserError: there is none on this machine.
+    """
+    if str(model) == "bundled":
+        import moeless
+
+        return Path(moeless.__file__).parent / "assets" / "model"
+    folder = Path(model)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is not a model: it holds no config.json")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except Exception:
+        # every way in which an id can be wrong or absent ends in the same advice
+        raise UserError(
+            f"there is no model {str(model)!r} on this machine; give a folder with config.json and safetensors, "
+            "or the id of a model in the Hugging Face cache"
+        ) from None
+
+
+def _read_keys(files: list[Path]) -> dict[tuple[int, str], Any]:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[tuple[int, str], Any] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    match = _GATE.search(key) or _CORRECTION.search(key)
+                    if match:
+                        found[int(match[1]), match[2]] = file.get_tensor(key).to(torch.float32).numpy()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error})") from None
+    return found

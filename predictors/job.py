@@ -1,0 +1,266 @@
+"""Fitting or evaluating a predictor from files to files.
+
+This is what the commands wire up: it opens the trace, finds the gates, fits, measures, writes.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeless.errors import UserError
+from moeless.files import check_writable, folder_atomic, write_json
+from moeless.predictors import PREDICTORS, load_predictor
+from moeless.predictors.base import METRICS_FILE, LoadPredictor
+from moeless.predictors.split import SplitBy, split_requests
+
+if TYPE_CHECKING:
+    from moeless.predictors.data import Rows
+    from moeless.predictors.evaluation import Row
+    from moeless.predictors.gates import Gates
+    from moeless.traces import TokenTrace
+
+Report = Callable[[str, int, Mapping[str, float]], None]
+SHOWN = ("relative_l1", "pearson", "hottest_hit", "straggler_hit", "coverage_90")
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """A fit as the command line asks for it; see ``moeless train-predictor --help``."""
+
+    trace: Path
+    method: str
+    distances: tuple[int, ...] = (1,)
+    model: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    assignments: tuple[str, ...] = ()
+    max_tokens: int = 50_000
+    split_by: SplitBy = "request"
+    device: str = "auto"
+    evaluate: bool = False
+    batch_tokens: tuple[int, ...] = (32, 512)
+    gpus: int = 8
+    seed: int = 0
+
+    def open(self) -> TokenTrace:
+        """The trace.
+
+        Raises:
+            UserError: it is none, not of kind tokens, or lacks gate inputs that the method reads.
+        """
+        from moeless.traces import TokenTrace, open_trace, require_kind
+
+        kind = PREDICTORS.get(self.method)
+        opened = open_trace(self.trace)
+        require_kind(opened, "tokens", command="train-predictor")
+        assert isinstance(opened, TokenTrace)
+        if kind.reads == "router_inputs" and not opened.has_router_inputs:
+            raise UserError(
+                f"predictor {self.method!r} reads what gates see, which {self.trace} does not hold; record it with "
+                "`moeless trace --router-inputs`, or fit `transition` or `blend`, which need expert ids only"
+            )
+        return opened
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration as JSON."""
+        return {**asdict(self), "trace": str(self.trace), "options": self.all_options()}
+
+    def all_options(self) -> dict[str, Any]:
+        """The method's parameters that were set.
+
+        Raises:
+            UserError: an assignment is not NAME=VALUE.
+        """
+        made = dict(self.options)
+        for text in self.assignments:
+            name, sign, value = text.partition("=")
+            if not sign or not name:
+                raise UserError(f"--param {text!r} is not of the form NAME=VALUE")
+            made[name.strip().replace("-", "_")] = _number(value.strip())
+        return made
+
+    def estimate(self) -> dict[str, Any]:
+        """What the fit will hold in memory."""
+        opened = self.open()
+        spec = opened.spec
+        reads = PREDICTORS.get(self.method).reads
+        pairs = sum(max(0, spec.L - d) for d in self.distances)
+        tokens = min(self.max_tokens, opened.num_tokens)
+        width = {"router_inputs": 4 * spec.hidden_size, "topk": 8 * spec.K}.get(reads, 0)
+        return {
+            "pairs": pairs,
+            "training_tokens": tokens,
+            "sample_bytes": min(2**30, tokens * spec.L * width),
+            "gate_bytes": 2 * spec.E * spec.hidden_size * pairs if reads == "router_inputs" else 0,
+        }
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a fit or an evaluation left: figures to print."""
+
+    predictor: LoadPredictor
+    summary: dict[str, Any]
+    columns: list[str]
+    table: list[list[Any]]
+
+
+def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
+    """Fit, measure where asked, and write the predictor's folder.
+
+    Raises:
+        UserError: the request is wrong; nothing is written then.
+    """
+    from moeless.predictors.data import Rows
+    from moeless.predictors.fitting import FitSettings, fit
+
+    options = job.all_options()
+    trace = job.open()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists; choose another --out or remove it first")
+    check_writable(out)
+    kind = PREDICTORS.get(job.method)
+    rows = Rows(trace, inputs=kind.reads == "router_inputs")
+    split = split_requests(trace.requests.category, job.split_by, job.seed)
+    gates = _gates_for(job, trace) if getattr(kind, "needs_gates", False) else None
+    settings = FitSettings(job.distances, job.max_tokens, job.seed, _device(job.device), options)
+    predictor, seconds = fit(job.method, rows, split, settings, gates=gates, report=report)
+    notes = {
+        "trace": str(job.trace),
+        "source": dict(trace.info.source),
+        "split_by": job.split_by,
+        "seed": job.seed,
+        "distances": list(job.distances),
+        "max_tokens": job.max_tokens,
+        "fit_seconds": round(seconds, 3),
+        "device": settings.device,
+    }
+    measured: list[Row] = []
+    with folder_atomic(out) as folder:
+        predictor.write(folder, notes)
+        # what is measured is what was written, rounding to 16 bits included
+        predictor = load_predictor(folder)
+        if job.evaluate:
+            measured = _measure(predictor, rows, job, folder / METRICS_FILE, notes)
+    summary = {
+        "method": job.method,
+        "model": rows.spec.name,
+        "distances": ", ".join(map(str, job.distances)),
+        "training requests": len(split.train),
+        "parameters": predictor.num_parameters,
+        "memory (MB)": predictor.memory_bytes / 1e6,
+        "seconds to fit": seconds,
+    }
+    return Done(predictor, summary, _columns(), _table(measured, job))
+
+
+def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
+    """Measure a fitted predictor on a trace's test requests; ``metrics.json`` goes to ``out`` or beside the weights.
+
+    Raises:
+        UserError: the folder is no predictor, or of another model than the trace's.
+    """
+    from moeless.predictors.data import Rows
+    from moeless.predictors.evaluation import mean_of
+
+    target = (out or folder) / METRICS_FILE
+    check_writable(target)
+    predictor = load_predictor(folder)
+    trace = FitJob(job.trace, predictor.name).open()
+    predictor.check_spec(trace.spec, f"the trace {job.trace}")
+    rows = Rows(trace, inputs=predictor.reads == "router_inputs")
+    started = time.perf_counter()
+    notes = {"trace": str(job.trace), "predictor": str(folder), "split_by": job.split_by, "seed": job.seed}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    measured = _measure(predictor, rows, job, target, notes)
+    recall = mean_of(measured, "topk_recall", job.distances[0], "all", 1)
+    summary = {
+        "method": predictor.name,
+        "model": rows.spec.name,
+        "rows": len(measured),
+        "recall": recall if recall is not None else "–",
+        "seconds": time.perf_counter() - started,
+        "metrics": str(target),
+    }
+    return Done(predictor, summary, _columns(), _table(measured, job))
+
+
+def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, notes: Mapping[str, Any]) -> list[Row]:
+    from moeless.predictors.evaluation import EvaluationSettings, Evaluator, to_json
+    from moeless.predictors.timing import predict_microseconds
+
+    split = split_requests(rows.trace.requests.category, job.split_by, job.seed)
+    settings = EvaluationSettings(distances=job.distances, batch_tokens=job.batch_tokens, gpus=job.gpus, seed=job.seed)
+    measured = Evaluator(rows, split, settings).evaluate(predictor)
+    extra = {
+        "memory_bytes": predictor.memory_bytes,
+        "parameters": predictor.num_parameters,
+        "predict_microseconds": predict_microseconds(predictor, job.distances[0], job.batch_tokens),
+        "gpus": job.gpus,
+    }
+    write_json(path, to_json(measured, {**notes, **extra}))
+    return measured
+
+
+def _columns() -> list[str]:
+    return ["distance, phase, tokens", "recall", *SHOWN]
+
+
+def _table(measured: list[Row], job: FitJob) -> list[list[Any]]:
+    from moeless.predictors.evaluation import mean_of
+
+    kinds = sorted({(row.distance, row.phase, row.batch_tokens) for row in measured if row.phase != "all"})
+    return [
+        [f"d = {d}, {phase}, {size}", mean_of(measured, "topk_recall", d, "all", 1)]
+        + [mean_of(measured, name, d, phase, size) for name in SHOWN]
+        for d, phase, size in kinds
+    ]
+
+
+def _gates_for(job: FitJob, trace: TokenTrace) -> Gates:
+    from moeless.predictors.gates import read_gates
+
+    source = job.model or trace.info.source.get("model")
+    if not source:
+        raise UserError(f"{job.trace} does not say which model it is of; name it with --model")
+    return read_gates(str(source), trace.spec)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {name!r} is not available here; it must be cpu, cuda (with a GPU) or auto")
+    return name
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """``1``, ``1,3`` or ``1..5`` as ascending numbers.
+
+    Raises:
+        UserError: the text has none of these forms.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\.\.(\d+))?\s*", part)
+        low = int(match[1]) if match else 0
+        high = int(match[2] or low) if match else 0
+        if low < 1 or high < low or high - low > 10_000:
+            raise UserError(f"{option} {text!r} is not a list of whole numbers such as 1, 1,3 or 1..5")
+        found.update(range(low, high + 1))
+    return tuple(sorted(found))
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)

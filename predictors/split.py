@@ -1,0 +1,90 @@
+"""Splitting a trace's requests into those to fit on and those to test on, never by token.
+
+Requests that end up in the same part of ``serve-bench`` are in the same part here: one seeded permutation, cut at
+70 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.contracts import IntArray
+from moeless.errors import UserError
+
+SplitBy = Literal["request", "category", "time"]
+TRAIN_SHARE = 0.7
+#: Part of the training requests that decides early stopping, calibration and fallbacks.
+VALIDATION_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Split:
+    """Request indices: to fit on, to decide on while fitting, to test on; ascending except ``by="time"``'s order."""
+
+    fit: IntArray
+    validation: IntArray
+    test: IntArray
+
+    @property
+    def train(self) -> IntArray:
+        """All requests that fitting may see."""
+        return np.sort(np.concatenate([self.fit, self.validation]))
+
+
+def split_requests(category: Sequence[str], by: SplitBy = "request", seed: int = 0) -> Split:
+    """Split requests 70/30.
+
+    Args:
+        category: one entry per request.
+        by: ``request``: at random; ``category``: whole categories go to one side, so that testing meets domains that
+            fitting never saw; ``time``: the first 70 % in order of recording against the rest.
+
+    Raises:
+        UserError: fewer than three requests, or fewer than two categories where they are asked for.
+    """
+    count = len(category)
+    if count < 3:
+        raise UserError(
+            f"fitting needs at least 3 requests to split into fit, validation and test, the trace has {count}"
+        )
+    rng = np.random.default_rng(seed)
+    cut = min(round(TRAIN_SHARE * count), count - 1)
+    if by == "request":
+        order = rng.permutation(count)
+        train, test = order[:cut], order[cut:]
+    elif by == "time":
+        order = np.arange(count)
+        train, test = order[:cut], order[cut:]
+    elif by == "category":
+        train, test = _by_category(np.asarray(category), cut, rng)
+    else:
+        raise UserError(f"requests can be split by request, category or time, not by {by!r}")
+    train = rng.permutation(train)
+    held = min(max(1, round(VALIDATION_SHARE * len(train))), len(train) - 1)
+    return Split(np.sort(train[held:]), np.sort(train[:held]), np.sort(test))
+
+
+def _by_category(category: NDArray[np.str_], cut: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+    names = np.unique(category)
+    if len(names) < 2:
+        raise UserError("splitting by category needs a trace with at least two categories")
+    train: list[IntArray] = []
+    test: list[IntArray] = []
+    taken = 0
+    for name in rng.permutation(names).tolist():
+        mine = np.flatnonzero(category == name)
+        if taken < cut:
+            train.append(mine)
+            taken += len(mine)
+        else:
+            test.append(mine)
+    if not test:
+        test.append(train.pop())
+    if not train:
+        raise UserError("splitting by category left nothing to fit on")
+    return np.concatenate(train), np.concatenate(test)

@@ -1,0 +1,83 @@
+"""Iterations to fit variances on and to evaluate with, composed from a trace's requests.
+
+A *prefill* iteration of n tokens is whole requests in a row, cut at n; a *decode* iteration is one random token of
+each of n requests drawn with replacement. A trace without prompts (generated tokens only) makes prefill iterations
+from those, since the routing of a text does not depend on who wrote it.
+
+Axes: T tokens, I iterations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeless.contracts import IntArray, Phase
+from moeless.predictors.data import Rows
+
+
+@dataclass(frozen=True)
+class Window:
+    """One iteration: its rows, and those of the iteration before it (empty where there was none)."""
+
+    row_T: IntArray
+    previous_T: IntArray
+    phase: Phase
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the iteration."""
+        return len(self.row_T)
+
+
+def available_phases(rows: Rows) -> tuple[Phase, ...]:
+    """Phases that iterations can be composed for: prefill always, decode where generated tokens are recorded."""
+    decode = bool((rows.phase_T == Phase.DECODE).any())
+    return (Phase.PREFILL, Phase.DECODE) if decode else (Phase.PREFILL,)
+
+
+def prefill_windows(rows: Rows, requests: IntArray, tokens: int, limit: int | None = None) -> list[Window]:
+    """Consecutive iterations of ``tokens`` tokens over the requests in the order given.
+
+    At most ``limit``; what is left over at the end is dropped, unless there would be no iteration at all.
+    """
+    row_T = rows.of(requests)
+    prompt = rows.phase_T[row_T] == Phase.PREFILL
+    if prompt.any():
+        row_T = row_T[prompt]
+    count = max(1, len(row_T) // tokens)
+    parts = [row_T[start : start + tokens] for start in range(0, count * tokens, tokens)][:limit]
+    none = np.empty(0, np.int64)
+    return [Window(part, parts[i - 1] if i else none, Phase.PREFILL) for i, part in enumerate(parts)]
+
+
+def decode_windows(rows: Rows, requests: IntArray, tokens: int, limit: int, rng: np.random.Generator) -> list[Window]:
+    """``limit`` iterations of one generated token from each of ``tokens`` requests drawn with replacement.
+
+    The iteration before holds the previous token of each, as when nobody comes or goes between two decode steps.
+    None where no request generated two tokens.
+    """
+    row_T = rows.of(requests)
+    request_T = np.repeat(np.arange(len(requests)), rows.rows_N[requests])
+    decode = rows.phase_T[row_T] == Phase.DECODE
+    row_T, request_T = row_T[decode], request_T[decode]
+    first = np.flatnonzero(np.concatenate([[True], request_T[1:] != request_T[:-1]])) if len(row_T) else row_T
+    length = np.diff(np.append(first, len(row_T)))
+    first, length = first[length > 1], length[length > 1]
+    if not len(first):
+        return []
+    windows = []
+    for _ in range(limit):
+        drawn = rng.integers(0, len(first), tokens)
+        at = first[drawn] + 1 + (rng.random(tokens) * (length[drawn] - 1)).astype(np.int64)
+        windows.append(Window(row_T[at], row_T[at - 1], Phase.DECODE))
+    return windows
+
+
+def windows_of(rows: Rows, requests: IntArray, phase: Phase, tokens: int, limit: int, seed: int) -> list[Window]:
+    """Iterations of one phase and size, prefill ones over shuffled requests."""
+    rng = np.random.default_rng([seed, int(phase), tokens])
+    if phase == Phase.DECODE:
+        return decode_windows(rows, requests, tokens, limit, rng)
+    return prefill_windows(rows, rng.permutation(requests), tokens, limit)
