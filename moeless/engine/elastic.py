@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from moeless.contracts import IntArray
+from moeless.contracts import IntArray, LayerPlan
 from moeless.engine.controller import Controller
 from moeless.engine.core import PartTimes, run_layer
 from moeless.engine.ffn import ExpertFFN
@@ -39,7 +39,7 @@ class ElasticExperts:
         """Route, exchange, compute and combine one layer; collective."""
         controller = self.controller
         if controller.policy.lossy:
-            topk_TK = even_choice(topk_TK, controller.spec.E, self.first_token)
+            topk_TK = even_choice(topk_TK, _turns(controller.plans[layer]), self.first_token)
         times, started = PartTimes(), time.perf_counter()
         decision = controller.decide(layer, hidden_TH, topk_TK, times)
         store = controller.store
@@ -77,14 +77,22 @@ class ElasticExperts:
         return out
 
 
-def even_choice(topk_TK: torch.Tensor, experts: int, first: int) -> torch.Tensor:
+def even_choice(topk_TK: torch.Tensor, turn_E: IntArray, first: int) -> torch.Tensor:
     """The oracle's override: tokens take the experts in turn, whatever the gate says (arXiv 2603.06350, baselines).
 
-    ``first`` is the number of tokens on lower ranks, so that loads are even over all ranks.
+    Args:
+        turn_E: the experts in the order of their turns.
+        first: tokens on lower ranks, so that loads are even over all ranks.
     """
     tokens, top_k = topk_TK.shape
-    turn = torch.arange(first * top_k, (first + tokens) * top_k, device=topk_TK.device)
-    return (turn % experts).view(tokens, top_k).to(topk_TK.dtype)
+    turns = np.arange(first * top_k, (first + tokens) * top_k) % len(turn_E)
+    return torch.from_numpy(turn_E[turns]).view(tokens, top_k).to(topk_TK)
+
+
+def _turns(plan: LayerPlan) -> IntArray:
+    """A static plan's experts so that successive ones lie on different GPUs."""
+    nth_R = np.arange(plan.R) - np.searchsorted(plan.gpu_R, plan.gpu_R)
+    return plan.expert_R[np.lexsort((plan.gpu_R, nth_R))].astype(np.int64)
 
 
 def columns(rows: list[tuple[float, ...]], layers: int) -> IntArray:

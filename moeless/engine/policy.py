@@ -93,6 +93,9 @@ def resolve_live(
 ) -> LivePolicy:
     """Find the parts of ``planner[:predictor[:distance]]``.
 
+    A policy that names no predictor gets the planner's default; where that one has to be fitted and no folder holds
+    it, the model's own gates, which a live model always has.
+
     Raises:
         UserError: a name is unknown, or the predictor cannot run live.
     """
@@ -103,7 +106,7 @@ def resolve_live(
     planner: Planner = PLANNERS.get("static" if lossy else policy.planner)
     name = policy.predictor
     if planner.needs_forecast and name == "none":
-        name = planner.default_predictor
+        name = _default_predictor(planner, predictors)
     if not planner.needs_forecast and name != "none":
         raise UserError(f"policy {text}: {policy.planner} needs no forecast; write {policy.planner}")
     predictor = None
@@ -133,6 +136,14 @@ def resolve_live(
         COSTS.get(costs)(spec, cluster),
         lossy,
     )
+
+
+def _default_predictor(planner: Planner, folders: tuple[Path, ...]) -> str:
+    from moeless.predictors import load_predictor
+
+    name = planner.default_predictor
+    unfitted = name in ("history", "last", "none", "gate_reuse")
+    return name if unfitted or any(load_predictor(folder).name == name for folder in folders) else "gate_reuse"
 
 
 def _predictor(name: str, spec: MoESpec, model: Path, folders: tuple[Path, ...]) -> Any:

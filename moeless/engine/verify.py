@@ -68,7 +68,7 @@ class Reference:
         self._dtype = dtype
         self._models = {
             kind: transformers.AutoModelForCausalLM.from_pretrained(
-                model, dtype=kind, attn_implementation="sdpa"
+                model, dtype=kind, attn_implementation="eager"
             ).eval()
             for kind in kinds
         }

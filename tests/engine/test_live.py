@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ def verify(job: Job, cell: int) -> Verification:
 
 
 @pytest.fixture(scope="module")
-def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one launch of two ranks left, shared by the tests that read it."""
-    yield {"folder": tmp_path_factory.mktemp("run")}
+    return {"folder": tmp_path_factory.mktemp("run")}
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""The live half of ``moeless serve-bench``: its options as a configuration of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeless.cli import common
+
+if TYPE_CHECKING:
+    from moeless.engine.bench import LiveConfig
+    from moeless.metrics import Cell
+
+
+def plain(config: LiveConfig) -> dict[str, Any]:
+    """The configuration as the manifest keeps it."""
+    values = dataclasses.asdict(config)
+    values |= {"model": str(config.model) if config.model else "bundled", "policies": list(config.policies)}
+    return values | {"predictors": [str(path) for path in config.predictors]}
+
+
+def verification_table(cells: Sequence[Cell]) -> None:
+    """What was verified, and what the prompts' perplexity was under each policy."""
+    rows = []
+    for cell in cells:
+        entry = cell.settings.get("verification") or {}
+        copies = cell.settings["copies"]
+        verdict = ("yes" if entry["passed"] else "NO") if entry else "not asked"
+        rows.append(
+            [
+                cell.policy + (" (lossy)" if cell.lossy else ""),
+                "not verified: lossy"
+                if cell.lossy
+                else ("yes" if entry.get("passed") else "NO")
+                if entry
+                else "not asked",
+                f"{entry['identical']:,} / {entry['tokens']:,}" if entry else None,
+                f"{entry['near_ties']}" if entry else None,
+                f"{entry['max_difference']:.1e}" if entry else None,
+                cell.settings["prompt_perplexity"],
+                f"{cell.layer.parts_ms['expert']:.3f}",
+                f"{cell.layer.parts_ms['control']:.3f}",
+                f"{copies['loads']:,}",
+                f"{cell.layer.moved_bytes / 1e6:,.1f}",
+            ]
+        )
+    columns = ["policy", "verified", "identical tokens", "near ties", "max logit diff", "prompt perplexity"]
+    columns += ["expert ms", "control ms", "copies made", "moved MB"]
+    common.show(common.table("Outputs against the unmodified model, and copies", columns, rows))
+
+
+def run_live(
+    config: LiveConfig,
+    *,
+    out: Path | None,
+    wandb: bool | None,
+    dry_run: bool,
+) -> tuple[list[Cell], Path, str]:
+    """Check, launch, serve, verify; cells, run folder and command line.
+
+    Raises:
+        UserError, RunFailed: as the engine does.
+    """
+    from moeless.engine.bench import LiveBench, check_verified
+    from moeless.metrics import Result
+    from moeless.tracking.run import start_run
+
+    bench = LiveBench(config)
+    if dry_run:
+        common.dry_run(plain(config), bench.estimate())
+    inputs = [bench.model / name for name in ("config.json", "model.safetensors") if (bench.model / name).is_file()]
+    inputs += list(config.predictors)
+    with start_run("serve-bench", f"live-{bench.spec.name}", plain(config), config.seed, inputs, out, wandb) as run:
+        common.remarks.print(f"{config.ranks} {bench.device} ranks, {config.host} host, {len(bench.requests)} requests")
+        cells = bench.run(run.path)
+        for cell in cells:
+            for warning in cell.warnings:
+                run.warn(f"{cell.policy}: {warning}")
+        command_line = str(run.manifest["command_line"])
+        run.write_result(Result(command_line, tuple(cells)))
+        check_verified(cells)
+    return cells, run.path, command_line
