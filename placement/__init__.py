@@ -17,5 +17,6 @@ PLANNERS = Registry(
         "eplb": "moeless.placement.eplb:PLANNER",
         "eplb-hierarchical": "moeless.placement.eplb:HIERARCHICAL",
         "moeless": "moeless.placement.paper:PLANNER",
+        "elastic": "moeless.placement.elastic:PLANNER",
     },
 )

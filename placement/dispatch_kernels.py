@@ -66,3 +66,73 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
     for i in range(movable):
         tokens_R[back_M[i]] = state[TOKENS, i]
     return before, after
+
+
+@njit(cache=True)
+def fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR):  # type: ignore[no-untyped-def]
+    """Give each copy its tokens: those already on its GPU first, then source by source, lowest index first."""
+    num_sources, num_replicas = load_SE.shape[0], len(expert_R)
+    left_SE, left_R = load_SE.copy(), tokens_R.copy()
+    quota_SR[:] = 0
+    for r in range(num_replicas):
+        if left_R[r] > 0 and gpu_R[r] < num_sources:
+            s, e = gpu_R[r], expert_R[r]
+            taken = min(left_SE[s, e], left_R[r])
+            quota_SR[s, r] = taken
+            left_SE[s, e] -= taken
+            left_R[r] -= taken
+    for r in range(num_replicas):
+        e = expert_R[r]
+        for s in range(num_sources):
+            if left_R[r] == 0:
+                break
+            taken = min(left_SE[s, e], left_R[r])
+            quota_SR[s, r] += taken
+            left_SE[s, e] -= taken
+            left_R[r] -= taken
+
+
+@njit(cache=True)
+def dispatch_layer(load_SE, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, quota_SR):  # type: ignore[no-untyped-def]
+    """Copies and sources at once; returns whether the result is expected to beat static EP."""
+    load_E = np.zeros(load_SE.shape[1], np.int64)
+    for s in range(load_SE.shape[0]):
+        for e in range(load_SE.shape[1]):
+            load_E[e] += load_SE[s, e]
+    tokens_R = np.empty(len(expert_R), np.int64)
+    before, after = choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R)
+    fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR)
+    return after < before
+
+
+@njit(cache=True)
+def static_quotas(load_SE, expert_R, primary_R, serving, quota_SR):  # type: ignore[no-untyped-def]
+    """Everything to the primaries, or to the first serving copy of an expert whose primary cannot serve."""
+    num_sources, num_experts = load_SE.shape
+    home_E = np.full(num_experts, -1, np.int64)
+    quota_SR[:] = 0
+    for r in range(len(expert_R)):
+        if serving[r] and (home_E[expert_R[r]] < 0 or primary_R[r]):
+            home_E[expert_R[r]] = r
+    for s in range(num_sources):
+        for e in range(num_experts):
+            if home_E[e] >= 0:
+                quota_SR[s, home_E[e]] = load_SE[s, e]
+
+
+@njit(cache=True)
+def expected_seconds(load_CE, expert_R, gpu_R, num_gpus, a, b, c, depth, fuel):  # type: ignore[no-untyped-def]
+    """Mean time of a plan after dispatch over scenarios, with static EP's; the first E replicas are primaries."""
+    num_scenarios, num_experts = load_CE.shape
+    num_replicas = len(expert_R)
+    primary_R, serving = np.zeros(num_replicas, np.bool_), np.ones(num_replicas, np.bool_)
+    primary_R[:num_experts] = True
+    tokens_R = np.empty(num_replicas, np.int64)
+    static, dispatched = 0.0, 0.0
+    for i in range(num_scenarios):
+        before, after = choose_copies(
+            load_CE[i], expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R
+        )
+        static += before / num_scenarios
+        dispatched += after / num_scenarios
+    return static, dispatched

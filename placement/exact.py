@@ -11,7 +11,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from moeless.contracts import BoolArray, FloatArray, IntArray, LayerPlan
+from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray, LayerPlan
 from moeless.costs import CostTerms
 from moeless.errors import RunFailed
 
@@ -25,7 +25,9 @@ class ExactDispatch:
     lower_bound: float
 
 
-def terms_seconds(tokens_R: FloatArray | IntArray, gpu_R: IntArray, terms: CostTerms, num_gpus: int) -> float:
+def terms_seconds(
+    tokens_R: FloatArray | IntArray, gpu_R: IntArray | Int32Array, terms: CostTerms, num_gpus: int
+) -> float:
     """A layer's time by :class:`CostTerms` for tokens on replicas."""
     tokens = np.asarray(tokens_R, np.float64)
     busy = np.where(tokens > 0, np.maximum(tokens * terms.token_seconds, terms.floor_seconds), 0.0)

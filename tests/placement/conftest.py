@@ -35,7 +35,7 @@ def make_cluster(num_gpus: int) -> Cluster:
     return cluster("h100x8").with_gpus(num_gpus)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plan_with() -> Callable[..., LayerPlan]:
     """Plan one layer by name: ``plan_with("eplb", mean_E, gpus, extra_slots)``."""
 

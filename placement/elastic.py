@@ -1,0 +1,294 @@
+"""Elastic planner: extras ahead from a forecast, their use from the true counts, never slower than static EP.
+
+Two stages. *Placement* leaves every primary on its static GPU, tries several rules for extra copies, judges each on
+scenarios drawn from the forecast's mean and spread, and keeps the fewest extras that save what the best saves.
+*Dispatch* sees the true counts after the gate and decides which copies work, with which shares; using primaries
+alone is always among its choices, so it cannot lose to static EP under the cost model it was given.
+
+Axes: E experts, R replicas, G GPUs, S source ranks, C scenarios.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from moeless.cluster import Cluster
+from moeless.contracts import (
+    BoolArray,
+    Budget,
+    FloatArray,
+    Forecast,
+    InstanceState,
+    Int32Array,
+    IntArray,
+    LayerPlan,
+    PlanInput,
+    Policy,
+)
+from moeless.costs import CostModel
+from moeless.costs.base import CostTerms
+from moeless.costs.kernels import quota_time
+from moeless.errors import UserError
+from moeless.placement import dispatch_kernels as kernels
+from moeless.placement.base import Planner
+from moeless.placement.dispatch import even_dispatch, serving_R
+from moeless.placement.grow_kernels import BY_EXPERT, BY_GPU, BY_LEVEL, grow
+from moeless.placement.layout import check_static_fits, room_G, spare_replicas, static_gpu_E
+from moeless.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class ElasticParams:
+    """Parameters of both stages.
+
+    Attributes:
+        scenarios: loads drawn from the forecast to judge placements on; 0 takes the first rule's plan unjudged.
+        economy: relative layer time that fewer extras may cost; extras that save less are left out.
+        patience_iterations: iterations a plan is taken to stay where the caller expects fewer, in weighing the
+            time a change saves against the time its copies need to arrive.
+        skip: leave a layer to static EP where dispatch is not expected to pay for its own control time.
+        depth: GPUs that a chain of moved load may pass on.
+        fuel: copies that the dispatch examines at most; about 15 nanoseconds each.
+        seed: of the scenarios.
+    """
+
+    scenarios: int = 8
+    economy: float = 1e-3
+    patience_iterations: int = 256
+    skip: bool = True
+    depth: int = 3
+    fuel: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("scenarios", "economy", "patience_iterations", "depth", "fuel", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """``max(a n, b) + c n``: seconds per token, weight read, exchange per token."""
+
+    a: float
+    b: float
+    c: float
+
+    @classmethod
+    def of(cls, terms: CostTerms) -> _Rates:
+        # where a layer ends with its slowest replica, levelling GPUs by tokens is what is left to do
+        return cls(max(terms.token_seconds, 1e-15), terms.floor_seconds, 2 * terms.link_seconds)
+
+
+@lru_cache(maxsize=64)
+def _normal_CE(seed: int, scenarios: int, num_experts: int) -> FloatArray:
+    half = np.random.default_rng(seed).standard_normal((-(-scenarios // 2), num_experts))
+    # mirrored pairs keep the scenarios' mean at the forecast's
+    return np.concatenate([half, -half])[:scenarios]
+
+
+def scenarios_CE(forecast: Forecast, scenarios: int, seed: int) -> IntArray:
+    """Loads that the forecast deems likely, ``[C, E]``; the same for the same arguments."""
+    spread_E = np.sqrt(np.maximum(forecast.var_E, forecast.mean_E))
+    drawn = forecast.mean_E + spread_E * _normal_CE(seed, scenarios, len(forecast.mean_E))
+    return np.asarray(np.rint(np.maximum(drawn, 0.0)), np.int64)
+
+
+Copies = tuple[Int32Array, Int32Array]
+
+
+def _candidates(
+    weights: list[FloatArray], gpu_E: IntArray, room: IntArray, extra: int, rules: list[int]
+) -> list[Copies]:
+    made = []
+    for weight_E in weights:
+        for rule in rules:
+            expert_R = np.empty(len(gpu_E) + extra, np.int32)
+            gpu_R = np.empty(len(gpu_E) + extra, np.int32)
+            count = grow(weight_E, gpu_E, room, extra, rule, expert_R, gpu_R)
+            made.append((expert_R[:count], gpu_R[:count]))
+    return made
+
+
+def _previous_copies(x: PlanInput, gpu_E: IntArray, room: IntArray, max_extra: int) -> Copies | None:
+    """The previous plan's copies, primaries first, where they are a plan of this planner and still fit."""
+    plan = x.previous
+    if plan is None or plan.num_extra > max_extra or int(plan.primary_R.sum()) != len(gpu_E):
+        return None
+    if (plan.gpu_R[plan.primary_R] != gpu_E[plan.expert_R[plan.primary_R]]).any():
+        return None
+    if (plan.slots_G(len(room)) > room).any():
+        return None
+    order = np.argsort(plan.expert_R[plan.primary_R], kind="stable")
+    first, extra = np.flatnonzero(plan.primary_R)[order], np.flatnonzero(~plan.primary_R)
+    at = np.concatenate([first, extra])
+    return plan.expert_R[at], plan.gpu_R[at]
+
+
+def _arrival_seconds(copies: Copies, x: PlanInput, spec: MoESpec, costs: CostModel) -> float:
+    """When the last copy that is not in memory would have come, from host memory, GPUs loading at once."""
+    if x.previous is None:
+        return 0.0
+    live = np.ones(x.previous.R, np.bool_)
+    if x.state_R is not None:
+        live = np.isin(x.state_R, (InstanceState.WARM, InstanceState.LOADING))
+    present = set(zip(x.previous.expert_R[live].tolist(), x.previous.gpu_R[live].tolist(), strict=True))
+    waiting: dict[int, float] = {}
+    for expert, gpu in zip(copies[0][spec.E :].tolist(), copies[1][spec.E :].tolist(), strict=True):
+        if (expert, gpu) not in present:
+            waiting[gpu] = waiting.get(gpu, 0.0) + costs.load_seconds(spec.expert_bytes, "host", gpu)
+    return max(waiting.values(), default=0.0)
+
+
+def plan_layer(
+    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: ElasticParams
+) -> LayerPlan:
+    """Static primaries, and the fewest extras that close the gap for loads like the forecast's.
+
+    No extra at all where dispatch is not expected to save its own control time (the skip decision), and the previous
+    extras where a change would not pay for its transfers.
+
+    Raises:
+        UserError: a GPU has no room for its static experts.
+    """
+    gpus, experts = cluster.num_gpus, spec.E
+    gpu_E = static_gpu_E(experts, gpus)
+    room = room_G(budget, spec, gpus)
+    check_static_fits(room, gpu_E)
+    extra = spare_replicas(room, experts, budget.max_extra)
+    rates = _Rates.of(costs.terms())
+    static: Copies = (np.arange(experts, dtype=np.int32), gpu_E.astype(np.int32))
+    chosen = static
+    if extra and gpus > 1 and x.forecast.mean_E.any():
+        chosen = _choose(x, static, gpu_E, room, extra, rates, spec, cluster, costs, params)
+    primary_R = np.arange(len(chosen[0])) < experts
+    return LayerPlan.build(x.layer, *chosen, primary_R, num_experts=experts, num_gpus=gpus)
+
+
+def _choose(
+    x: PlanInput,
+    static: Copies,
+    gpu_E: IntArray,
+    room: IntArray,
+    extra: int,
+    rates: _Rates,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: CostModel,
+    params: ElasticParams,
+) -> Copies:
+    mean_E = x.forecast.mean_E
+    if params.scenarios == 0:
+        return _candidates([mean_E], gpu_E, room, extra, [BY_GPU])[0]
+    load_CE = scenarios_CE(x.forecast, params.scenarios, params.seed)
+
+    def seconds(copies: Copies) -> tuple[float, float]:
+        found = kernels.expected_seconds(
+            load_CE, *copies, cluster.num_gpus, rates.a, rates.b, rates.c, params.depth, params.fuel
+        )
+        return float(found[0]), float(found[1])
+
+    # an expert without tokens costs nothing, any other at least its weight read
+    likely_E = np.maximum(rates.a * mean_E, rates.b * -np.expm1(-mean_E)) + rates.c * mean_E
+    tried = [*_candidates([mean_E, likely_E], gpu_E, room, extra, [BY_GPU, BY_EXPERT, BY_LEVEL])]
+    scores = [seconds(copies) for copies in tried]
+    best = int(np.argmin([score for _, score in scores]))
+    plain, least = scores[0][0], scores[best][1]
+    copies, reached = tried[best], least
+    # copies are in order of worth: leave out the last ones as long as little is lost
+    low, high = spec.E, len(copies[0])
+    while low < high:
+        middle = (low + high) // 2
+        score = plain if middle == spec.E else seconds((copies[0][:middle], copies[1][:middle]))[1]
+        if score <= least * (1 + params.economy):
+            high, reached = middle, score
+        else:
+            low = middle + 1
+    copies = copies[0][:high], copies[1][:high]
+    horizon = max(x.horizon_iterations, params.patience_iterations)
+    previous = _previous_copies(x, gpu_E, room, extra)
+    if previous is not None:
+        kept = seconds(previous)[1]
+        if (kept - reached) * horizon <= _arrival_seconds(copies, x, spec, costs) - _arrival_seconds(
+            previous, x, spec, costs
+        ):
+            copies, reached = previous, kept
+    control = costs.control_seconds(Policy("elastic"), x.layer)
+    if params.skip and plain - reached <= control:
+        return static
+    return copies
+
+
+def dispatch(
+    load_SE: IntArray,
+    plan: LayerPlan,
+    usable_R: BoolArray,
+    *,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: CostModel,
+    params: ElasticParams,
+) -> IntArray:
+    """Tokens of each source rank to each copy from the true counts, ``[S, R]``.
+
+    The primaries alone are among the choices compared, under the cost model's own layer time.
+
+    Raises:
+        UserError: ``usable_R`` does not match the plan.
+    """
+    load_SE = np.ascontiguousarray(load_SE, np.int64)
+    serving = serving_R(plan, usable_R, load_SE.shape[1])
+    static_SR = np.empty((load_SE.shape[0], plan.R), np.int64)
+    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, serving, static_SR)
+    if plan.num_extra == 0:
+        return static_SR
+    terms = costs.terms()
+    rates = _Rates.of(terms)
+    quota_SR = np.empty_like(static_SR)
+    better = kernels.dispatch_layer(
+        load_SE,
+        plan.expert_R,
+        plan.gpu_R,
+        plan.primary_R,
+        serving,
+        cluster.num_gpus,
+        rates.a,
+        rates.b,
+        rates.c,
+        params.depth,
+        params.fuel,
+        quota_SR,
+    )
+    others = [quota_SR] if better else []
+    if terms.reduce_max:
+        others.append(even_dispatch(load_SE, plan, serving, spec=spec, cluster=cluster))
+    best, least = static_SR, _layer_seconds(static_SR, plan, costs)
+    for other in others:
+        seconds = _layer_seconds(other, plan, costs)
+        if seconds < least:
+            best, least = other, seconds
+    return best
+
+
+def _layer_seconds(quota_SR: IntArray, plan: LayerPlan, costs: CostModel) -> float:
+    compiled = costs.kernel_terms()
+    if compiled is None:
+        return costs.layer_seconds(quota_SR, plan).total
+    gpus = costs.cluster.num_gpus
+    expert, exchange = quota_time(quota_SR, plan.gpu_R, compiled, gpus, np.empty(gpus))
+    return float(expert + exchange)
+
+
+PLANNER = Planner(
+    name="elastic",
+    plan_layer=plan_layer,
+    dispatch=dispatch,
+    params=ElasticParams,
+    cadence="iteration",
+    needs_forecast=True,
+    default_predictor="history",
+    source="this project: static primaries, extras by scenarios of the forecast, dispatch by chains of copies",
+)

@@ -1,0 +1,93 @@
+"""Compiled choice of extra copies: which expert is copied next, onto which GPU.
+
+Axes: E experts, R replicas in order of decision (primaries first), G GPUs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+#: Which expert is copied next: the hottest on the hottest GPU, the hottest anywhere, or whichever levels most.
+BY_GPU, BY_EXPERT, BY_LEVEL = 0, 1, 2
+
+
+@njit(cache=True)
+def _coolest(expert, holds_EG, total_G, room_G):  # type: ignore[no-untyped-def]
+    best = -1
+    for g in range(len(total_G)):
+        if room_G[g] > 0 and not holds_EG[expert, g] and (best < 0 or total_G[g] < total_G[best]):
+            best = g
+    return best
+
+
+@njit(cache=True)
+def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ignore[no-untyped-def]
+    """Fill ``expert_R`` and ``gpu_R`` after the primaries; returns the number of replicas.
+
+    A copy never joins a GPU that already holds its expert. Copies of an expert are taken to share its weight
+    evenly, except under ``BY_LEVEL``, where a new copy takes as much as levels the two GPUs. Ties: lowest index.
+    """
+    num_experts, num_gpus = len(weight_E), len(room_G)
+    holds_EG = np.zeros((num_experts, num_gpus), np.bool_)
+    share_EG = np.zeros((num_experts, num_gpus))
+    total_G, copies_E = np.zeros(num_gpus), np.ones(num_experts, np.int64)
+    room_G = room_G.copy()
+    for e in range(num_experts):
+        expert_R[e], gpu_R[e] = e, gpu_E[e]
+        holds_EG[e, gpu_E[e]] = True
+        share_EG[e, gpu_E[e]] = weight_E[e]
+        total_G[gpu_E[e]] += weight_E[e]
+        room_G[gpu_E[e]] -= 1
+    replicas = num_experts
+    closed_E, tried_G = np.zeros(num_experts, np.bool_), np.zeros(num_gpus, np.bool_)
+    while replicas < num_experts + max_extra:
+        best_e, best_h, best_g = -1, -1, -1
+        if rule == BY_EXPERT:
+            while best_h < 0:
+                best_e = -1
+                for e in range(num_experts):
+                    if not closed_E[e] and (
+                        best_e < 0 or weight_E[e] * copies_E[best_e] > weight_E[best_e] * copies_E[e]
+                    ):
+                        best_e = e
+                if best_e < 0:
+                    return replicas
+                best_h = _coolest(best_e, holds_EG, total_G, room_G)
+                closed_E[best_e] = best_h < 0
+        else:
+            tried_G[:] = False
+            while best_h < 0:
+                best_g = -1
+                for g in range(num_gpus):
+                    if not tried_G[g] and (best_g < 0 or total_G[g] > total_G[best_g]):
+                        best_g = g
+                if best_g < 0:
+                    return replicas
+                tried_G[best_g] = True
+                share = -1.0
+                for e in range(num_experts):
+                    if holds_EG[e, best_g] and share_EG[e, best_g] > share:
+                        h = _coolest(e, holds_EG, total_G, room_G)
+                        if h >= 0:
+                            share, best_e, best_h = share_EG[e, best_g], e, h
+        if rule == BY_LEVEL:
+            moved = min(share_EG[best_e, best_g], max((total_G[best_g] - total_G[best_h]) / 2, 0.0))
+            share_EG[best_e, best_g] -= moved
+            share_EG[best_e, best_h] += moved
+            total_G[best_g] -= moved
+            total_G[best_h] += moved
+        else:
+            old, new = weight_E[best_e] / copies_E[best_e], weight_E[best_e] / (copies_E[best_e] + 1)
+            for g in range(num_gpus):
+                if holds_EG[best_e, g]:
+                    total_G[g] += new - old
+                    share_EG[best_e, g] = new
+            total_G[best_h] += new
+            share_EG[best_e, best_h] = new
+        holds_EG[best_e, best_h] = True
+        copies_E[best_e] += 1
+        room_G[best_h] -= 1
+        expert_R[replicas], gpu_R[replicas] = best_e, best_h
+        replicas += 1
+    return replicas
