@@ -17,14 +17,14 @@ BASELINES = ("static", "eplb:history", "oracle")
 PAPER_NAMES = {"static": "Megatron-LM", "eplb": "EPLB", "moeless": "MoEless", "oracle": "Oracle"}
 
 
-def workload(options: Options) -> dict[str, Any]:
+def workload(options: Options, source: Source) -> dict[str, Any]:
     """The paper's workload: Azure arrivals, one-second batches; lengths are the trace's own."""
     return {
         "cluster": options.cluster,
         "arrivals": "azure-like",
         "batching": "one-second",
         "lengths": "trace",
-        "max_requests": options.pick(40, 1000),
+        "max_requests": options.pick(source.quick_requests, 1000),
         "seed": options.seed,
     }
 
@@ -49,7 +49,7 @@ def job(options: Options, source: Source, policy: str, costs: str, **changes: An
     return Job(
         f"serve {source.title} by {policy}, {costs} costs{detail}",
         _SERVE,
-        {**workload(options), "policy": policy, "costs": costs, **changes},
+        {**workload(options, source), "policy": policy, "costs": costs, **changes},
         needs,
     )
 

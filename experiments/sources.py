@@ -24,6 +24,7 @@ class Source:
         key: tells sources apart in the names of jobs.
         predictor: the load predictor that the paper's system uses on it.
         fitted: artefacts of fitted predictors, by name.
+        quick_requests: how many requests a quick serving run takes; the paper's planner is simulated layer by layer.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Source:
     key: str = ""
     predictor: str = "history"
     fitted: Mapping[str, Job] = field(default_factory=dict)
+    quick_requests: int = 8
 
 
 def given(options: Options) -> Source | None:
@@ -60,7 +62,7 @@ def bundled(options: Options, router_inputs: bool = True) -> Source:
         "seed": options.seed,
     }
     job = Job("record the bundled model", f"{_RECORDING}:bundled", params, artefact=True)
-    return Source("bundled", job, "simulated", "measured", "bundled model", key="bundled")
+    return Source("bundled", job, "simulated", "measured", "bundled model", key="bundled", quick_requests=80)
 
 
 def routing_sources(options: Options) -> list[Source]:
