@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,13 +13,12 @@ from moeless.cli import common
 if TYPE_CHECKING:
     from moeless.metrics import Cell
     from moeless.simulator.bench import BenchConfig
-    from moeless.tuning.presets import Preset
 
 DEFAULT_POLICIES = ["static", "eplb:history", "oracle"]
 COLUMNS = [
     "policy",
-    "mean ms",
-    "p99 ms",
+    "layer mean µs",
+    "p99 µs",
     "vs static",
     "imbalance",
     "replicas",
@@ -33,11 +31,14 @@ COLUMNS = [
     "resident GB·s",
     "vs static",
     "GPU·s",
+    "goodput/s",
 ]
 
 
 def command(
-    backend: Annotated[Literal["sim"], typer.Option("--backend", help="Where it runs.")] = "sim",
+    backend: Annotated[
+        Literal["sim", "live"], typer.Option("--backend", help="On the simulator, or live on ranks of this machine.")
+    ] = "sim",
     trace: Annotated[Path | None, typer.Option("--trace", metavar="DIR", help="Routing trace of kind tokens.")] = None,
     policy: Annotated[
         list[str] | None,
@@ -47,14 +48,18 @@ def command(
         list[Path] | None, typer.Option("--preset", metavar="FILE", help="Tuned policy (moeless tune); repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Model preset; default: the trace's own shapes.")] = None,
-    cluster: Annotated[str, typer.Option("--cluster", help="Cluster: a6000x8, h100x8, h100x8xN, ...")] = "h100x8",
+    cluster: Annotated[
+        list[str] | None, typer.Option("--cluster", help="a6000x8, h100x8 (default), h100x8xN; repeatable: a sweep.")
+    ] = None,
     arrivals: Annotated[
         str, typer.Option("--arrivals", help="azure-like, poisson:RATE, ..., or a request trace's file.")
     ] = "azure-like",
     lengths: Annotated[
         str, typer.Option("--lengths", help="Token counts of the trace, or of the arrivals (resampled).")
     ] = "trace",
-    request_rate: Annotated[float | None, typer.Option("--request-rate", help="Mean requests per second.")] = None,
+    request_rate: Annotated[
+        list[float] | None, typer.Option("--request-rate", help="Mean requests per second; repeatable: a sweep.")
+    ] = None,
     burstiness: Annotated[float | None, typer.Option("--burstiness", help="Gamma shape; below 1 is burstier.")] = None,
     batching: Annotated[str, typer.Option("--batching", help="continuous or one-second (the paper).")] = "continuous",
     token_budget: Annotated[int, typer.Option("--token-budget", min=1, help="Tokens of an iteration at most.")] = 8192,
@@ -66,9 +71,20 @@ def command(
         list[Path] | None, typer.Option("--predictor", metavar="DIR", help="Fitted predictor; repeatable.")
     ] = None,
     extra_slots: Annotated[int, typer.Option("--extra-slots", min=0, help="Extra copies per GPU and layer.")] = 1,
-    keep_alive: Annotated[float, typer.Option("--keep-alive", min=0.0, help="Seconds that idle copies stay.")] = 10.0,
+    keep_alive: Annotated[
+        str, typer.Option("--keep-alive", help="Of idle copies: SECONDS, lru, or adaptive[:SECONDS].")
+    ] = "10",
+    scale_to_zero: Annotated[
+        bool, typer.Option("--scale-to-zero", help="Serverless policies give GPUs back while idle.")
+    ] = False,
+    container: Annotated[float, typer.Option("--container", min=0.0, help="Seconds to start a GPU container.")] = 1.0,
+    fail_gpu: Annotated[
+        list[str] | None, typer.Option("--fail-gpu", help="SECONDS:GPU[:RESTART_SECONDS]; repeatable.")
+    ] = None,
     home: Annotated[str, typer.Option("--home", help="Where experts' weights always are: host or storage.")] = "host",
-    replan: Annotated[float, typer.Option("--replan", help="Seconds between EPLB's plans.")] = 600.0,
+    replan: Annotated[
+        float | None, typer.Option("--replan", help="Seconds between EPLB's plans; default: 600, live 10.")
+    ] = None,
     copies: Annotated[
         str, typer.Option("--copies", help="instant, timed, or auto: instant under the paper's costs only.")
     ] = "auto",
@@ -78,6 +94,30 @@ def command(
         list[str] | None, typer.Option("--goodput", help="Objectives such as ttft:500 tpot:50, in milliseconds.")
     ] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="First iterations left out of layer figures.")] = 0,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FILE", help="Keep finished cells here; run only the others.")
+    ] = None,
+    timeline: Annotated[
+        str | None, typer.Option("--timeline", help="START:STOP seconds of the first cell, as a Chrome trace.")
+    ] = None,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="live: expert-parallel ranks.")] = 2,
+    host: Annotated[str, typer.Option("--host", help="live: megatron or transformers.")] = "transformers",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option("--device", help="live: auto takes GPUs where there are enough.")
+    ] = "auto",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="live: float32, bfloat16 or float16.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="live: prompt file, folder or hub id; default: the bundled ones.")
+    ] = None,
+    max_prompt: Annotated[int, typer.Option("--max-prompt", min=1, help="live: prompt tokens at most.")] = 256,
+    max_output: Annotated[int, typer.Option("--max-output", min=1, help="live: output tokens at most.")] = 32,
+    skip_below: Annotated[
+        int, typer.Option("--skip-below", min=0, help="live: smaller iterations use primaries only, unplanned.")
+    ] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="live: compare outputs with the unmodified model.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="live: write the first policy's routing as a trace.")
+    ] = False,
     quick: common.QuickOption = False,
     seed: common.SeedOption = 0,
     out: common.RunFolderOption = None,
@@ -89,14 +129,76 @@ def command(
     """Serve a workload under each policy and cost model; compare latency, balance and three bills.
 
     Example: moeless serve-bench --backend sim --trace traces/gpt-oss --policy static --policy eplb:history
+
+    Live: moeless serve-bench --backend live --ranks 8 --host megatron --policy static --policy moeless --verify
     """
     from moeless.contracts import Policy
     from moeless.errors import UserError
     from moeless.metrics import Result
     from moeless.metrics.requests import parse_goodput
+    from moeless.serverless import KeepAlive
     from moeless.simulator.bench import Bench, BenchConfig
+    from moeless.simulator.failures import Failure
+    from moeless.simulator.sweep import points, run_sweep
+    from moeless.simulator.timeline import Timeline
     from moeless.tracking.run import start_run
+    from moeless.tuning.presets import load_preset, run_presets
 
+    if backend == "live":
+        from moeless.cli.serve_live import run_live, verification_table
+        from moeless.engine.bench import LiveConfig
+        from moeless.engine.workload import WorkloadSettings
+
+        if trace is not None or preset:
+            raise UserError("--trace and --preset belong to --backend sim; a live run routes for itself")
+        if scale_to_zero or fail_gpu or resume or timeline:
+            raise UserError("--scale-to-zero, --fail-gpu, --resume and --timeline belong to --backend sim")
+        if max(len(cluster or []), len(request_rate or [])) > 1:
+            raise UserError("a live run has one cluster and one request rate; sweeps belong to --backend sim")
+        if len(costs or []) > 1:
+            raise UserError("a live run plans by one cost model; give --costs once")
+        workload = WorkloadSettings(
+            prompts=prompts,
+            arrivals=arrivals,
+            request_rate=request_rate[0] if request_rate else None,
+            burstiness=burstiness,
+            requests=min(max_requests or 50, 8) if quick else max_requests or 50,
+            prompt_tokens=max_prompt,
+            output_tokens=max_output,
+            seed=seed,
+        )
+        live_config = LiveConfig(
+            policies=tuple(policy or DEFAULT_POLICIES),
+            workload=workload,
+            model=None if model in (None, "bundled") else Path(str(model)),
+            host=host,
+            ranks=ranks,
+            device=device,
+            dtype=dtype,
+            cluster=cluster[0] if cluster else None,
+            costs=(costs or ["roofline"])[0],
+            batching=batching,
+            token_budget=token_budget,
+            max_running=max_running,
+            extra_slots=extra_slots,
+            keep_alive=KeepAlive.parse(keep_alive).seconds,
+            replan_seconds=10.0 if replan is None else replan,
+            skip_below_tokens=skip_below,
+            predictors=tuple(predictor or ()),
+            objectives=parse_goodput(goodput or []),
+            warmup=warmup,
+            verify=verify,
+            record=record,
+            seed=seed,
+        )
+        cells, folder, command_line = run_live(live_config, out=out, wandb=wandb, dry_run=dry_run)
+        if as_json:
+            common.print_json(Result(command_line, tuple(cells)).to_json())
+            return
+        _show(cells)
+        verification_table(cells)
+        common.remarks.print(f"run folder: {folder}")
+        return
     if trace is None:
         raise UserError("serve-bench needs --trace DIR, a routing trace made by `moeless trace` or import-trace")
     if copies not in ("instant", "timed", "auto"):
@@ -106,11 +208,11 @@ def command(
         trace=trace,
         policies=tuple(Policy.parse(text) for text in policy or DEFAULT_POLICIES),
         costs=tuple(costs or ("paper", "roofline")),
-        cluster=cluster,
+        cluster=(cluster or ["h100x8"])[0],
         model=model,
         arrivals=arrivals,
         lengths=lengths,
-        request_rate=request_rate,
+        request_rate=request_rate[0] if request_rate else None,
         burstiness=burstiness,
         batching=batching,
         token_budget=token_budget,
@@ -122,42 +224,48 @@ def command(
         objectives=parse_goodput(goodput or []),
         warmup=warmup,
         keep_alive=keep_alive,
+        scale_to_zero=scale_to_zero,
+        container_seconds=container,
+        failures=tuple(Failure.parse(text) for text in fail_gpu or ()),
         home=home,
-        replan_seconds=replan,
+        replan_seconds=600.0 if replan is None else replan,
         instant_copies={"instant": True, "timed": False}.get(copies),
         seed=seed,
     )
-    presets: list[Preset] = []
-    if preset:
-        from moeless.tuning.presets import load_preset, run_presets
-
-        presets = [load_preset(path) for path in preset]
+    KeepAlive.parse(keep_alive)
+    window = Timeline.parse(timeline) if timeline else None
+    presets = [load_preset(path) for path in preset or ()]
+    planned = points(bench_config, request_rate or [None], cluster or ["h100x8"])
     bench = Bench(bench_config)
-    resolved = _plain(bench_config) | {"presets": [str(path) for path in preset or ()]}
+    resolved = _plain(bench_config) | {"request_rate": request_rate, "cluster": cluster or ["h100x8"]}
     if dry_run:
-        common.dry_run(resolved, bench.estimate())
+        common.dry_run(resolved, bench.estimate() | {"cells": len(planned)})
     inputs = [trace, *bench_config.predictors, *(preset or ())]
     if Path(arrivals).is_file():
         inputs.append(Path(arrivals))
-    cells: list[Cell] = []
+    cells = []
     with start_run("serve-bench", bench.spec.name, resolved, seed, inputs, out, wandb) as run:
         with common.progress() as bar:
             total = len(bench.workload.requests)
-            task = bar.add_task("", total=total * (len(bench.cells) + len(presets) * len(bench_config.costs)))
-            done = 0
+            task = bar.add_task("", total=total * (len(planned) + len(presets) * len(bench_config.costs)))
 
             def tick(name: str, completed: int) -> None:
-                bar.update(task, completed=done + completed, description=name)
+                bar.update(task, completed=len(cells) * total + completed, description=name)
 
-            runs = bench.run(tick)
-            if presets:
-                runs = itertools.chain(runs, run_presets(bench, presets, tick))
-            for simulation in runs:
-                cells.append(simulation.cell)
-                done += total
-                run.log(_row(simulation.cell))
-                for warning in simulation.cell.warnings:
-                    run.warn(f"{simulation.cell.policy} under {simulation.cell.costs}: {warning}")
+            def keep(cell: Cell) -> None:
+                cells.append(cell)
+                run.log(_row(cell))
+                for warning in cell.warnings:
+                    run.warn(f"{cell.policy} under {cell.costs}: {warning}")
+
+            for _, cell in run_sweep(planned, resume, tick):
+                keep(cell)
+            for simulation in run_presets(bench, presets, tick):
+                keep(simulation.cell)
+            if window is not None:
+                bench.run_cell(bench_config.costs[0], bench_config.policies[0], timeline=window)
+                window.write(run.path / "timeline.json")
+                run.produced(run.path / "timeline.json", "timeline")
         result = Result(str(run.manifest["command_line"]), tuple(cells))
         run.write_result(result)
     if as_json:
@@ -190,13 +298,14 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _show(cells: list[Cell]) -> None:
-    for costs in dict.fromkeys(cell.costs for cell in cells):
-        mine = [cell for cell in cells if cell.costs == costs]
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.cluster, cell.costs, cell.settings.get("request_rate")), []).append(cell)
+    for (cluster, costs, rate), mine in groups.items():
         base = next((cell for cell in mine if cell.policy == "static"), None)
-        first = mine[0]
-        title = (
-            f"{first.model} on {first.cluster}, {costs} costs, {first.evidence} ({first.layer.samples:,} layer runs)"
-        )
+        runs = f"{mine[0].evidence}, {mine[0].layer.samples:,} layer runs"
+        at = f" at {rate:g} requests/s" if rate else ""
+        title = f"{mine[0].model} on {cluster}{at}, {costs} costs ({runs})"
         common.show(common.table(title, COLUMNS, [_cells_of(cell, base) for cell in mine]))
         for warning in dict.fromkeys(warning for cell in mine for warning in cell.warnings):
             who = [cell.policy for cell in mine if warning in cell.warnings]
@@ -211,8 +320,8 @@ def _cells_of(cell: Cell, base: Cell | None) -> list[Any]:
 
     return [
         cell.policy + (" (lossy)" if cell.lossy else ""),
-        f"{layer.mean_ms:.4f}",
-        f"{layer.p99_ms:.4f}",
+        f"{1e3 * layer.mean_ms:.4g}",
+        f"{1e3 * layer.p99_ms:.4g}",
         against(layer.mean_ms, base.layer.mean_ms if base else None),
         f"{layer.imbalance:.3f}",
         f"{layer.replicas:.1f}",
@@ -225,4 +334,5 @@ def _cells_of(cell: Cell, base: Cell | None) -> list[Any]:
         bill.resident,
         against(bill.resident, base.billing.resident if base else None),
         bill.gpu_seconds,
+        request.request_goodput if request else None,
     ]

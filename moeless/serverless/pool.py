@@ -193,12 +193,18 @@ class InstancePool:
         state[ready <= now] = InstanceState.WARM
         return state
 
+    def states_unless_live(self, plan: LayerPlan, now: float) -> NDArray[np.uint8] | None:
+        """States for a planner: None where every replica is warm or loading, which is the usual case."""
+        if np.isinf(self.ready_LEG[plan.layer, plan.expert_R, plan.gpu_R]).any():
+            return self.states(plan, now)
+        return None
+
     def alive(self, plan: LayerPlan) -> LayerPlan:
         """The plan with the copies that linger beside it as further extras: what a planner may reuse warm."""
-        lingering = np.isfinite(self.born_LEG[plan.layer]) & ~self.planned_LEG[plan.layer]
-        if not lingering.any():
+        place = np.flatnonzero(np.less(self.born_LEG[plan.layer], np.inf) > self.planned_LEG[plan.layer])
+        if not len(place):
             return plan
-        expert, gpu = np.nonzero(lingering)
+        expert, gpu = np.divmod(place, self.cluster.G)
         expert_R = np.concatenate([plan.expert_R, expert.astype(np.int32)])
         gpu_R = np.concatenate([plan.gpu_R, gpu.astype(np.int32)])
         primary_R = np.concatenate([plan.primary_R, np.zeros(len(expert), np.bool_)])

@@ -76,7 +76,7 @@ class AheadPlans:
 
     def _decide(self, layer: int, forecast: Forecast, phase: Phase, now: float, delay: float) -> None:
         previous = self.pool.alive(self.plans[layer])
-        plan = self.runtime.plan(layer, phase, forecast, previous, self.pool.states(previous, now))
+        plan = self.runtime.plan(layer, phase, forecast, previous, self.pool.states_unless_live(previous, now))
         self.made += 1
         self._coming[layer] = self.outage.evacuate(plan), now + delay
 

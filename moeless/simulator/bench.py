@@ -22,6 +22,7 @@ from moeless.simulator.core import Simulation, SimulationSettings, simulate
 from moeless.simulator.failures import Failure
 from moeless.simulator.routing import Replay
 from moeless.simulator.runtime import ORACLE, resolve
+from moeless.simulator.timeline import Timeline
 from moeless.spec import MoESpec, preset
 from moeless.traces import TokenTrace, open_trace, require_kind
 from moeless.traces.compose import range_loads
@@ -234,7 +235,13 @@ class Bench:
             "warnings": list(self.workload.warnings),
         }
 
-    def run_cell(self, costs_name: str, policy: Policy, progress: Callable[[int], None] | None = None) -> Simulation:
+    def run_cell(
+        self,
+        costs_name: str,
+        policy: Policy,
+        progress: Callable[[int], None] | None = None,
+        timeline: Timeline | None = None,
+    ) -> Simulation:
         """Serve the workload once."""
         config = self.config
         costs = COSTS.get(costs_name)(self.spec, self.cluster)
@@ -274,6 +281,7 @@ class Bench:
             labels=self._labels(instant, str(keep_alive)),
             router_inputs=self._router_inputs if self.trace.has_router_inputs else None,
             progress=progress,
+            timeline=timeline,
             notes=self._notes(),
         )
 
