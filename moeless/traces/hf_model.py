@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ class LoadedModel:
     tokenizer: Any
     name: str
     source: dict[str, Any]
+
+
+def _quiet() -> None:
+    """Transformers' own progress bars only where someone looks at them."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def load_config(model: str, options: LoadOptions | None = None) -> Any:
@@ -106,6 +115,7 @@ def load_model(model: str, options: LoadOptions | None = None, *, name: str | No
     import torch
     from transformers import AutoTokenizer
 
+    _quiet()
     options = options or LoadOptions()
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype!r} is none of {', '.join(DTYPES)}")
