@@ -137,7 +137,7 @@ class Controller:
         started = time.thread_time()
         load_SE = words_S[:, :E]
         if self._moves and not self._skip:
-            self._ready_LR[layer] = words_S[:, -plan.R :].any(0)
+            self._ready_LR[layer] = words_S[:, -plan.R :].sum(0) > 0
         usable_R = plan.primary_R & self._ready_LR[layer] if self._skip else self._ready_LR[layer]
         if forecasts:
             self._plan_ahead(target, words_S[:, E : 3 * E])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moeless.contracts import IntArray, LayerPlan
+from moeless.contracts import Int32Array, IntArray, LayerPlan
 from moeless.engine.exchange import Exchange
 from moeless.engine.ffn import ExpertFFN
 
@@ -28,7 +28,7 @@ class PartTimes:
     total: float = 0.0
 
 
-def order_by_replica(topk_TK: torch.Tensor, quota_R: IntArray, expert_R: IntArray) -> torch.Tensor:
+def order_by_replica(topk_TK: torch.Tensor, quota_R: IntArray, expert_R: Int32Array) -> torch.Tensor:
     """Assignments (index t*K+k) in order of the replica that serves them, ``[N]``.
 
     A rank's tokens fill the quotas of an expert's replicas in token order, lowest replica first. Replicas are sorted

@@ -126,7 +126,10 @@ class ServingLoop:
             self.host.idle_step()
             self.experts.routing.clear()
             return
-        spans, tokens, emits, row = [], [], [], 0
+        spans: list[FlatSpan] = []
+        tokens: list[int] = []
+        emits: list[tuple[int, int, int]] = []
+        row = 0
         for span in own:
             live = self.requests[span.request]
             sequence = (*live.token_P, *self.served.outputs.get(span.request, ()))
