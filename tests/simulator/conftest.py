@@ -49,6 +49,11 @@ class OneByOne:
 
 
 @pytest.fixture(scope="session")
+def one_by_one() -> type[OneByOne]:
+    return OneByOne
+
+
+@pytest.fixture(scope="session")
 def spec() -> MoESpec:
     return SPEC
 
@@ -73,7 +78,7 @@ def requests() -> list[Request]:
 @pytest.fixture
 def replay_for(topk, requests):
     def make(num_ranks: int, topk_TLK: np.ndarray = topk, chosen: list[Request] = requests) -> Replay:
-        base = np.zeros(40, np.int64)
+        base = np.zeros(len(chosen), np.int64)
         for request in chosen:
             base[request.id] = 20 * request.trace_request
         return Replay(topk_TLK, Workload(tuple(chosen), False, (), base), SPEC.E, num_ranks)
