@@ -61,7 +61,9 @@ def command(
         list[float] | None, typer.Option("--request-rate", help="Mean requests per second; repeatable: a sweep.")
     ] = None,
     burstiness: Annotated[float | None, typer.Option("--burstiness", help="Gamma shape; below 1 is burstier.")] = None,
-    batching: Annotated[str, typer.Option("--batching", help="continuous or one-second (the paper).")] = "continuous",
+    batching: Annotated[
+        str, typer.Option("--batching", help="continuous[:prefill-first][:whole-prompts] or one-second (the paper).")
+    ] = "continuous",
     token_budget: Annotated[int, typer.Option("--token-budget", min=1, help="Tokens of an iteration at most.")] = 8192,
     max_running: Annotated[int, typer.Option("--max-running", min=1, help="Running requests at most.")] = 256,
     costs: Annotated[

@@ -49,7 +49,7 @@ def command(
     goodput: Annotated[
         list[str] | None, typer.Option("--goodput", help="Limits of the goodput objective, such as ttft:500.")
     ] = None,
-    max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Requests of one trial.")] = 200,
+    max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Requests of one trial.")] = 50,
     quick: common.QuickOption = False,
     seed: common.SeedOption = 0,
     out: common.RunFolderOption = None,
@@ -88,7 +88,7 @@ def command(
         predictors=tuple(predictor or ()),
         home=home,
         objectives=parse_goodput(goodput or []),
-        max_requests=min(max_requests, 60) if quick else max_requests,
+        max_requests=min(max_requests, 12) if quick else max_requests,
         seed=seed,
     )
     wanted = min(trials, 12) if quick else trials

@@ -42,7 +42,7 @@ class BenchConfig:
         model: a preset whose shapes replace the trace's own (same experts and top-k; as many layers as were
             recorded), None keeps them. The result is then labelled synthetic.
         arrivals, lengths, request_rate, burstiness: as in ``moeless.workloads``.
-        batching: ``continuous`` or ``one-second``.
+        batching: ``continuous`` or ``one-second``, with the options of ``moeless.workloads.schedulers.parse``.
         predictors: folders of fitted predictors.
         extra_slots: replicas per GPU and layer beyond the static primaries.
         max_requests, duration: where the workload ends.
@@ -214,7 +214,7 @@ class Bench:
 
     def _scheduler(self) -> schedulers.Scheduler:
         options: dict[str, Any] = {}
-        if self.config.batching == "continuous":
+        if schedulers.parse(self.config.batching)[0] == "continuous":
             options = {"token_budget": self.config.token_budget, "max_running": self.config.max_running}
         return schedulers.build(self.config.batching, self.workload.requests, self.cluster.G, **options)
 

@@ -285,6 +285,23 @@ def test_unknown_batching_is_refused():
         OneSecond([], period=0.0)
 
 
+def test_a_specification_sets_options():
+    requests = [Request(0, 0.0, 100, 2)]
+    chosen = build("continuous:prefill-first:unmixed:budget=30:running=2:kv=500", requests, 1, token_budget=8)
+    iteration = chosen.next(0.0)
+    assert iteration is not None
+    assert iteration.tokens == 30
+    assert build("one-second:period=2.5", requests, 1).next_arrival(0.0) == 2.5
+    for spec, sentence in (
+        ("continuous:fast", "has no option 'fast'; there are: decode-first, prefill-first"),
+        ("continuous:budget=many", "budget must be a number"),
+        ("one-second:prefill-first", "has no option 'prefill-first'"),
+        ("continuous:whole-prompts:budget=50", "more than the token budget of 50"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            build(spec, requests, 1)
+
+
 def test_an_empty_workload_is_done_at_once():
     for name in ("one-second", "continuous"):
         scheduler = build(name, [], 1)
