@@ -18,5 +18,8 @@ PLANNERS = Registry(
         "eplb-hierarchical": "moeless.placement.eplb:HIERARCHICAL",
         "moeless": "moeless.placement.paper:PLANNER",
         "elastic": "moeless.placement.elastic:PLANNER",
+        "metro": "moeless.placement.metro:PLANNER",
+        "llep": "moeless.placement.llep:PLANNER",
+        "craft": "moeless.placement.craft:PLANNER",
     },
 )

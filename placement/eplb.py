@@ -80,7 +80,7 @@ def rebalance_experts(
     return phy2log, log2phy, logcnt
 
 
-def _capacities(total: int, room: IntArray) -> IntArray:
+def capacities(total: int, room: IntArray) -> IntArray:
     """Slots as equal as the room allows, summing to ``total``; the lowest GPUs take the rest."""
     capacity = np.zeros_like(room)
     left = total
@@ -105,7 +105,7 @@ def _plan_layer(
     kernels.replicate(weight_E, total, expert_P, rank_P, count_E)
     bin_P, slot_P = np.empty(total, np.int64), np.empty(total, np.int64)
     weight_P = weight_E[expert_P] / count_E[expert_P].astype(np.float32)
-    kernels.pack(weight_P, _capacities(total, room), bin_P, slot_P)
+    kernels.pack(weight_P, capacities(total, room), bin_P, slot_P)
     return LayerPlan.build(x.layer, expert_P, bin_P, rank_P == 0, num_experts=spec.E, num_gpus=cluster.num_gpus)
 
 

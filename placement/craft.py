@@ -1,0 +1,130 @@
+"""CRAFT: replicate only where it pays, with a replica budget for each layer.
+
+Source: Zhao et al., "CRAFT: Cost-aware Expert Replica Allocation with Fine-Grained Layerwise Estimations",
+arXiv 2603.28768. The benefit of replicas is estimated as the balancedness (mean over maximum GPU load) that EPLB
+reaches with them; layers that gain little get few. This is our reading of it: replicas come in rounds of one slot on
+every GPU; a single layer takes rounds while each gains at least ``min_benefit``; a whole model's budget goes, round
+by round, to the layer that gains most per replica.
+
+Axes: L layers, E experts, G GPUs, P replicas, N rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeless.cluster import Cluster
+from moeless.contracts import Budget, FloatArray, IntArray, LayerPlan, PlanInput
+from moeless.costs import CostModel
+from moeless.errors import UserError
+from moeless.placement import eplb, eplb_kernels
+from moeless.placement.base import Planner
+from moeless.placement.dispatch import even_dispatch
+from moeless.placement.layout import room_G, spare_replicas
+from moeless.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class CraftParams:
+    """Parameters of the allocation.
+
+    Attributes:
+        min_benefit: balancedness that a further slot per GPU must add in a layer to be taken.
+    """
+
+    min_benefit: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.min_benefit >= 0:
+            raise UserError(f"min_benefit must be a number of at least 0, got {self.min_benefit}")
+
+
+def balancedness(weight_E: FloatArray, capacity_G: IntArray) -> float:
+    """Mean over maximum GPU load of EPLB's plan with as many replicas as the capacities hold; 1 without load."""
+    total = int(capacity_G.sum())
+    weights = weight_E.astype(np.float32)
+    expert_P, rank_P = np.empty(total, np.int64), np.empty(total, np.int64)
+    count_E = np.empty(len(weights), np.int64)
+    eplb_kernels.replicate(weights, total, expert_P, rank_P, count_E)
+    share_P = weights[expert_P] / count_E[expert_P].astype(np.float32)
+    bin_P, slot_P = np.empty(total, np.int64), np.empty(total, np.int64)
+    eplb_kernels.pack(share_P, capacity_G, bin_P, slot_P)
+    load_G = np.bincount(bin_P, weights=share_P, minlength=len(capacity_G))
+    return float(load_G.mean() / load_G.max()) if load_G.max() > 0 else 1.0
+
+
+def benefits_N(weight_E: FloatArray, room: IntArray, max_extra: int) -> FloatArray:
+    """Balancedness with 0, 1, 2 ... rounds of one more replica per GPU, as far as the room goes."""
+    experts, gpus = len(weight_E), len(room)
+    extras = [*range(0, max_extra, gpus), max_extra] if max_extra else [0]
+    return np.array([balancedness(weight_E, eplb.capacities(experts + extra, room)) for extra in extras])
+
+
+def layer_budgets(weight_LE: FloatArray, room: IntArray, max_extra: int, total_extra: int) -> IntArray:
+    """Extra replicas of each layer, ``[L]``, summing to at most ``total_extra``.
+
+    Each time the layer whose best run of further rounds gains most per round takes the first of them.
+    """
+    gpus = len(room)
+    curves = [benefits_N(weight_E, room, max_extra) for weight_E in weight_LE]
+    rounds = np.zeros(len(curves), np.int64)
+
+    def extra(layer: int, count: int) -> int:
+        return min(count * gpus, max_extra)
+
+    spent = 0
+    while True:
+        best, best_gain = -1, 1e-9
+        for layer, curve in enumerate(curves):
+            now = int(rounds[layer])
+            cost = extra(layer, now + 1) - extra(layer, now)
+            if now + 1 >= len(curve) or spent + cost > total_extra:
+                continue
+            # a round that gains nothing alone may open the way for the next
+            gain = max((curve[k] - curve[now]) / (k - now) for k in range(now + 1, len(curve)))
+            if gain > best_gain:
+                best, best_gain = layer, gain
+        if best < 0:
+            return np.array([extra(layer, int(n)) for layer, n in enumerate(rounds)], np.int64)
+        spent += extra(best, int(rounds[best]) + 1) - extra(best, int(rounds[best]))
+        rounds[best] += 1
+
+
+def plan_layer(
+    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: CraftParams
+) -> LayerPlan:
+    """EPLB with as many rounds of replicas as still gain ``min_benefit`` each, up to the budget.
+
+    Raises:
+        UserError: the experts do not fit.
+    """
+    room = room_G(budget, spec, cluster.num_gpus)
+    max_extra = spare_replicas(room, spec.E, budget.max_extra)
+    curve = benefits_N(x.forecast.mean_E, room, max_extra)
+    rounds = 0
+    for n in range(1, len(curve)):
+        if curve[n] - curve[rounds] >= params.min_benefit * (n - rounds):
+            rounds = n
+    taken = min(rounds * cluster.num_gpus, max_extra)
+    return eplb.plan_layer(
+        x,
+        spec=spec,
+        cluster=cluster,
+        costs=costs,
+        budget=Budget(budget.slots_G, budget.bytes_G, taken),
+        params=eplb.EplbParams(),
+    )
+
+
+PLANNER = Planner(
+    name="craft",
+    plan_layer=plan_layer,
+    dispatch=even_dispatch,
+    params=CraftParams,
+    cadence="interval",
+    needs_forecast=True,
+    default_predictor="history",
+    source="CRAFT, arXiv 2603.28768; layouts by EPLB",
+)
