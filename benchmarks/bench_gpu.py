@@ -30,12 +30,13 @@ from moeless import __version__
 from moeless.cluster import Cluster, cluster
 from moeless.contracts import Budget, Forecast, LayerPlan, PlanInput
 from moeless.costs.measured import MeasuredCosts
-from moeless.costs.profile_reader import find_profile, load_profile, parse_profile
+from moeless.costs.profile_reader import find_profile, load_profile
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_json
 from moeless.placement import PLANNERS, Planner
 from moeless.profiling.busy import check_idle, resolve_device
 from moeless.profiling.ceilings import Ceilings, cache_bytes, measure_ceilings
+from moeless.profiling.control import measure_control
 from moeless.profiling.emulate import EmulatedLayer, RankWork, emulate_layer
 from moeless.profiling.hotpath import HotPath
 from moeless.profiling.run import DTYPES, ProfileOptions, make_plan, profile_model
@@ -121,19 +122,6 @@ def kernel_table(
     return rows
 
 
-def dispatch_times(planner: Planner, costs: MeasuredCosts, plan: LayerPlan, load_SE: np.ndarray) -> float:
-    """Median host seconds of a planner's dispatch, after compiling."""
-    usable = np.ones(plan.R, np.bool_)
-    seconds = []
-    for _ in range(30):
-        start = time.perf_counter()
-        planner.dispatch(
-            load_SE, plan, usable, spec=costs.spec, cluster=costs.cluster, costs=costs, params=planner.params()
-        )
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[5:]))
-
-
 def loads_by_source(routing: Routing, rows: np.ndarray, layer: int, ranks: int) -> np.ndarray:
     """Tokens of each source rank for each expert, ``[S, E]``: ranks own consecutive tokens."""
     rank_T = np.arange(len(rows)) * ranks // len(rows)
@@ -166,12 +154,12 @@ def emulate(
     regimes: tuple[Regime, ...],
     pairs: int,
     clock: Clock,
-) -> tuple[list[Cell], dict[str, float]]:
+) -> list[Cell]:
     """All policies on the same real loads, one slot of extras per GPU, plans from history."""
     spec, share_LE = routing.spec, history_share_LE(routing)
     budget = Budget.even(spec.E, RANKS, 1, spec.expert_bytes)
     planners = {name: PLANNERS.get(name) for name in POLICIES if name in PLANNERS.names()}
-    cells, dispatch = [], {}
+    cells: list[Cell] = []
     for regime in regimes:
         if clock.left() < 20:
             say(f"emulated {regime.name}: skipped, the time is up")
@@ -200,11 +188,9 @@ def emulate(
                     params=planner.params(),
                 )
                 found[name].append(emulate_layer(quota_SR, plan, costs, work, effort))
-            if name not in dispatch:
-                dispatch[name] = dispatch_times(planner, costs, plan, load_SE)
         bound = bound_seconds(np.stack([load_SE.sum(0) for _, load_SE in drawn]), costs).sum()
         cells += [summarise(regime, name, found[name], found["static"], float(bound)) for name in found]
-    return cells, dispatch
+    return cells
 
 
 def summarise(
@@ -241,7 +227,7 @@ def figure(value: float | None) -> str:
 
 def show_cells(cells: list[Cell]) -> None:
     say(
-        "\nregime | policy | measured ms | predicted ms | expert error mean, abs | layer error | gap measured, predicted"
+        "\nregime | policy | measured ms | predicted ms | error on experts, absolute | on layer | gap closed, predicted"
     )
     for c in cells:
         say(
@@ -342,25 +328,20 @@ def emulated_stage(
     pairs = asked.pairs or (8 if cuda else 2)
     copies = -(-routing.spec.E // RANKS) + 1
     work = RankWork(routing.spec, costs.grid.kernel, dtype, device, copies, cache_bytes(device))
-    cells, dispatch = emulate(routing, costs, work, effort, regimes, pairs, clock)
+    cells = emulate(routing, costs, work, effort, regimes, pairs, clock)
     show_cells(cells)
-    say("\ndispatch on the host, µs: " + ", ".join(f"{key} {1e6 * value:.1f}" for key, value in dispatch.items()))
+    control = measure_control(routing.spec)
+    for name, times in control.items():
+        say(
+            f"{name.replace('_', ' ')}, host µs: "
+            + ", ".join(f"{key} {1e6 * value:.1f}" for key, value in times.items())
+        )
     error = [cell.expert_error_abs for cell in cells]
     if error:
         say(f"simulator's error on the slowest rank's work: {np.mean(error):.1%} mean, {max(error):.1%} worst cell")
     for warning in costs.warnings:
         say(f"# {warning}")
-    if made.is_file() and asked.profile is None:
-        add_dispatch(made, {key: value for key, value in dispatch.items() if key == "elastic"})
-    return {"cells": [asdict(cell) for cell in cells], "dispatch_seconds": dispatch, "warnings": list(costs.warnings)}
-
-
-def add_dispatch(path: Path, dispatch: dict[str, float]) -> None:
-    """Write measured dispatch times into a profile."""
-    document = dict(load_profile(path).document)
-    document["control"] = {"dispatch_seconds": dispatch}
-    parse_profile(document, str(path))
-    write_json(path, document)
+    return {"cells": [asdict(cell) for cell in cells], "control": control, "warnings": list(costs.warnings)}
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ class CostModel(ABC):
         """
         return 0.0
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What lies outside the model's grounds so far (extrapolation, say), one sentence each."""
+        return ()
+
     def misc_seconds(self) -> float:
         """Fixed time of a layer outside expert compute and exchange (T_misc of the paper)."""
         return 0.0

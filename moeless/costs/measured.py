@@ -197,6 +197,16 @@ class MeasuredCosts(CostModel):
             dispatch = roofline.DISPATCH_SECONDS
         return self.exchange.gather_seconds() + dispatch
 
+    def background_seconds(self, policy: Policy) -> float:
+        if not self.charge_control:
+            return 0.0
+        plan = self.profile.plan_seconds.get(policy.planner)
+        if plan is None:
+            self._warn(f"the planning of {policy.planner} was not measured: the roofline model's constant is taken")
+            plan = roofline.PLAN_SECONDS
+        # a forecast is one more gate
+        return float(self.profile.parts["router"].seconds[0]) + plan
+
 
 def _fitting(spec: MoESpec, cluster: Cluster) -> HardwareProfile:
     """The shipped profile of the model's shapes on the cluster's kind of device."""

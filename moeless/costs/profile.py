@@ -80,6 +80,7 @@ class HardwareProfile:
     exchange: tuple[Exchange, ...]
     links: str | None
     dispatch_seconds: Mapping[str, float]
+    plan_seconds: Mapping[str, float]
     document: Mapping[str, Any] = field(repr=False)
 
     @property

@@ -122,11 +122,14 @@ def parse_profile(data: Any, path: str) -> HardwareProfile:
     if links is not None and not isinstance(links, str):
         raise UserError(f"profile {path}: links must be the name of a link model or null")
     control = check.mapping(top["control"], "control")
-    dispatch = {
-        str(planner): check.positive(seconds, f"control.dispatch_seconds.{planner}")
-        for planner, seconds in check.mapping(control.get("dispatch_seconds", {}), "control.dispatch_seconds").items()
-    }
-    profile = HardwareProfile(str(top["name"]), path, experts, parts, copies, exchange, links, dispatch, top)
+    dispatch, plan = (
+        {
+            str(planner): check.positive(seconds, f"control.{name}.{planner}")
+            for planner, seconds in check.mapping(control.get(name, {}), f"control.{name}").items()
+        }
+        for name in ("dispatch_seconds", "plan_seconds")
+    )
+    profile = HardwareProfile(str(top["name"]), path, experts, parts, copies, exchange, links, dispatch, plan, top)
     profile.grid()
     return profile
 

@@ -104,10 +104,10 @@ class HotPath:
 
     def rows(self) -> list[KernelRow]:
         """The whole table."""
-        return [self.order(), self.gather(), self.experts(), *self.combines(), self.forecast()]
+        return [self.order(), *self.gathers(), self.experts(), *self.combines(), self.forecast()]
 
     def _order(self) -> torch.Tensor:
-        return order_by_replica(self.topk_TK, self.load_E, np.arange(self.spec.E))
+        return order_by_replica(self.topk_TK, self.load_E, np.arange(self.spec.E, dtype=np.int32))
 
     def order(self) -> KernelRow:
         """Shares: assignments in order of the replica that serves them, from quotas."""
@@ -124,16 +124,23 @@ class HotPath:
             exact=True,
         )
 
-    def gather(self) -> KernelRow:
-        """Dispatch permutation: token rows in order of destination."""
+    def gathers(self) -> list[KernelRow]:
+        """Dispatch permutation: token rows in order of destination, as the engine does it and by index_select."""
         token_N = self._order() // self.spec.K
-        out = self.hidden_TH[token_N]
         reference = self.hidden_TH.double()[token_N]
-        moved = 2.0 * out.numel() * out.element_size()
-        shape = f"N={len(out)} H={self.spec.hidden_size}"
-        return self._row(
-            "dispatch permutation", shape, lambda: self.hidden_TH[token_N], out, reference, moved, exact=True
-        )
+        moved = 2.0 * len(token_N) * self.spec.hidden_size * self.hidden_TH.element_size()
+        shape = f"N={len(token_N)} H={self.spec.hidden_size}"
+
+        def engine() -> torch.Tensor:
+            return self.hidden_TH[token_N]
+
+        def select() -> torch.Tensor:
+            return self.hidden_TH.index_select(0, token_N)
+
+        return [
+            self._row("dispatch permutation", shape, engine, engine(), reference, moved, exact=True),
+            self._row("dispatch permutation (index_select)", shape, select, select(), reference, moved, exact=True),
+        ]
 
     def experts(self) -> KernelRow:
         """Grouped expert compute on one rank's copies, with the rows of all ranks that chose them."""

@@ -20,6 +20,7 @@ from moeless.errors import UserError
 from moeless.profiling.busy import check_idle, resolve_device
 from moeless.profiling.ceilings import cache_bytes, measure_ceilings
 from moeless.profiling.collectives import measure_exchange
+from moeless.profiling.control import measure_control
 from moeless.profiling.copies import measure_copies, measure_overlap
 from moeless.profiling.experts import kernels_for, measure_experts
 from moeless.profiling.parts import measure_parts
@@ -218,7 +219,7 @@ def _measure(
         "overlap": overlap,
         "exchange": exchange,
         "links": None if exchange else options.links,
-        "control": {"dispatch_seconds": {}},
+        "control": measure_control(spec),
     }
     parse_profile(document, "just measured")
     return document

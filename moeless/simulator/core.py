@@ -111,7 +111,7 @@ def simulate(
     )
     if runtime.lossy:
         warnings.append("the oracle overrides the router: its outputs differ from the model's")
-    warnings += run.remarks()
+    warnings += [*run.remarks(), *runtime.costs.warnings]
     cell = Cell(
         policy=runtime.label,
         predictor=runtime.policy.predictor,

@@ -52,7 +52,7 @@ def document(seconds_AN, exchange=(), links=None, spec=SPEC):
         "overlap": None,
         "exchange": list(exchange),
         "links": links,
-        "control": {"dispatch_seconds": {"elastic": 7e-6}},
+        "control": {"dispatch_seconds": {"elastic": 7e-6}, "plan_seconds": {"elastic": 9e-6}},
     }
 
 
@@ -173,6 +173,7 @@ def test_exchange_follows_bytes_and_skew():
     assert (even, hot, between) == pytest.approx((2 * 3e-5, 2 * 2e-5, 2 * 2.5e-5))
     assert costs.control_seconds(Policy.parse("elastic"), 0) == pytest.approx(11e-6)
     assert costs.control_seconds(Policy.parse("static"), 0) == 0.0
+    assert costs.background_seconds(Policy.parse("elastic")) == pytest.approx(10e-6)
     assert costs.load_seconds(1500, "host", 0) == pytest.approx(1.5e-6)
     assert costs.load_seconds(1500, "local", 0) == 0.0
 
@@ -243,6 +244,16 @@ def test_another_model_is_refused():
     profile = parse_profile(document(np.outer(ACTIVE, np.array(TOKENS) * 1e-7)), "made.json")
     with pytest.raises(UserError, match="was measured for model 'gpt-oss-20b', not for 'mixtral-8x7b'"):
         MeasuredCosts(preset("mixtral-8x7b"), cluster("h100x8"), profile=profile)
+
+
+def test_a_profile_is_named_after_a_colon(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(document(np.outer(ACTIVE, np.array(TOKENS) * 1e-7))))
+    costs = COSTS.get(f"measured:{path}")(SPEC, cluster("h100x8"))
+    assert costs.profile.name == "made"
+    for wrong in ("measured:", "roofline:gpu.json", "measured:nowhere"):
+        with pytest.raises(UserError):
+            COSTS.get(wrong)
 
 
 def test_measured_is_registered_and_says_what_to_do_without_a_profile():
