@@ -87,6 +87,9 @@ def command(
     replan: Annotated[
         float | None, typer.Option("--replan", help="Seconds between EPLB's plans; default: 600, live 10.")
     ] = None,
+    plan_every: Annotated[
+        int, typer.Option("--plan-every", min=1, help="Iterations between plans of moeless, elastic; 1: the paper.")
+    ] = 1,
     copies: Annotated[
         str, typer.Option("--copies", help="instant, timed, or auto: instant under the paper's costs only.")
     ] = "auto",
@@ -231,6 +234,7 @@ def command(
         failures=tuple(Failure.parse(text) for text in fail_gpu or ()),
         home=home,
         replan_seconds=600.0 if replan is None else replan,
+        plan_every=plan_every,
         instant_copies={"instant": True, "timed": False}.get(copies),
         seed=seed,
     )

@@ -53,6 +53,7 @@ class BenchConfig:
             planners keep no copy that their plan does not hold, and never scale to zero.
         failures: what breaks, and when.
         replan_seconds: between EPLB's plans.
+        plan_every: iterations between the plans of planners that plan per iteration (moeless, elastic).
         instant_copies: whether copies take no time; None: only under the ``paper`` costs, whose formula has no term
             for them.
     """
@@ -83,6 +84,7 @@ class BenchConfig:
     failures: tuple[Failure, ...] = ()
     home: str = "host"
     replan_seconds: float = 600.0
+    plan_every: int = 1
     instant_copies: bool | None = None
     planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
@@ -272,6 +274,7 @@ class Bench:
                     container_seconds=config.container_seconds,
                 ),
                 config.replan_seconds,
+                config.plan_every,
                 config.warmup,
                 config.failures,
             ),
@@ -309,6 +312,7 @@ class Bench:
             "extra_slots": config.extra_slots,
             "copies": "instant" if instant else "timed",
             "keep_alive": keep_alive,
+            "plan_every": config.plan_every,
             "seed": config.seed,
         }
 

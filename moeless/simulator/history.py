@@ -43,6 +43,10 @@ class LoadHistory:
         self._last[phase] = load_LE
         self.count(1, tokens)
 
+    def note_last(self, load_LE: IntArray, phase: Phase) -> None:
+        """Note the last of several iterations whose loads ``weight_LE`` holds already."""
+        self._last[phase] = load_LE
+
     def count(self, iterations: int, tokens: int) -> None:
         """Note iterations whose loads ``weight_LE`` holds already."""
         self._seen += iterations

@@ -12,11 +12,15 @@ from numba import njit
 from moeless.costs.kernels import exchange_time, quota_time
 from moeless.costs.nonexpert import nonexpert_times
 from moeless.placement.dispatch import _round_robin
+from moeless.placement.dispatch_kernels import dispatch_layer, static_quotas
 
 # columns of the tally, sums over (iteration, layer) pairs
 TOTAL, EXPERT, EXCHANGE, MISC, CONTROL, STALL = 0, 1, 2, 3, 4, 5
 IMBALANCE, BALANCED, REPLICAS, ACTIVE, WARM, OWN, WHOLE = 6, 7, 8, 9, 10, 11, 12
 NUM_TALLIES = 13
+
+# how tokens are dealt to copies: equal shares, or the elastic planner's choice from the true counts
+EVEN, CHOSEN = 0, 1
 
 
 @njit(cache=True, nogil=True)
@@ -68,22 +72,78 @@ def tally_layer(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def even_layers(load_LSE, expert_LR, gpu_LR, count_L, terms, misc, control_L, num_gpus, tally, time_L):  # type: ignore[no-untyped-def]
-    """All layers of one iteration under warm plans and even dispatch; fills ``time_L``, adds to the tally."""
+def _chosen_quotas(load_SE, expert_R, gpu_R, primary_R, terms, rates, num_gpus, load_G, quota_SR):  # type: ignore[no-untyped-def]
+    """What ``moeless.placement.elastic.dispatch`` does with all copies usable; returns the layer's seconds."""
+    serving = np.ones(len(expert_R), np.bool_)
+    static_quotas(load_SE, expert_R, primary_R, serving, quota_SR)
+    expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
+    if len(expert_R) == load_SE.shape[1]:
+        return expert, exchange
+    other_SR = np.empty_like(quota_SR)
+    a, b, c, depth, fuel = rates
+    better = dispatch_layer(
+        load_SE, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, int(depth), int(fuel), other_SR
+    )
+    for again in range(2):
+        if again == 1:
+            if not terms.reduce_max:
+                break
+            other_SR[:] = 0
+            _round_robin(load_SE, expert_R, serving, other_SR)
+        elif not better:
+            continue
+        other_expert, other_exchange = quota_time(other_SR, gpu_R, terms, num_gpus, load_G)
+        if other_expert + other_exchange < expert + exchange:
+            expert, exchange = other_expert, other_exchange
+            quota_SR[:] = other_SR
+    # load_G is that of the quotas that were taken
+    load_G[:] = 0.0
+    for r in range(len(expert_R)):
+        load_G[gpu_R[r]] += quota_SR[:, r].sum()
+    return expert, exchange
+
+
+@njit(cache=True, nogil=True)
+def plan_layers(  # type: ignore[no-untyped-def]
+    load_LSE,
+    expert_LR,
+    gpu_LR,
+    primary_LR,
+    count_L,
+    mode,
+    rates,
+    terms,
+    misc,
+    control_L,
+    num_gpus,
+    tally,
+    time_L,
+):
+    """All layers of one iteration under warm plans; fills ``time_L``, adds to the tally.
+
+    ``mode`` is EVEN or CHOSEN; ``rates`` are the elastic dispatch's a, b, c, depth, fuel.
+    """
     layers, sources, experts = load_LSE.shape
     all_replicas = count_L.sum()
     load_G = np.zeros(num_gpus)
     for layer in range(layers):
         replicas = count_L[layer]
         expert_R, gpu_R = expert_LR[layer, :replicas], gpu_LR[layer, :replicas]
+        load_SE = load_LSE[layer]
         quota_SR = np.zeros((sources, replicas), np.int64)
-        if replicas == experts:
-            for s in range(sources):
-                for r in range(replicas):
-                    quota_SR[s, r] = load_LSE[layer, s, expert_R[r]]
+        if mode == CHOSEN:
+            primary_R = primary_LR[layer, :replicas]
+            expert, exchange = _chosen_quotas(
+                load_SE, expert_R, gpu_R, primary_R, terms, rates, num_gpus, load_G, quota_SR
+            )
         else:
-            _round_robin(load_LSE[layer], expert_R, np.ones(replicas, np.bool_), quota_SR)
-        expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
+            if replicas == experts:
+                for s in range(sources):
+                    for r in range(replicas):
+                        quota_SR[s, r] = load_SE[s, expert_R[r]]
+            else:
+                _round_robin(load_SE, expert_R, np.ones(replicas, np.bool_), quota_SR)
+            expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
         active = 0
         for r in range(replicas):
             for s in range(sources):
@@ -144,8 +204,11 @@ def decode_run(  # type: ignore[no-untyped-def]
     deadline,
     expert_LR,
     gpu_LR,
+    primary_LR,
     count_L,
     single,
+    mode,
+    rates,
     terms,
     misc,
     control_L,
@@ -153,6 +216,7 @@ def decode_run(  # type: ignore[no-untyped-def]
     num_gpus,
     num_experts,
     weight_LE,
+    last_LE,
     decay,
     tally,
     time_IL,
@@ -161,7 +225,8 @@ def decode_run(  # type: ignore[no-untyped-def]
     """Up to ``steps`` decode iterations of one batch, ending with the first that ends at or after ``deadline``.
 
     Row ``index_N + i`` (through ``row_F``) is each request's token of step i. Past loads in ``weight_LE`` (empty:
-    nobody asks) are forgotten by ``decay`` a step. Returns the number of steps done; fills ``time_IL`` and ``end_I``.
+    nobody asks) are forgotten by ``decay`` a step, ``last_LE`` gets the last step's. Returns the number of steps
+    done; fills ``time_IL`` and ``end_I``.
     """
     layers = topk_TLK.shape[1]
     size = len(index_N)
@@ -210,13 +275,27 @@ def decode_run(  # type: ignore[no-untyped-def]
                     num_experts,
                 )
         else:
-            even_layers(load_LSE, expert_LR, gpu_LR, count_L, terms, misc, control_L, num_gpus, tally, time_IL[i])
+            plan_layers(
+                load_LSE,
+                expert_LR,
+                gpu_LR,
+                primary_LR,
+                count_L,
+                mode,
+                rates,
+                terms,
+                misc,
+                control_L,
+                num_gpus,
+                tally,
+                time_IL[i],
+            )
         if len(weight_LE):
             for layer in range(layers):
                 for e in range(num_experts):
                     weight_LE[layer, e] *= decay
-                    for s in range(num_gpus):
-                        weight_LE[layer, e] += load_LSE[layer, s, e]
+                    last_LE[layer, e] = load_LSE[layer, :, e].sum()
+                    weight_LE[layer, e] += last_LE[layer, e]
         for layer in range(layers):
             now += time_IL[i, layer]
         now += layers * per_layer + once

@@ -62,7 +62,9 @@ class Run:
         self.pool = InstancePool(self.spec, self.cluster, runtime.costs, settings.pool)
         self.history = LoadHistory(prior_share_LE, self.spec.L, self.spec.E, self.spec.K)
         self.record, self.clocks = LayerRecord(self.spec.L), RequestClocks(requests)
-        self.stage = Stage(runtime, self.pool, self.history, self.record, settings.replan_seconds, timeline)
+        self.stage = Stage(
+            runtime, self.pool, self.history, self.record, settings.replan_seconds, settings.plan_every, timeline
+        )
         self.nonexpert = NonExpertCosts(self.spec, self.cluster)
         self._warmup = settings.warmup_iterations
         self._failures = check_failures(settings.failures, self.cluster.G)

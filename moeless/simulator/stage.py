@@ -14,6 +14,7 @@ from moeless.contracts import BoolArray, FloatArray, Forecast, Int32Array, IntAr
 from moeless.costs.kernels import quota_time
 from moeless.costs.nonexpert import NonExpertCosts, NonExpertTime
 from moeless.errors import RunFailed
+from moeless.placement import elastic
 from moeless.placement.dispatch import even_dispatch
 from moeless.serverless import InstancePool
 from moeless.simulator import kernels
@@ -29,6 +30,17 @@ from moeless.simulator.timeline import Timeline
 LONGEST_RUN = 4096
 
 
+def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...]]:
+    """Which compiled dispatch is the planner's own, None where there is none, and what it takes."""
+    none = (0.0, 0.0, 0.0, 0.0, 0.0)
+    if runtime.planner.dispatch is even_dispatch:
+        return kernels.EVEN, none
+    if runtime.planner.dispatch is elastic.dispatch:
+        rates = elastic._Rates.of(runtime.costs.terms())
+        return kernels.CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), float(runtime.params.fuel))
+    return None, none
+
+
 class Stage:
     """A policy at work.
 
@@ -38,6 +50,7 @@ class Stage:
         history: loads known so far; the caller adds each iteration's after ``run``, ``repeat`` adds its own.
         record: where layer times go.
         replan_seconds: how often an ``interval`` planner plans.
+        plan_every: iterations between the plans of an ``iteration`` planner.
         timeline: where events go, None for nowhere.
     """
 
@@ -48,10 +61,11 @@ class Stage:
         history: LoadHistory,
         record: LayerRecord,
         replan_seconds: float,
+        plan_every: int = 1,
         timeline: Timeline | None = None,
     ) -> None:
         self.runtime, self.pool, self.history, self.record = runtime, pool, history, record
-        self.replan_seconds, self.timeline = replan_seconds, timeline
+        self.replan_seconds, self.plan_every, self.timeline = replan_seconds, plan_every, timeline
         self.spec, self.cluster, self.costs = runtime.spec, runtime.cluster, runtime.costs
         self.cadence = runtime.planner.cadence
         self.terms = self.costs.kernel_terms()
@@ -61,7 +75,9 @@ class Stage:
         self.ahead = AheadPlans(runtime, pool, history, list(self._wanted), self.outage)
         self.control_L = np.array([self.costs.control_seconds(runtime.policy, layer) for layer in layers])
         self._misc = self.costs.misc_seconds()
-        self._even = runtime.planner.dispatch is even_dispatch
+        self._mode, self._rates = _dispatch_mode(runtime)
+        self._since_plan = 0
+        self._stale = False
         self._pending: list[LayerPlan] | None = None
         self._planned_at = 0.0
         self._next_change = replan_seconds if self.cadence == "interval" else np.inf
@@ -80,9 +96,12 @@ class Stage:
         self._count_L = np.array([plan.R for plan in self.plans], np.int64)
         shape = (self.spec.L, int(self._count_L.max()))
         self._expert_LR, self._gpu_LR = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
+        self._primary_LR = np.zeros(shape, np.bool_)
         for layer, plan in enumerate(self.plans):
             self._expert_LR[layer, : plan.R], self._gpu_LR[layer, : plan.R] = plan.expert_R, plan.gpu_R
+            self._primary_LR[layer, : plan.R] = plan.primary_R
         self._single = bool((self._count_L == self.spec.E).all())
+        self._stale = False
 
     @property
     def _first_gpu_E(self) -> Int32Array:
@@ -93,9 +112,19 @@ class Stage:
 
     def _compiled(self, now: float) -> bool:
         """Whether an iteration is one compiled call: known terms, warm plans that stay, no choice of copies."""
-        if self.terms is None or self.cadence == "iteration" or now < self._settled_at:
+        if self.terms is None or self._plans_now or (self._mode is None and not self._single):
             return False
-        return (self._single or self._even) and (self.timeline is None or not self.timeline.watches(now))
+        if self._stale:
+            self._adopt()
+            ready = max(float(self.pool.ready_at(plan).max()) for plan in self.plans)
+            self._settled_at = max(self._settled_at, ready)
+            self._cause = "cold"
+        return now >= self._settled_at and (self.timeline is None or not self.timeline.watches(now))
+
+    @property
+    def _plans_now(self) -> bool:
+        """Whether the next iteration is one before whose layers plans are made."""
+        return self.cadence == "iteration" and self._since_plan % self.plan_every == 0
 
     def run(self, work: Work, now: float, other: NonExpertTime) -> float:
         """Run one iteration's layers from ``now`` on; returns when the last of them ended."""
@@ -104,12 +133,16 @@ class Stage:
         self._replan(now)
         if not self._compiled(now):
             return self._run_layers(work, now, other)
+        self._since_plan += 1
         time_IL = np.empty((1, self.spec.L))
-        kernels.even_layers(
+        kernels.plan_layers(
             work.load_LSE,
             self._expert_LR,
             self._gpu_LR,
+            self._primary_LR,
             self._count_L,
+            self._mode or kernels.EVEN,
+            self._rates,
             self.terms,
             self._misc,
             self.control_L,
@@ -135,8 +168,11 @@ class Stage:
         if self.timeline is not None:
             deadline = min(deadline, self.timeline.next_start(now))
         steps = min(steps, LONGEST_RUN)
+        if self.cadence == "iteration":
+            steps = min(steps, self.plan_every - self._since_plan % self.plan_every)
         time_IL, end_I = np.empty((steps, self.spec.L)), np.empty(steps)
-        learns = self.cadence == "interval"
+        learns = self.cadence != "once"
+        last_LE = np.zeros((self.spec.L, self.spec.E), np.int64)
         topk_TLK, row_F, index_N = replay.topk_TLK, replay.row_F, replay.base_N[spans.request_N] + spans.start_N
         if self.runtime.lossy:
             # the override depends on nothing but how many tokens each rank has: every step and layer alike
@@ -156,8 +192,11 @@ class Stage:
             min(deadline, self._next_change),
             self._expert_LR,
             self._gpu_LR,
+            self._primary_LR,
             self._count_L,
             self._single,
+            self._mode or kernels.EVEN,
+            self._rates,
             self.terms,
             self._misc,
             self.control_L,
@@ -165,6 +204,7 @@ class Stage:
             self.cluster.G,
             self.spec.E,
             self.history.weight_LE if learns else self.history.weight_LE[:0],
+            last_LE,
             DECAY,
             self.record.tally,
             time_IL,
@@ -172,10 +212,14 @@ class Stage:
         )
         self.record.append(time_IL[:done])
         self.history.count(done, done * len(spans.request_N))
+        if learns:
+            self.history.note_last(last_LE, Phase.DECODE)
+        self._since_plan += done
         return end_I[:done]
 
     def _run_layers(self, work: Work, now: float, other: NonExpertTime) -> float:
-        planned = self.cadence == "iteration"
+        planned = self._plans_now
+        self._since_plan += 1
         time_IL = np.empty((1, self.spec.L))
         clock = now
         if planned:
@@ -209,6 +253,7 @@ class Stage:
             if planned:
                 self.ahead.layer_ran(layer)
         self.record.append(time_IL)
+        self._stale = self._stale or planned
         return clock
 
     def _layer_time(self, quota_SR: IntArray, plan: LayerPlan) -> tuple[float, float, FloatArray]:

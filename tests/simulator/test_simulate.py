@@ -12,6 +12,7 @@ from moeless.metrics.requests import parse_goodput
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import SimulationSettings, resolve, simulate
 from moeless.simulator.routing import balanced_loads, columns, rank_sums
+from moeless.simulator.timeline import Timeline
 from moeless.workloads.schedulers import Continuous, OneSecond
 
 
@@ -27,7 +28,7 @@ class LastLoad:
         return Forecast(mean, mean.copy(), context.tokens, "last")
 
 
-def run(spec, requests, replay, policy="static", costs="roofline", gpus=4, scheduler=None, **settings):
+def run(spec, requests, replay, policy="static", costs="roofline", gpus=4, scheduler=None, timeline=None, **settings):
     where = cluster("h100x8").with_gpus(gpus)
     model = COSTS.get(costs)(spec, where)
     runtime = resolve(
@@ -85,6 +86,28 @@ def test_steady_decode_steps_in_one_go_equal_single_steps(kind, policy, spec, re
         run(spec, requests, replay_for, policy, costs_name, scheduler=scheduler, replan_seconds=0.004)
         for scheduler in (kind(requests, 4), OneStepAtATime(kind(requests, 4)))
     ]
+    assert_same(*both)
+
+
+@pytest.mark.parametrize("policy", ["elastic:last:1", "moeless:last:1"])
+def test_steady_steps_between_plans_equal_single_steps(policy, spec, requests, replay_for, costs_name):
+    both = [
+        run(spec, requests, replay_for, policy, costs_name, scheduler=scheduler, plan_every=7)
+        for scheduler in (Continuous(requests, 4), OneStepAtATime(Continuous(requests, 4)))
+    ]
+    assert_same(*both)
+
+
+@pytest.mark.parametrize("policy", ["elastic:last:1", "moeless:last:1"])
+def test_compiled_dispatch_equals_the_planners_own(policy, spec, requests, replay_for, costs_name):
+    pool = PoolSettings(instant=True)
+    fast = run(spec, requests, replay_for, policy, costs_name, plan_every=7, pool=pool)
+    # a window that covers everything keeps each layer out of the compiled loop
+    slow = run(spec, requests, replay_for, policy, costs_name, plan_every=7, pool=pool, timeline=Timeline(0.0, 1e9))
+    assert_same(fast, slow)
+
+
+def assert_same(*both):
     fast, slow = (dataclasses.asdict(one.cell) for one in both)
     assert both[0].record.times_IL == pytest.approx(both[1].record.times_IL, rel=1e-6)
     assert both[0].end == pytest.approx(both[1].end, rel=1e-9)
