@@ -85,7 +85,7 @@ def command(
     ] = None,
     home: Annotated[str, typer.Option("--home", help="Where experts' weights always are: host or storage.")] = "host",
     replan: Annotated[
-        float | None, typer.Option("--replan", help="Seconds between EPLB's plans; default: 600, live 10.")
+        float | None, typer.Option("--replan", help="Seconds between EPLB's plans; default: 600, live 2.")
     ] = None,
     plan_every: Annotated[
         int, typer.Option("--plan-every", min=1, help="Iterations between plans of moeless, elastic; 1: the paper.")
@@ -187,7 +187,7 @@ def command(
             max_running=max_running,
             extra_slots=extra_slots,
             keep_alive=KeepAlive.parse(keep_alive).seconds,
-            replan_seconds=10.0 if replan is None else replan,
+            replan_seconds=2.0 if replan is None else replan,
             skip_below_tokens=skip_below,
             predictors=tuple(predictor or ()),
             objectives=parse_goodput(goodput or []),

@@ -44,7 +44,7 @@ class ControlSettings:
             counts alone; 0 never skips. Chosen ahead, since every rank knows an iteration's tokens.
     """
 
-    replan_seconds: float = 10.0
+    replan_seconds: float = 2.0
     keep_alive: float = 10.0
     skip_below_tokens: int = 0
 

@@ -44,7 +44,7 @@ class Job:
     extra_slots: int = 1
     spare_slots: int = 1
     keep_alive: float = 10.0
-    replan_seconds: float = 10.0
+    replan_seconds: float = 2.0
     skip_below_tokens: int = 0
     predictors: tuple[Path, ...] = ()
     planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
