@@ -15,7 +15,8 @@ def command(
     file: Annotated[Path, typer.Argument(help="File or folder that the other system wrote.")],
     out: common.ArtefactOption,
     source: Annotated[
-        str, typer.Option("--from", metavar="FORMAT", help="npz, parquet, csv, sglang, megatron or tensorrt-llm.")
+        str,
+        typer.Option("--from", metavar="FORMAT", help="npz, parquet, csv, sglang, megatron, tensorrt-llm, histogram."),
     ],
     model: Annotated[
         str | None, typer.Option("--model", help="Preset, spec in JSON, or model folder whose shapes these are.")

@@ -70,7 +70,7 @@ def decode_loads(
     for window in range(windows):
         chosen = rng.choice(usable, batch, replace=batch > len(usable))
         rows[window] = first[chosen] + np.floor(rng.random(batch) * length[chosen]).astype(np.int64)
-    return _window_loads(topk_TLK, rows, trace.spec.E)
+    return window_loads(topk_TLK, rows, trace.spec.E)
 
 
 def prefill_loads(
@@ -98,7 +98,8 @@ def prefill_loads(
     return np.stack(loads)
 
 
-def _window_loads(topk_TLK: NDArray[np.uint16], rows_NT: IntArray, experts: int) -> IntArray:
+def window_loads(topk_TLK: NDArray[np.uint16], rows_NT: IntArray, experts: int) -> IntArray:
+    """Load ``[N, L, E]`` of windows of rows ``[N, T]``."""
     windows, batch = rows_NT.shape
     load = span_loads(topk_TLK, rows_NT.ravel(), np.repeat(np.arange(windows), batch), experts, windows)
     return np.ascontiguousarray(load.transpose(1, 0, 2))

@@ -14,6 +14,7 @@ IMPORTERS = Registry(
         "csv": "moeless.traces.importers.csv:import_csv",
         "sglang": "moeless.traces.importers.sglang:import_sglang",
         "megatron": "moeless.traces.importers.megatron:import_megatron",
+        "histogram": "moeless.traces.importers.histogram:import_histogram",
         "tensorrt-llm": "moeless.traces.importers.tensorrt_llm:import_tensorrt_llm",
     },
 )
