@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate-predictor": ("evaluate_predictor", "Measure a load predictor on a trace."),
     "tune": ("tune", "Search a policy's parameters through the simulator."),
     "plan": ("plan", "Plan replicas and placement of every layer."),
+    "export-plan": ("export_plan", "Write a plan for SGLang, TensorRT-LLM or vLLM."),
     "profile": ("profile", "Measure a model's parts on this hardware."),
     "reproduce": ("reproduce", "Reproduce the paper's figures and tables."),
     "serve-bench": ("serve_bench", "Serve a workload under policies, compare latency and cost."),

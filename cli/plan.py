@@ -88,7 +88,7 @@ def command(
         budget=budget,
         params=params,
         phase=row_phase if row_phase is not None else Phase.MIXED,
-        notes=settings,
+        notes=settings | {"moe_layers": list(spec.moe_layers), "num_layers": spec.num_layers},
     )
     summary = summarise(made, chosen, forecast_L, spec=spec, cluster=machine, costs=model_costs, params=params)
     write_json(out, made.to_json())
