@@ -143,6 +143,12 @@ def record(
     return writer.close()
 
 
+def describe(loaded: LoadedModel, router_inputs: str | None = None) -> TraceInfo:
+    """Description of a token trace of that model, for callers that write rows themselves."""
+    spec = spec_of_model(loaded.model, loaded.name)
+    return TraceInfo("tokens", spec, loaded.source, router_input_dtype=router_inputs)
+
+
 def batch_rows(
     requests: Sequence[int], prompt_ids: Sequence[Sequence[int]], made: Generated, prompts: Sequence[PromptLike]
 ) -> list[RequestRows]:
