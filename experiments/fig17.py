@@ -9,7 +9,7 @@ import numpy as np
 
 from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
-from moeless.experiments.sources import Source, common_kind, common_label, serving_sources
+from moeless.experiments.sources import Source, common_kind, common_label, sweep_sources
 from moeless.report import style
 
 #: Variant to (policy, changes of the workload); None is the full system's policy. The paper shows the first and last.
@@ -25,7 +25,7 @@ VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 def _jobs(options: Options) -> Mapping[str, Job]:
     made = {}
-    for source in serving_sources(options, "lmsys"):
+    for source in sweep_sources(options):
         for costs in options.costs:
             for variant, (policy, changes) in VARIANTS.items():
                 chosen = policy or serving.moeless_policy(source)
@@ -34,7 +34,7 @@ def _jobs(options: Options) -> Mapping[str, Job]:
 
 
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
-    sources = serving_sources(options, "lmsys")
+    sources = sweep_sources(options)
     plots: dict[str, Plot] = {}
     rows: list[list[Any]] = []
     for costs in options.costs:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeless.experiments.base import Job, Kind, Options
 from moeless.tracking.environment import fingerprint
 
 _RECORDING = "moeless.experiments.cells.recording"
+_SYNTHETIC = "moeless.experiments.cells.synthetic"
+_PREDICTION = "moeless.experiments.cells.prediction"
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,57 @@ def bundled(options: Options, router_inputs: bool = True) -> Source:
         "seed": options.seed,
     }
     job = Job("record the bundled model", f"{_RECORDING}:bundled", params, artefact=True)
-    return Source("bundled", job, "simulated", "measured", "bundled model", key="bundled", quick_requests=80)
+    source = Source("bundled", job, "simulated", "measured", "bundled model", key="bundled", quick_requests=60)
+    if not router_inputs:
+        return source
+    fitted = {"layer_aware": fitted_predictor(options, source, "layer_aware")}
+    return replace(source, predictor="layer_aware", fitted=fitted)
+
+
+#: Distances that predictors are fitted and measured at.
+DISTANCES = (1, 2, 3, 4, 5)
+
+
+def fitted_predictor(options: Options, source: Source, method: str) -> Job:
+    """A load predictor fitted on the source's training requests and measured on its test requests."""
+    params = {
+        "method": method,
+        "distances": list(DISTANCES),
+        "max_tokens": options.pick(6000, 50_000),
+        "batch_tokens": [32, 512],
+        "seed": options.seed,
+    }
+    label = f"fit {method} on {source.title}"
+    return Job(label, f"{_PREDICTION}:fit", params, (source.job,), artefact=True, timed=True)
+
+
+def synthetic(options: Options, model: str, dataset: str) -> Source:
+    """Made-up routing with the model's shapes; the two data sets differ in popularity and lengths."""
+    prompt, output = {"lmsys": (200, 40), "sharegpt": (300, 60)}[dataset]
+    params = {
+        "model": model,
+        "dataset": dataset,
+        "requests": options.pick(60, 400),
+        "prompt_tokens": options.pick(prompt, 4 * prompt),
+        "output_tokens": options.pick(output, 4 * output),
+        "seed": options.seed,
+    }
+    job = Job(f"make up routing of {model}, {dataset}", f"{_SYNTHETIC}:trace", params, artefact=True)
+    return Source(model, job, "synthetic", "synthetic", "synthetic routing", f"{model}-{dataset}", quick_requests=12)
+
+
+#: The paper's three models.
+PAPER_MODELS = ("mixtral-8x7b", "phi-3.5-moe", "llama-4-scout")
 
 
 def routing_sources(options: Options) -> list[Source]:
-    """What the routing figures show: the reader's trace, or everything at hand."""
+    """What the routing figures show: the reader's trace, or the bundled model and the paper's models of the figure."""
     mine = given(options)
-    return [mine] if mine is not None else [bundled(options)]
+    if mine is not None:
+        return [mine]
+    models = options.models or ("mixtral-8x7b", "phi-3.5-moe")
+    shown = [synthetic(options, name, "lmsys" if name.startswith("phi") else "sharegpt") for name in models]
+    return [bundled(options), *shown]
 
 
 #: The paper's two prompt sets, and how their stand-ins are called.
@@ -78,7 +124,17 @@ DATASETS = ("lmsys", "sharegpt")
 def serving_sources(options: Options, dataset: str) -> list[Source]:
     """What the serving figures run on: the reader's trace, or everything at hand for that data set."""
     mine = given(options)
-    return [mine] if mine is not None else [bundled(options)]
+    if mine is not None:
+        return [mine]
+    return [synthetic(options, name, dataset) for name in options.models or PAPER_MODELS]
+
+
+def sweep_sources(options: Options) -> list[Source]:
+    """What the sweeps run on: one synthetic model, and the bundled one, whose gate inputs allow real prediction."""
+    mine = given(options)
+    if mine is not None:
+        return [mine]
+    return [bundled(options), synthetic(options, (options.models or PAPER_MODELS)[0], "lmsys")]
 
 
 def common_kind(sources: Sequence[Source]) -> Kind:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Job, Options, Plot
-from moeless.experiments.sources import Source, common_kind, common_label, serving_sources
+from moeless.experiments.sources import Source, common_kind, common_label, sweep_sources
 from moeless.metrics.result import Cell
 from moeless.report import line_figures
 
@@ -19,7 +19,7 @@ def distance_jobs(options: Options) -> Mapping[str, Job]:
     """The paper's system at every prediction distance."""
     return {
         f"{source.key}|{costs}|{d}": serving.job(options, source, serving.moeless_policy(source, d), costs)
-        for source in serving_sources(options, "lmsys")
+        for source in sweep_sources(options)
         for costs in options.costs
         for d in DISTANCES
     }
@@ -31,7 +31,7 @@ def threshold_jobs(options: Options) -> Mapping[str, Job]:
         f"{source.key}|{costs}|{v}": serving.job(
             options, source, serving.moeless_policy(source), costs, planner={"cv_threshold": v}
         )
-        for source in serving_sources(options, "lmsys")
+        for source in sweep_sources(options)
         for costs in options.costs
         for v in THRESHOLDS
     }
@@ -48,7 +48,7 @@ def draw(
     title: str,
 ) -> Drawn:
     """One figure per cost model, one line per source."""
-    sources = serving_sources(options, "lmsys")
+    sources = sweep_sources(options)
     plots: dict[str, Plot] = {}
     rows: list[list[Any]] = []
     text = []

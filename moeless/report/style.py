@@ -93,14 +93,16 @@ def looks(policies: Sequence[str]) -> dict[str, Look]:
     used: dict[str, int] = {}
     strangers: dict[str, str] = {}
     for policy in policies:
-        planner = policy.partition(":")[0]
+        planner = policy.partition(":")[0].partition(" ")[0]
         if planner in POLICY_COLOURS:
             colour = POLICY_COLOURS[planner]
         else:
             colour = strangers.setdefault(planner, STRANGERS[len(strangers) % len(STRANGERS)])
         order = used.get(planner, 0)
         used[planner] = order + 1
-        marker = MARKERS[list(dict.fromkeys(p.partition(":")[0] for p in policies)).index(planner) % len(MARKERS)]
+        marker = MARKERS[
+            list(dict.fromkeys(p.partition(":")[0].partition(" ")[0] for p in policies)).index(planner) % len(MARKERS)
+        ]
         chosen[policy] = Look(colour, LINES[order % len(LINES)], marker, HATCHES[order % len(HATCHES)])
     return chosen
 

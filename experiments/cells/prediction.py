@@ -1,0 +1,108 @@
+"""Load predictors: fitted and measured ones as artefacts, and what is read from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeless.files import read_json
+
+
+def fit(params: dict[str, Any], needs: list[Any], folder: Path) -> None:
+    """Fit a predictor on the training requests of ``needs[0]`` and measure it on the test requests.
+
+    Params: ``method``, ``distances``, ``max_tokens``, ``batch_tokens``, ``seed``.
+    """
+    import moeless
+    from moeless.predictors.job import FitJob, run_fit
+    from moeless.traces import open_trace
+
+    bundled = open_trace(Path(needs[0])).spec.name == "bundled"
+    model = str(Path(moeless.__file__).parent / "assets" / "model") if bundled else None
+    job = FitJob(
+        trace=Path(needs[0]),
+        method=params["method"],
+        distances=tuple(params["distances"]),
+        model=model,
+        max_tokens=params["max_tokens"],
+        device="cpu",
+        evaluate=True,
+        batch_tokens=tuple(params["batch_tokens"]),
+        seed=params["seed"],
+    )
+    run_fit(job, folder)
+
+
+def measured(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
+    """The rows and notes of a fitted predictor's ``metrics.json``."""
+    data = read_json(Path(needs[0]) / "metrics.json")
+    kept = ("memory_bytes", "parameters", "predict_microseconds", "fit_seconds")
+    return {"rows": data["rows"], "notes": {name: data["notes"].get(name) for name in kept}}
+
+
+def similarity(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
+    """Mean cosine of a token's gate inputs in layers l and l + d, ``[d][l]``.
+
+    Params: ``distances``, ``tokens`` (evenly spaced over the trace), ``seed``.
+    """
+    from moeless.traces import TokenTrace, open_trace
+
+    trace = open_trace(Path(needs[0]))
+    assert isinstance(trace, TokenTrace)
+    step = max(1, trace.num_rows // params["tokens"])
+    chunks = [trace.router_inputs(at, at + 1) for at in range(0, trace.num_rows, step)]
+    input_TLH = np.concatenate(chunks).astype(np.float64)
+    unit_TLH = input_TLH / np.linalg.norm(input_TLH, axis=2, keepdims=True)
+    layers = input_TLH.shape[1]
+    cosine = {
+        str(d): [float((unit_TLH[:, layer] * unit_TLH[:, layer + d]).sum(1).mean()) for layer in range(layers - d)]
+        for d in params["distances"]
+        if d < layers
+    }
+    return {"tokens": len(input_TLH), "cosine": cosine}
+
+
+def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
+    """Predicted and true loads of test iterations, for a scatter; ``needs`` are the trace and the predictor.
+
+    Params: ``distance``, ``batch_tokens``, ``iterations``, ``points`` (shown at most), ``seed``.
+    """
+    from moeless.contracts import Phase
+    from moeless.predictors import load_predictor
+    from moeless.predictors.data import Rows
+    from moeless.predictors.evaluation import EvaluationSettings, Evaluator
+    from moeless.predictors.fitting import pairs_of
+    from moeless.predictors.split import split_requests
+    from moeless.predictors.token_loads import TokenLoads
+    from moeless.predictors.windows import windows_of
+    from moeless.traces import TokenTrace, open_trace
+
+    trace = open_trace(Path(needs[0]))
+    assert isinstance(trace, TokenTrace)
+    predictor = load_predictor(Path(needs[1]))
+    rows = Rows(trace, inputs=predictor.reads == "router_inputs")
+    split = split_requests(trace.requests.category, "request", params["seed"])
+    distance, size = params["distance"], params["batch_tokens"]
+    settings = EvaluationSettings(distances=(distance,), batch_tokens=(size,), resamples=2, seed=params["seed"])
+    evaluator = Evaluator(rows, split, settings)
+    pairs = pairs_of(trace.spec.L, (distance,))
+    part = predictor.token_part
+    tokens = None if part is None else TokenLoads(part, rows, evaluator.row_T, pairs)
+    windows = windows_of(rows, evaluator.requests, Phase.DECODE, size, params["iterations"], params["seed"])
+    predicted, true = [], []
+    for layer, _ in pairs:
+        usable = tokens if tokens is not None and tokens.predictor.covers(layer, distance) else None
+        mean_IE, _, load_IE = evaluator.forecasts(predictor, usable, layer, distance, windows)
+        predicted.append(mean_IE.ravel())
+        true.append(load_IE.ravel())
+    x, y = np.concatenate(true).astype(np.float64), np.concatenate(predicted)
+    keep = np.sort(np.random.default_rng(params["seed"]).permutation(len(x))[: params["points"]])
+    return {
+        "pearson": float(np.corrcoef(x, y)[0, 1]),
+        "pairs": len(x),
+        "iterations": len(windows),
+        "true": x[keep].tolist(),
+        "predicted": [round(value, 4) for value in y[keep].tolist()],
+    }

@@ -1,0 +1,75 @@
+"""Figure 12: predicted against true loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeless.experiments import prediction
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.sources import fitted_predictor
+from moeless.report import style
+
+SIZE = 128
+
+
+def _jobs(options: Options) -> Mapping[str, Job]:
+    source = prediction.source(options)
+    params = {
+        "distance": 1,
+        "batch_tokens": SIZE,
+        "iterations": options.pick(40, 200),
+        "points": 1500,
+        "seed": options.seed,
+    }
+    return {
+        method: Job(
+            f"correlate loads by {method} on {source.title}",
+            "moeless.experiments.cells.prediction:correlation",
+            params,
+            (source.job, fitted_predictor(options, source, method)),
+        )
+        for method in prediction.METHODS
+    }
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    source = prediction.source(options)
+    look = style.series(list(prediction.METHODS.values()))
+    with style.drawing() as plt:
+        figure, grid = plt.subplots(1, 2, figsize=(style.COLUMN, 2.1), layout="constrained", sharex=True, sharey=True)
+        for axes, (method, name) in zip(grid, prediction.METHODS.items(), strict=True):
+            found = results[method]
+            axes.scatter(found["true"], found["predicted"], s=3, alpha=0.35, color=look[name].colour, linewidths=0)
+            top = max(*found["true"], *found["predicted"])
+            axes.plot([0, top], [0, top], color=style.INK, linewidth=0.7, linestyle=(0, (4, 2)))
+            axes.set_title(f"{name}\nr = {found['pearson']:.3f}", fontweight="normal", fontsize=7.5)
+            axes.set_xlabel("true load (tokens)")
+        grid[0].set_ylabel("predicted load (tokens)")
+        plt.close(figure)
+    found = results["layer_aware"]
+    plot = Plot(
+        figure,
+        f"Load of each expert, predicted one layer ahead and true, in decode iterations of {SIZE} tokens of "
+        f"{source.title}'s test requests ({found['pairs']:,} pairs, {len(found['true']):,} shown).",
+        source.routing,
+        source.label,
+    )
+    rows = [
+        [name, true, predicted]
+        for method, name in prediction.METHODS.items()
+        for true, predicted in zip(results[method]["true"], results[method]["predicted"], strict=True)
+    ]
+    shown = ", ".join(f"{name} {results[method]['pearson']:.3f}" for method, name in prediction.METHODS.items())
+    text = [f"Correlation: {shown}."]
+    return Drawn({"main": plot}, {"loads": Data(["method", "true", "predicted"], rows)}, text=text)
+
+
+EXPERIMENT = Experiment(
+    name="fig12",
+    title="Figure 12: predicted and true loads",
+    question="Do predicted loads follow true ones?",
+    stated="Strong correlation.",
+    jobs=_jobs,
+    draw=_draw,
+)
