@@ -37,29 +37,33 @@ def overhead(quick: bool) -> None:
     """Generation with recording over generation without, same prompts, same process."""
     folder = Path(moeless.__file__).parent / "assets" / "model"
     loaded = load_model(str(folder), LoadOptions(device="cpu", dtype="float32"), name="bundled")
-    prompts = prompt_sets.load(max_requests=8, seed=0)
+    prompts = prompt_sets.load(max_requests=24, seed=0)
     ids = [loaded.tokenizer(prompt.text)["input_ids"][:128] for prompt in prompts]
-    limits, requests = [16 if quick else 48] * len(ids), range(len(ids))
+    limits = [16 if quick else 48] * len(ids)
+    batches = [range(start, start + 8) for start in range(0, len(ids), 8)]
 
     def run(router_inputs: str | None, record: bool) -> float:
         capture = RouterCapture(loaded.model, router_inputs=router_inputs) if record else None
         generator = Generator(loaded.model, loaded.tokenizer, Sampling(), capture)
         start = time.perf_counter()
         if capture is None:
-            generator.run(requests, ids, limits, exact=True)
+            for batch in batches:
+                generator.run(batch, [ids[i] for i in batch], [limits[i] for i in batch], exact=True)
             return time.perf_counter() - start
         with capture.recording(), tempfile.TemporaryDirectory() as out:
             info = describe(loaded, router_inputs)
             writer = TokenTraceWriter(Path(out) / "t", info)
-            made = generator.run(requests, ids, limits, exact=True)
-            writer.append(batch_rows(requests, ids, made, prompts))
+            for batch in batches:
+                own = [ids[i] for i in batch]
+                made = generator.run(batch, own, [limits[i] for i in batch], exact=True)
+                writer.append(batch_rows(batch, own, made, [prompts[i] for i in batch]))
             writer.close()
         return time.perf_counter() - start
 
     run(None, True)
     for name, inputs, goal in (("without", None, 1.05), ("with", "bfloat16", 1.15)):
         plain, recorded = [], []
-        for _ in range(3 if quick else 7):
+        for _ in range(3 if quick else 5):
             plain.append(run(None, False))
             recorded.append(run(inputs, True))
         ratio = statistics.median(r / p for r, p in zip(recorded, plain, strict=True))
