@@ -84,13 +84,10 @@ class RouterCapture:
         return hook
 
     def _keep(self, index: int, ids: Any, weights: Any) -> None:
-        import torch
-
         if self._layers[index] is not None:
             raise RunFailed(f"{self.blocks[index].name} ran twice in one forward pass, which is not supported")
-        ids, weights = ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
-        # copies: a model may reuse its tensors
-        self._layers[index] = (ids.to(torch.int16, copy=True), weights.detach().to(torch.float16, copy=True))
+        # references only: converting once per pass costs a fraction of converting once per layer
+        self._layers[index] = (ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1]))
 
     def _input_hook(self, index: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,20 +97,23 @@ class RouterCapture:
         return hook
 
     def _end_of_pass(self, module: Any, args: Any, result: Any) -> None:
+        import torch
+
         missing = [block.name for block, kept in zip(self.blocks, self._layers, strict=True) if kept is None]
         if missing:
             raise RunFailed(f"{missing[0]} did not run in a forward pass, which is not supported")
         kept = [layer for layer in self._layers if layer is not None]
-        inputs = None if self._input_dtype is None else _stack(self._inputs)
-        self.passes.append(Captured(_stack([ids for ids, _ in kept]), _stack([w for _, w in kept]), inputs))
+        inputs = None if self._input_dtype is None else _stack(self._inputs, self._input_dtype)
+        topk = _stack([ids for ids, _ in kept], torch.int16)
+        self.passes.append(Captured(topk, _stack([weights for _, weights in kept], torch.float16), inputs))
         self._layers = [None] * len(self.blocks)
         self._inputs = [None] * len(self.blocks)
 
 
-def _stack(layers: list[Any]) -> Any:
+def _stack(layers: list[Any], dtype: Any) -> Any:
     """``[T, L, ...]`` on the CPU: one copy from the device where all layers are on one."""
     import torch
 
     if len({tensor.device for tensor in layers}) > 1:
         layers = [tensor.cpu() for tensor in layers]
-    return torch.stack(layers, dim=1).cpu()
+    return torch.stack(layers, dim=1).detach().to(dtype).cpu()
