@@ -150,8 +150,10 @@ def plan_layers(  # type: ignore[no-untyped-def]
                 if quota_SR[s, r] > 0:
                     active += 1
                     break
+        # primaries alone leave nothing to decide: no counts are gathered
+        control = control_L[layer] if replicas > experts else 0.0
         time_L[layer] = tally_layer(
-            tally, expert, exchange, misc, control_L[layer], 0.0, load_G, replicas, all_replicas, active, replicas
+            tally, expert, exchange, misc, control, 0.0, load_G, replicas, all_replicas, active, replicas
         )
 
 
@@ -266,7 +268,7 @@ def decode_run(  # type: ignore[no-untyped-def]
                     expert,
                     exchange,
                     misc,
-                    control_L[layer],
+                    0.0,
                     0.0,
                     scratch[4],
                     num_experts,

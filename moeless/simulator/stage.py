@@ -233,12 +233,14 @@ class Stage:
             usable_R, stall, warm = self._wait(plan, load_SE, clock)
             quota_SR = self.runtime.dispatch(load_SE, plan, usable_R)
             expert, exchange, load_G = self._layer_time(quota_SR, plan)
+            # primaries alone leave nothing to decide: no counts are gathered
+            control = float(self.control_L[layer]) if plan.R > self.spec.E else 0.0
             time_IL[0, layer] = kernels.tally_layer(
                 self.record.tally,
                 expert,
                 exchange,
                 self._misc,
-                self.control_L[layer],
+                control,
                 stall,
                 load_G,
                 plan.R,
@@ -247,7 +249,7 @@ class Stage:
                 warm,
             )
             if self.timeline is not None:
-                parts = {"stall": stall, "control": self.control_L[layer], "all-to-all": exchange, "experts": expert}
+                parts = {"stall": stall, "control": control, "all-to-all": exchange, "experts": expert}
                 self.timeline.layer(layer, clock, other.per_moe_layer, parts, load_G)
             clock += time_IL[0, layer]
             if planned:

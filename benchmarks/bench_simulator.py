@@ -1,0 +1,146 @@
+"""Speed of the simulator: layer events per second by policy, and how it grows with GPUs, experts and requests.
+
+Run: python benchmarks/bench_simulator.py [--hour]
+With ``--hour``: the Azure conversation hour on gpt-oss-20b's routing, where ../shared/data or MOELESS_SHARED_DATA
+has them. Everything else runs on made-up skewed routing. One core; a layer event is one MoE layer of one iteration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from moeless import __version__
+from moeless.cluster import Cluster, cluster
+from moeless.contracts import Policy, Request
+from moeless.costs import COSTS
+from moeless.predictors import PREDICTORS
+from moeless.simulator import Replay, SimulationSettings, resolve, simulate
+from moeless.simulator.bench import Bench, BenchConfig
+from moeless.spec import MoESpec, preset
+from moeless.workloads.lengths import Workload
+from moeless.workloads.schedulers import Continuous
+
+#: Policies, and iterations between the plans of those that plan per iteration.
+POLICIES = (("static", 1), ("eplb:history", 1), ("oracle", 1), ("elastic:history:1", 256), ("moeless:history:1", 256))
+EVERY_ITERATION = (("elastic:history:1", 1), ("moeless:history:1", 1))
+
+
+def skewed_topk(spec: MoESpec, tokens: int, seed: int = 0) -> np.ndarray:
+    """Top-k ids whose popularity falls as 1 / rank, in another order in every layer."""
+    random = np.random.default_rng(seed)
+    topk = np.empty((tokens, spec.L, spec.K), np.uint16)
+    weight = -np.log(np.arange(1, spec.E + 1))
+    for layer in range(spec.L):
+        keys = weight[random.permutation(spec.E)] + random.gumbel(size=(tokens, spec.E))
+        topk[:, layer] = np.argpartition(-keys, spec.K - 1, axis=1)[:, : spec.K]
+    return topk
+
+
+def measure(
+    spec: MoESpec, where: Cluster, policy: str, plan_every: int, count: int, output: int, rate: float
+) -> tuple[float, int]:
+    """Layer events per second of one run, after one that compiles; and how many there were."""
+    topk_TLK = skewed_topk(spec, 4096)
+    random = np.random.default_rng(1)
+    arrivals = np.cumsum(random.exponential(1.0 / rate, count))
+    requests = tuple(Request(i, float(t), 64, output, trace_request=0) for i, t in enumerate(arrivals))
+    base = random.integers(0, len(topk_TLK) - 64 - output, count)
+    replay = Replay(topk_TLK, Workload(requests, False, (), base), spec.E, where.G)
+    runtime = resolve(
+        Policy.parse(policy),
+        spec=spec,
+        cluster=where,
+        costs=COSTS.get("roofline")(spec, where),
+        extra_slots=1,
+        predictors={"history": PREDICTORS.get("history")(spec)},
+    )
+    settings = SimulationSettings(plan_every=plan_every)
+
+    def once(chosen: tuple[Request, ...]) -> tuple[float, int]:
+        start = time.process_time()
+        done = simulate(replay, chosen, Continuous(chosen, where.G), runtime, settings=settings)
+        return time.process_time() - start, done.record.iterations * spec.L
+
+    once(requests[:2])
+    seconds, events = once(requests)
+    return events / seconds, events
+
+
+def show(name: str, rate: float, events: int) -> None:
+    """One line of the table."""
+    print(f"{name:<46} {rate / 1e3:>10,.1f} k layer events/s   ({events:,} events)", flush=True)
+
+
+def hour(folder: Path) -> None:
+    """The Azure conversation hour (19,366 requests, continuous batching), gpt-oss-20b on h100x8."""
+    from moeless.traces.importers.npz import import_npz
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trace = Path(scratch) / "trace"
+        import_npz(folder / "routing" / "gpt-oss-20b.npz", trace, preset("gpt-oss-20b"))
+        for policy, plan_every in (POLICIES[0], POLICIES[3]):
+            config = BenchConfig(
+                trace=trace,
+                policies=(Policy.parse(policy),),
+                costs=("roofline",),
+                arrivals=str(folder / "arrivals" / "azure-2023-conv.csv"),
+                max_requests=None,
+                plan_every=plan_every,
+            )
+            bench = Bench(config)
+            start = time.process_time()
+            done = bench.run_cell("roofline", Policy.parse(policy))
+            seconds = time.process_time() - start
+            events = done.record.iterations * bench.spec.L
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"{policy}: {len(bench.workload.requests):,} requests in {seconds:.1f} s of CPU, peak {peak:.2f} GiB")
+            show(f"  Azure hour, {policy}", events / seconds, events)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hour", action="store_true")
+    arguments = parser.parse_args()
+    print(f"moeless {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.processor()}")
+    print(f"{os.cpu_count()} cores, one used; command: {' '.join(sys.argv)}\n")
+    if arguments.hour:
+        hour(Path(os.environ.get("MOELESS_SHARED_DATA", "../shared/data")))
+        return
+    spec, eight = preset("gpt-oss-20b"), cluster("h100x8")
+    print("gpt-oss-20b shapes, h100x8, made-up routing, 5.4 requests/s")
+    for policy, plan_every in POLICIES:
+        name = f"{policy}, plans every {plan_every}" if plan_every > 1 else policy
+        show(name, *measure(spec, eight, policy, plan_every, 40, 300, 5.4))
+    for policy, plan_every in EVERY_ITERATION:
+        show(f"{policy}, plans every iteration", *measure(spec, eight, policy, plan_every, 3, 40, 5.4))
+    print("\nstatic, by GPUs (nodes of eight), deepseek-v3 shapes")
+    deep = preset("deepseek-v3")
+    for nodes in (4, 16, 64, 128):
+        where = cluster(f"h100x8x{nodes}")
+        show(
+            f"  {where.G} GPUs", *measure(deep, where, "static", 1, 8 * nodes if nodes < 16 else 64, 32, 100.0 * nodes)
+        )
+    print("\nstatic, by experts, h100x8")
+    for name in ("mixtral-8x7b", "phi-3.5-moe", "gpt-oss-20b", "qwen3-30b-a3b", "deepseek-v3"):
+        # the large ones do not fit beside each other on eight GPUs in any but their stored precision
+        made = preset(name)
+        show(
+            f"  {name}: {made.E} experts, top-{made.K}", *measure(made, cluster("h100x8x4"), "static", 1, 30, 200, 5.4)
+        )
+    print("\nstatic, by requests, gpt-oss-20b shapes, h100x8")
+    for count in (50, 500, 2000):
+        show(f"  {count} requests", *measure(spec, eight, "static", 1, count, 200, 5.4))
+
+
+if __name__ == "__main__":
+    main()
