@@ -21,5 +21,6 @@ PLANNERS = Registry(
         "metro": "moeless.placement.metro:PLANNER",
         "llep": "moeless.placement.llep:PLANNER",
         "craft": "moeless.placement.craft:PLANNER",
+        "milp": "moeless.placement.milp:PLANNER",
     },
 )

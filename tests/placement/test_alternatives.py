@@ -1,0 +1,99 @@
+"""METRO, LLEP and CRAFT do what they are named for; the bound and the exact plan bracket every planner."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless.cluster import cluster
+from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
+from moeless.costs import COSTS
+from moeless.errors import UserError
+from moeless.placement import PLANNERS
+from moeless.placement.bound import layer_bound
+from moeless.placement.craft import benefits_N, layer_budgets
+from moeless.placement.exact import terms_seconds
+from moeless.placement.milp import MilpParams, best_plan
+from moeless.spec import Attention, MoESpec
+
+SPEC = MoESpec("eight", 2880, 1, (0,), 8, 1, 2880, Attention(8, 8, 64), 1000)
+FOUR = cluster("h100x8").with_gpus(4)
+COST = COSTS.get("roofline")(SPEC, FOUR)
+
+
+def run(name: str, plan: LayerPlan, load_SE: np.ndarray) -> np.ndarray:
+    planner = PLANNERS.get(name)
+    usable = np.ones(plan.R, bool)
+    return planner.dispatch(load_SE, plan, usable, spec=SPEC, cluster=FOUR, costs=COST, params=planner.params())
+
+
+@pytest.mark.parametrize("name", ["metro", "llep", "craft", "eplb", "moeless", "elastic"])
+@given(seed=st.integers(0, 2**31), tokens=st.sampled_from([0, 3, 500, 40_000]))
+@settings(max_examples=15, deadline=None)
+def test_tokens_are_conserved_per_source_rank(plan_with, name, seed, tokens):
+    rng = np.random.default_rng(seed)
+    plan = plan_with(name, rng.integers(0, 20_000, 8), 4, 1)
+    load = rng.multinomial(tokens, rng.dirichlet(np.full(32, 0.3))).reshape(4, 8)
+    quota = run(name, plan, load)
+    assert (quota >= 0).all()
+    for e in range(8):
+        np.testing.assert_array_equal(quota[:, plan.expert_R == e].sum(1), load[:, e])
+    seconds = terms_seconds(quota.sum(0), plan.gpu_R, COST.terms(), 4)
+    assert seconds >= layer_bound(load.sum(0), COST.terms(), 4, 4) * (1 - 1e-9) or tokens == 0
+
+
+def test_metro_activates_one_copy_per_expert_and_balances_them():
+    # GPU 0 holds 0, 1, 2; the copies of 1 and 2 on GPUs 1 and 2 let each GPU activate one expert
+    plan = LayerPlan.build(
+        0, [0, 1, 2, 3, 4, 5, 6, 7, 1, 2], [0, 0, 0, 3, 3, 3, 3, 3, 1, 2], [True] * 8 + [False] * 2,
+        num_experts=8, num_gpus=4,
+    )  # fmt: skip
+    load = np.zeros((4, 8), int)
+    load[:, :3] = 2
+    quota = run("metro", plan, load)
+    active = np.bincount(plan.gpu_R[quota.sum(0) > 0], minlength=4)
+    assert active.tolist() == [1, 1, 1, 0]
+
+
+def test_llep_leaves_mild_imbalance_alone_and_spills_heavy_ones(plan_with):
+    heavy = np.array([40_000, 0, 1000, 0, 1000, 0, 1000, 0])
+    plan = plan_with("llep", heavy, 4, 1)
+    assert set(plan.expert_R[~plan.primary_R].tolist()) == {0}
+    load = np.zeros((4, 8), int)
+    load[0] = heavy
+    tokens_G = np.bincount(plan.gpu_R, weights=run("llep", plan, load).sum(0), minlength=4)
+    assert tokens_G.max() < 1.2 * tokens_G.mean()
+    assert plan_with("llep", np.full(8, 100.0), 4, 1).num_extra == 0
+
+
+def test_craft_spends_replicas_where_they_balance(plan_with):
+    assert plan_with("craft", np.full(8, 100.0), 4, 2).num_extra == 0
+    assert plan_with("craft", [5000, 10, 10, 10, 10, 10, 10, 10], 4, 2).num_extra > 0
+    weights = np.array([np.full(8, 100.0), [5000, 10, 10, 10, 10, 10, 10, 10], np.full(8, 7.0)])
+    room = np.full(4, 4)
+    assert layer_budgets(weights, room, 8, 8).tolist() == [0, 8, 0]
+    assert benefits_N(weights[1], room, 8)[-1] > benefits_N(weights[1], room, 8)[0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bound_exact_plan_and_heuristics_are_in_order(seed):
+    rng = np.random.default_rng(seed)
+    load = rng.multinomial((200, 20_000)[seed % 2], rng.dirichlet(np.full(8, 0.5)))
+    budget = Budget.even(8, 4, 1, SPEC.expert_bytes)
+    settings_ = {"spec": SPEC, "cluster": FOUR, "costs": COST, "budget": budget}
+    best = best_plan(load, layer=0, params=MilpParams(), **settings_)
+    assert layer_bound(load, COST.terms(), 4, 4) <= best.seconds * (1 + 1e-3)
+    assert (best.plan.slots_G(4) <= budget.slots_G).all()
+    for name in ("static", "eplb", "moeless", "elastic", "metro", "llep", "craft"):
+        planner = PLANNERS.get(name)
+        forecast = Forecast(load.astype(float), np.zeros(8), int(load.sum()), "true")
+        plan = planner.plan_layer(PlanInput(0, Phase.PREFILL, forecast), params=planner.params(), **settings_)
+        quota = run(name, plan, np.stack([load, *[np.zeros_like(load)] * 3]))
+        assert terms_seconds(quota.sum(0), plan.gpu_R, COST.terms(), 4) >= best.lower_bound * (1 - 1e-6)
+
+
+def test_milp_refuses_large_layers(plan_with):
+    with pytest.raises(UserError, match="milp plans up to"):
+        plan_with("milp", np.ones(64), 8, 1)
