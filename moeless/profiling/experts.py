@@ -135,11 +135,13 @@ def measure_experts(
     rows = torch.empty(pool_rows, spec.hidden_size, dtype=dtype, device=device).normal_()
     shape = (len(active), len(tokens))
     middle, low, high = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    dropped = kept = 0
+    dropped = kept = cursor = 0
     for a, experts in enumerate(active):
         progress(f"{kernel} {experts} active")
         for n, count in enumerate(tokens):
-            calls = _rotations(kernel, rows, weights, experts, count)
+            calls = _rotations(kernel, rows, weights, experts, count, cursor)
+            # the next cell goes on where this one stopped: its weights have left the cache
+            cursor += _turns(weights, experts) * experts
             sample = measure(calls, device, effort)
             middle[a, n], low[a, n], high[a, n] = sample.seconds, sample.low, sample.high
             kept, dropped = kept + sample.kept, dropped + sample.dropped
@@ -172,13 +174,18 @@ def rounded(values: Any) -> Any:
 
 
 def _rotations(
-    kernel: str, rows: torch.Tensor, weights: Weights, experts: int, count: int
+    kernel: str, rows: torch.Tensor, weights: Weights, experts: int, count: int, cursor: int
 ) -> list[Callable[[], object]]:
-    turns = max(1, min(16, weights.count // experts))
+    """The same work on the next experts and rows of the pools, from the ``cursor``-th expert on."""
     span = experts * count
     calls: list[Callable[[], object]] = []
-    for turn in range(turns):
-        first_row = (turn * span) % max(1, len(rows) - span + 1)
-        part = weights.slice((turn * experts) % (weights.count - experts + 1), experts)
+    for turn in range(_turns(weights, experts)):
+        first = cursor + turn * experts
+        first_row = (first * count) % max(1, len(rows) - span + 1)
+        part = weights.slice(first % (weights.count - experts + 1), experts)
         calls.append(partial(run_kernel(kernel, [count] * experts, part), rows[first_row : first_row + span]))
     return calls
+
+
+def _turns(weights: Weights, experts: int) -> int:
+    return max(1, min(60, weights.count // experts))
