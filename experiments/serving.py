@@ -20,7 +20,7 @@ PAPER_NAMES = {"static": "Megatron-LM", "eplb": "EPLB", "moeless": "MoEless", "o
 def workload(options: Options, source: Source) -> dict[str, Any]:
     """The paper's workload: Azure arrivals, one-second batches; lengths are the trace's own."""
     return {
-        "cluster": options.cluster,
+        "cluster": source.cluster or options.cluster,
         "arrivals": "azure-like",
         "batching": "one-second",
         "lengths": "trace",
