@@ -42,7 +42,7 @@ class Size:
     requests: int = 200
     new_tokens: int = 40
     batch: int = 20
-    served: int = 300
+    served: int = 120
     rate: float = 40.0
 
 
