@@ -60,6 +60,7 @@ class LiveConfig:
     keep_alive: float = 10.0
     replan_seconds: float = 2.0
     skip_below_tokens: int = 0
+    plan_every: int = 1
     predictors: tuple[Path, ...] = ()
     planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     objectives: tuple[Objective, ...] = ()
@@ -85,6 +86,8 @@ class LiveBench:
 
         if config.ranks < 1:
             raise UserError(f"--ranks must be at least 1, got {config.ranks}")
+        if config.plan_every < 1:
+            raise UserError(f"--plan-every must be at least 1, got {config.plan_every}")
         if not config.policies:
             raise UserError("a live run needs at least one --policy")
         HOSTS.get(config.host)
@@ -168,6 +171,7 @@ class LiveBench:
             keep_alive=c.keep_alive,
             replan_seconds=c.replan_seconds,
             skip_below_tokens=c.skip_below_tokens,
+            plan_every=c.plan_every,
             predictors=c.predictors,
             planner_params=c.planner_params,
             temperature=c.temperature,

@@ -42,11 +42,13 @@ class ControlSettings:
         keep_alive: seconds that unplanned copies stay in memory.
         skip_below_tokens: iterations of fewer tokens over all ranks use primaries only, forecast nothing and carry
             counts alone; 0 never skips. Chosen ahead, since every rank knows an iteration's tokens.
+        plan_every: iterations from one plan of an ``iteration`` planner to the next.
     """
 
     replan_seconds: float = 2.0
     keep_alive: float = 10.0
     skip_below_tokens: int = 0
+    plan_every: int = 1
 
 
 class Controller:
@@ -68,6 +70,7 @@ class Controller:
         self._ready_LR: list[BoolArray] = [np.ones(plan.R, np.bool_) for plan in self.plans]
         self._next_replan = settings.replan_seconds
         self._phase, self._tokens, self._now, self._skip = Phase.MIXED, 0, 0.0, False
+        self._planning, self._since_plan = False, 0
         store.deploy([self._own(plan) for plan in self.plans], self.keep_alive, 0.0)
         self._warm_up()
 
@@ -90,7 +93,9 @@ class Controller:
                 mean = max(1, round(self.history.mean_tokens(layer) or 1))
                 forecast = self.policy.from_share(self.history.share(layer), mean)
                 self._adopt(self.policy.plan(layer, Phase.MIXED, forecast, self.plans[layer], None, LONG_HORIZON))
-        if self.ahead and not self._skip:
+        self._planning = self.ahead and not self._skip and self._since_plan % self.settings.plan_every == 0
+        self._since_plan += 1
+        if self._planning:
             for layer in range(min(self.policy.policy.distance, self.spec.L)):
                 self._replan(layer, self.policy.from_share(self.history.share(layer), tokens))
 
@@ -120,7 +125,7 @@ class Controller:
         ids_TK = topk_TK.cpu().numpy()
         plan, E = self.plans[layer], self.spec.E
         target = layer + self.policy.policy.distance
-        forecasts = self.ahead and not self._skip and target < self.spec.L
+        forecasts = self._planning and target < self.spec.L
         parts = [np.bincount(ids_TK.reshape(-1), minlength=E).astype(np.int64)]
         if forecasts:
             parts.append(self._forecast_words(layer, target, hidden_TH, ids_TK))

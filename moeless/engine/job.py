@@ -46,6 +46,7 @@ class Job:
     keep_alive: float = 10.0
     replan_seconds: float = 2.0
     skip_below_tokens: int = 0
+    plan_every: int = 1
     predictors: tuple[Path, ...] = ()
     planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     temperature: float = 0.0

@@ -83,7 +83,7 @@ def serve(job: Job, ranks: Ranks) -> None:
     experts = host_experts(job, host, ranks, exchange)
     slots = max(int(policy.budget.slots_G.max()) for policy in policies) + job.spare_slots
     store = ReplicaStore(experts, job.spec.L, min(slots, job.spec.E), ranks.device, host.ffn.dtype)
-    settings = ControlSettings(job.replan_seconds, job.keep_alive, job.skip_below_tokens)
+    settings = ControlSettings(job.replan_seconds, job.keep_alive, job.skip_below_tokens, job.plan_every)
     for cell, policy in enumerate(policies):
         elastic = ElasticExperts(Controller(policy, exchange, store, settings), host.ffn, record=job.record)
         scheduler = schedulers.build(
