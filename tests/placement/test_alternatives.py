@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -77,21 +79,25 @@ def test_craft_spends_replicas_where_they_balance(plan_with):
     assert benefits_N(weights[1], room, 8)[-1] > benefits_N(weights[1], room, 8)[0]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_bound_exact_plan_and_heuristics_are_in_order(seed):
-    rng = np.random.default_rng(seed)
-    load = rng.multinomial((200, 20_000)[seed % 2], rng.dirichlet(np.full(8, 0.5)))
-    budget = Budget.even(8, 4, 1, SPEC.expert_bytes)
-    settings_ = {"spec": SPEC, "cluster": FOUR, "costs": COST, "budget": budget}
+@pytest.mark.parametrize("tokens", [60, 20_000])
+def test_bound_exact_plan_and_heuristics_are_in_order(tokens):
+    rng = np.random.default_rng(0)
+    load = rng.multinomial(tokens, rng.dirichlet(np.full(5, 0.5)))
+    # GPUs are interchangeable, which makes the search long: two of them are enough to order the answers
+    spec, two = dataclasses.replace(SPEC, num_experts=5), FOUR.with_gpus(2)
+    costs = COSTS.get("roofline")(spec, two)
+    budget = Budget.even(5, 2, 1, spec.expert_bytes)
+    settings_ = {"spec": spec, "cluster": two, "costs": costs, "budget": budget}
     best = best_plan(load, layer=0, params=MilpParams(), **settings_)
-    assert layer_bound(load, COST.terms(), 4, 4) <= best.seconds * (1 + 1e-3)
-    assert (best.plan.slots_G(4) <= budget.slots_G).all()
+    assert layer_bound(load, costs.terms(), 2, 2) <= best.seconds * (1 + 1e-3)
+    assert (best.plan.slots_G(2) <= budget.slots_G).all()
     for name in ("static", "eplb", "moeless", "elastic", "metro", "llep", "craft"):
         planner = PLANNERS.get(name)
-        forecast = Forecast(load.astype(float), np.zeros(8), int(load.sum()), "true")
+        forecast = Forecast(load.astype(float), np.zeros(5), int(load.sum()), "true")
         plan = planner.plan_layer(PlanInput(0, Phase.PREFILL, forecast), params=planner.params(), **settings_)
-        quota = run(name, plan, np.stack([load, *[np.zeros_like(load)] * 3]))
-        assert terms_seconds(quota.sum(0), plan.gpu_R, COST.terms(), 4) >= best.lower_bound * (1 - 1e-6)
+        shared = {"spec": spec, "cluster": two, "costs": costs, "params": planner.params()}
+        quota = planner.dispatch(np.stack([load, np.zeros_like(load)]), plan, np.ones(plan.R, bool), **shared)
+        assert terms_seconds(quota.sum(0), plan.gpu_R, costs.terms(), 2) >= best.lower_bound * (1 - 1e-6)
 
 
 def test_milp_refuses_large_layers(plan_with):
