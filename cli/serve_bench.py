@@ -189,6 +189,7 @@ def command(
             keep_alive=KeepAlive.parse(keep_alive).seconds,
             replan_seconds=2.0 if replan is None else replan,
             skip_below_tokens=skip_below,
+            plan_every=plan_every,
             predictors=tuple(predictor or ()),
             objectives=parse_goodput(goodput or []),
             warmup=warmup,

@@ -49,6 +49,7 @@ def served(make_job: Callable[..., Job], shared_run: dict[str, Any]) -> Job:
     if "job" not in shared_run:
         job = make_job(
             policies=("static", "eplb:history", "moeless:history", "moeless:gate_reuse:2", "oracle"),
+            plan_every=2,
             folder=shared_run["folder"],
             shared=shared_run["folder"],
             replan_seconds=1e-6,
