@@ -16,6 +16,8 @@ PREDICTORS = Registry(
         "last": "moeless.predictors.last:Last",
         "oracle": "moeless.predictors.oracle:Oracle",
         "gate_reuse": "moeless.predictors.gate_reuse:GateReuse",
+        "frequency": "moeless.predictors.frequency:Frequency",
+        "transition": "moeless.predictors.transition:Transition",
         "layer_aware": "moeless.predictors.layer_aware:LayerAware",
     },
 )

@@ -61,7 +61,7 @@ class FitJob:
         if kind.reads == "router_inputs" and not opened.has_router_inputs:
             raise UserError(
                 f"predictor {self.method!r} reads what gates see, which {self.trace} does not hold; record it with "
-                "`moeless trace --router-inputs`, or fit `transition` or `blend`, which need expert ids only"
+                "`moeless trace --router-inputs`, or fit `transition`, which needs expert ids only"
             )
         return opened
 

@@ -32,10 +32,12 @@ class TokenLevel(LoadPredictor):
 
     Attributes:
         counting: how tokens become a load.
+        batch_context: whether a token's forecast depends on the iteration's other tokens.
         variance: calibrated coefficients per (layer, distance); Poisson where there are none.
     """
 
     counting: Counting = "topk"
+    batch_context: bool = False
 
     def __init__(self, spec: MoESpec, rule: RouterRule, variance: Mapping[tuple[int, int], Variance]) -> None:
         super().__init__(spec)

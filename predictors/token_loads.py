@@ -61,8 +61,10 @@ class TokenLoads:
         if (layer, distance) in self._hits:
             return self._hits[layer, distance]
         parts = []
-        for start in range(0, len(self.row_T), 16384):
-            row_T = self.row_T[start : start + 16384]
+        # consecutive rows as one iteration, where a token's forecast depends on its neighbours
+        size = 512 if self.predictor.batch_context else 16384
+        for start in range(0, len(self.row_T), size):
+            row_T = self.row_T[start : start + size]
             parts.append(self._found(self.rows.topk_TLK[row_T, layer], row_T, layer, distance))
         return np.concatenate(parts)
 
@@ -73,5 +75,8 @@ class TokenLoads:
 
     def sums(self, windows: Sequence[IntArray], layer: int, distance: int) -> FloatArray:
         """Forecast load of each iteration, ``[I, E]``."""
+        if self.predictor.batch_context:
+            topk_TK = self.rows.topk_TLK[:, layer]
+            return np.stack([self.predictor.mean_load(topk_TK[row_T], layer, distance) for row_T in windows])
         load_TE = self.of(layer, distance)
         return np.stack([load_TE[np.searchsorted(self.row_T, row_T)].sum(0, dtype=np.float64) for row_T in windows])

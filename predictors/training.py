@@ -164,19 +164,22 @@ def fit_heads(
     *,
     seed: int = 0,
     temperature: float = 1.0,
+    tempered: bool = True,
     wanted_LD: torch.Tensor | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
 ) -> Fitted:
     """Fit all pairs; deterministic for a seed on one machine.
 
     Args:
+        tempered: whether a temperature is fitted with the heads.
         wanted_LD: pairs to fit, None for all; the others keep their start.
         on_epoch: called with (epoch, mean training loss, mean validation recall).
     """
     heads = heads.to(problem.device)
     wanted = problem.valid_LD if wanted_LD is None else problem.valid_LD & wanted_LD.to(problem.device)
     log_temperature = torch.nn.Parameter(
-        torch.full(problem.valid_LD.shape, float(np.log(temperature)), device=problem.device)
+        torch.full(problem.valid_LD.shape, float(np.log(temperature)), device=problem.device),
+        requires_grad=tempered,
     )
     start_LD = _recall(heads, problem, validation, settings.batch_tokens)
     best_LD = start_LD.clone()
