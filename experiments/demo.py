@@ -46,7 +46,7 @@ class Size:
     rate: float = 40.0
 
 
-QUICK = Size(requests=40, new_tokens=16, batch=10, served=60)
+QUICK = Size(requests=32, new_tokens=12, batch=8, served=24)
 
 
 @dataclass(frozen=True)
