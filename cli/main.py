@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Plan replicas and placement of every layer."),
     "export-plan": ("export_plan", "Write a plan for SGLang, TensorRT-LLM or vLLM."),
     "profile": ("profile", "Measure a model's parts on this hardware."),
+    "compare": ("compare", "Put runs side by side."),
     "reproduce": ("reproduce", "Reproduce the paper's figures and tables."),
     "serve-bench": ("serve_bench", "Serve a workload under policies, compare latency and cost."),
 }

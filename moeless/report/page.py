@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from moeless.files import write_text
 from moeless.report import style
@@ -36,6 +37,14 @@ class Text:
     """A paragraph; ``**bold**`` and ````code```` in backticks are marked up, nothing else."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """A table's cell that leads to another page of the same folder."""
+
+    text: str
+    target: str
 
 
 @dataclass(frozen=True)
@@ -187,15 +196,18 @@ def _table(table: Table) -> str:
     )
     rows = []
     for row in table.rows:
-        cells = "".join(
-            f'<td class="{kind}">{mark(value) if value in EVIDENCE else _inline(cell_text(value))}</td>'
-            for kind, value in zip(side, row, strict=True)
-        )
+        cells = "".join(f'<td class="{kind}">{_cell(value)}</td>' for kind, value in zip(side, row, strict=True))
         rows.append(f"<tr>{cells}</tr>")
     caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
     body = "\n".join(rows)
     content = f"{caption}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
     return f'<div class="scroll" tabindex="0"><table>{content}</table></div>'
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Link):
+        return f'<a href="{html.escape(quote(value.target))}">{html.escape(value.text)}</a>'
+    return mark(value) if isinstance(value, str) and value in EVIDENCE else _inline(cell_text(value))
 
 
 def _figure(figure: Figure, label: str) -> str:
