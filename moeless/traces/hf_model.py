@@ -135,7 +135,8 @@ def load_model(model: str, options: LoadOptions | None = None, *, name: str | No
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,
         "dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-        "device_map": options.device_map or {"": str(target)},
+        # a plain load needs no placement, and none of Accelerate
+        "device_map": options.device_map or (None if target.type == "cpu" else {"": str(target)}),
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(
