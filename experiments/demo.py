@@ -75,7 +75,7 @@ def steps(folder: Path, size: Size, seed: int) -> list[Step]:
             "trace",
             "Record which experts serve each token of the bundled model",
             f"trace bundled bundled --max-requests {size.requests} --max-new-tokens {size.new_tokens} "
-            f"--batch-size {size.batch} --router-inputs --out {trace} {seeded}",
+            f"--batch-size {size.batch} --dtype float32 --router-inputs --out {trace} {seeded}",
         )
     ]
     for method, how in METHODS.items():
