@@ -198,7 +198,7 @@ class MeasuredCosts(CostModel):
         return self.exchange.gather_seconds() + dispatch
 
     def background_seconds(self, policy: Policy) -> float:
-        if not self.charge_control:
+        if not self.charge_control or policy.planner == "static":
             return 0.0
         plan = self.profile.plan_seconds.get(policy.planner)
         if plan is None:
