@@ -19,12 +19,12 @@ from moeless.traces.synthetic import SyntheticParams, write_synthetic
 #: Decode batches at which imbalance is compared.
 BATCHES = (16, 64, 256)
 _GRID: dict[str, tuple[float, ...]] = {
-    "token": (0.4, 0.8, 1.2, 1.6, 2.0, 2.6),
+    "token": (0.4, 0.8, 1.2, 1.6, 2.0, 2.6, 3.5, 5.0),
     "persistence": (0.0, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95),
     "request": (0.0, 0.2, 0.35, 0.5, 0.7, 0.9, 1.2),
     "category": (0.1, 0.25, 0.4, 0.6, 0.8),
     "popularity": (0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6),
-    "neighbour": (0.0, 0.2, 0.4, 0.6, 0.8),
+    "neighbour": (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95),
 }
 
 

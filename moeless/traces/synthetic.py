@@ -30,7 +30,9 @@ from moeless.traces.writers import RequestRows, TokenTraceWriter
 
 @dataclass(frozen=True)
 class SyntheticParams:
-    """Standard deviations in units of the Gumbel noise's scale; defaults are the fit to gpt-oss-20b's routing.
+    """Standard deviations in units of the Gumbel noise's scale.
+
+    The defaults are of the order of real models'; ``moeless.traces.calibration.calibrate`` fits them to a trace.
 
     Attributes:
         popularity: of the layer's expert logits, where they are not given.
@@ -73,6 +75,7 @@ def _route(base_LE, fresh_TLE, noise_TLE, spread, persistence, neighbour, topk_T
     keep, renew = persistence, np.sqrt(1.0 - persistence * persistence)
     below, own = neighbour, np.sqrt(1.0 - neighbour * neighbour)
     state = np.zeros((layers, experts))
+    seen = np.zeros(experts)
     score = np.zeros(experts)
     for token in range(tokens):
         for layer in range(layers):
@@ -81,12 +84,11 @@ def _route(base_LE, fresh_TLE, noise_TLE, spread, persistence, neighbour, topk_T
                 if token > 0:
                     value = keep * state[layer, expert] + renew * value
                 state[layer, expert] = value
-            # the deviation that scores is shared in part with the layer below
+            # the deviation that scores is shared in part with the layer below, and through it with all below
             for expert in range(experts):
-                seen = state[layer, expert]
-                if layer > 0:
-                    seen = below * state[layer - 1, expert] + own * seen
-                score[expert] = base_LE[layer, expert] + spread * seen + noise_TLE[token, layer, expert]
+                value = state[layer, expert]
+                seen[expert] = value if layer == 0 else below * seen[expert] + own * value
+                score[expert] = base_LE[layer, expert] + spread * seen[expert] + noise_TLE[token, layer, expert]
             for k in range(top):
                 best = 0
                 for expert in range(1, experts):
