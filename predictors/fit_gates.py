@@ -14,6 +14,10 @@ from moeless.predictors.gates import Gates
 from moeless.predictors.layer_aware import LayerAware
 from moeless.predictors.training import LinearHeads, Problem, TrainSettings, fit_heads, recall_of
 
+#: A model's own gates reproduce its routing up to rounding of what they see; another checkpoint's do not.
+EXPLAINED = 0.97
+CHECK_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class LayerAwareOptions:
@@ -109,4 +113,18 @@ def _gates(given: FitInput, name: str) -> Gates:
     if given.gates is None:
         raise UserError(f"predictor {name!r} starts from the model's gates; name the model with --model")
     given.gates.check(given.rows.spec)
+    raw = GateReuse(given.rows.spec, given.gates)
+    row_T = given.rows.of(given.split.fit)[:CHECK_TOKENS]
+    input_TLH = given.rows.inputs(row_T)
+    found = []
+    for layer in range(given.rows.spec.L):
+        chosen_TK = raw.predict_topk(input_TLH[:, layer], layer, 0)
+        true_TK = given.rows.topk_TLK[row_T, layer].astype(np.int64)
+        found.append(float((true_TK[:, :, None] == chosen_TK[:, None, :]).any(2).mean()))
+    if min(found) < EXPLAINED:
+        raise UserError(
+            f"the gates of {given.gates.source} are not those that made {given.rows.trace.path}: at layer "
+            f"{int(np.argmin(found))} they explain {100 * min(found):.0f} % of its routing; name its model, or record "
+            "the trace again"
+        )
     return given.gates

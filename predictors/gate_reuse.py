@@ -62,8 +62,8 @@ class GateReuse(TokenLevel):
         return fit_gate_reuse(given)
 
     def covers(self, layer: int, distance: int) -> bool:
-        """Any pair of layers of the model."""
-        return layer >= 0 and distance >= 1 and layer + distance < self.spec.L
+        """Any pair of layers of the model; at distance 0 it is the layer's own router."""
+        return layer >= 0 and distance >= 0 and layer + distance < self.spec.L
 
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
         """The target gate's selection scores."""

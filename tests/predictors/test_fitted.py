@@ -63,6 +63,13 @@ def test_a_layer_s_own_gate_explains_its_routing(made, world):
     assert (chosen == np.sort(rows.topk_TLK[row_T], -1)).mean() > 0.999
 
 
+def test_gates_of_another_checkpoint_are_refused(world):
+    rows, split, gates, _ = world
+    other = Gates(gates.weight_LEH[::-1].copy(), None, None, gates.rule, "other")
+    with pytest.raises(UserError, match="gates of other are not those that made"):
+        fit("gate_reuse", rows, split, FitSettings((1,)), gates=other)
+
+
 @pytest.mark.parametrize("name", FITTED)
 def test_forecasts_sum_to_tokens_times_top_k(world, name):
     rows, _, _, fitted = world
