@@ -64,9 +64,15 @@ def jobs(options: Options, sources: Iterable[Source], policies: Sequence[str] = 
     }
 
 
+#: Rows already read, by the identity of their data; the data is kept so that the identity stays its own.
+_READ: dict[int, tuple[Mapping[str, Any], Cell]] = {}
+
+
 def cell(data: Mapping[str, Any]) -> Cell:
-    """A cached result row."""
-    return schema.from_json(Cell, data, "cached cell")
+    """A cached result row; checking it takes milliseconds, and figures ask for it many times."""
+    if id(data) not in _READ:
+        _READ[id(data)] = (data, schema.from_json(Cell, data, "cached cell"))
+    return _READ[id(data)][1]
 
 
 def cells(results: Mapping[str, Any], source: Source, costs: str) -> list[Cell]:
