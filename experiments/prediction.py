@@ -79,10 +79,9 @@ def over_distance(found: Mapping[str, Any], metric: str, batch_tokens: int = 1) 
     kept: list[list[float]] = []
     for distance in DISTANCES:
         line = per_layer(found, metric, distance, batch_tokens)
-        if line is not None:
-            kept.append(
-                [distance, *(float(np.mean(part)) for part in (line.y, line.low, line.high) if part is not None)]
-            )
+        if line is not None and line.low is not None and line.high is not None:
+            bands = np.array([line.y, line.low, line.high], np.float64)
+            kept.append([distance, *bands.mean(1).tolist()])
     return Line(*[[row[column] for row in kept] for column in range(4)])
 
 
