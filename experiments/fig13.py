@@ -18,6 +18,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         xlabel="prediction distance d (layers)",
         ylabel="mean layer time (ms)",
         title="Layer time over distance",
+        relative=True,
     )
 
 

@@ -18,6 +18,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         xlabel="threshold V on the coefficient of variation",
         ylabel="mean layer time (ms)",
         title="Layer time over V",
+        relative=True,
     )
 
 

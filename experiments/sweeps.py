@@ -46,18 +46,22 @@ def draw(
     xlabel: str,
     ylabel: str,
     title: str,
+    relative: bool = False,
 ) -> Drawn:
-    """One figure per cost model, one line per source."""
+    """One figure per cost model, one line per source; ``relative`` divides by each line's first point."""
     sources = sweep_sources(options)
     plots: dict[str, Plot] = {}
     rows: list[list[Any]] = []
     text = []
+    shown_label = f"{ylabel.partition(' (')[0]} ÷ that at {points[0]}" if relative else ylabel
     for costs in options.costs:
         series: dict[str, line_figures.Line] = {}
         for source in sources:
             found = [serving.cell(results[f"{source.key}|{costs}|{point}"]) for point in points]
             y = [value(one) for one in found]
-            series[source.title] = line_figures.Line(points, y)
+            # sources differ by orders of magnitude; the change is what the figure is about
+            shown = [each / y[0] if relative and y[0] else each for each in y]
+            series[source.title] = line_figures.Line(points, shown)
             rows += [
                 [
                     source.title,
@@ -72,7 +76,9 @@ def draw(
             ]
             text.append(_trend(source, costs, points, y, ylabel))
         plots[costs] = Plot(
-            line_figures.lines(series, xlabel=xlabel, ylabel=ylabel, title=f"{title}, {costs} costs", ylim=(0, None)),
+            line_figures.lines(
+                series, xlabel=xlabel, ylabel=shown_label, title=f"{title}, {costs} costs", ylim=(0, None)
+            ),
             f"{title}: MoEless on {options.cluster} under {costs} costs, one run per point "
             f"(n = {min(row[-1] for row in rows):,} layer runs or more).",
             common_kind(sources),
