@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from moeless.cluster import Cluster
-from moeless.contracts import BoolArray, Budget, IntArray, LayerPlan, PlanInput
+from moeless.contracts import BoolArray, Budget, Forecast, IntArray, LayerPlan, Phase, PlanInput
 from moeless.costs import CostModel
 from moeless.spec import MoESpec
 
@@ -58,3 +58,39 @@ class Planner:
     needs_forecast: bool
     default_predictor: str
     source: str
+
+
+class PlannerInUse:
+    """Mixin of dataclasses that hold a planner with its parameters, model, cluster, costs and budget."""
+
+    planner: Planner
+    params: Any
+    spec: MoESpec
+    cluster: Cluster
+    costs: CostModel
+    budget: Budget
+
+    def plan(
+        self,
+        layer: int,
+        phase: Phase,
+        forecast: Forecast,
+        previous: LayerPlan | None = None,
+        state_R: Any = None,
+        horizon: int = 1,
+    ) -> LayerPlan:
+        """Ask the planner for one layer."""
+        return self.planner.plan_layer(
+            PlanInput(layer, phase, forecast, previous, state_R, horizon),
+            spec=self.spec,
+            cluster=self.cluster,
+            costs=self.costs,
+            budget=self.budget,
+            params=self.params,
+        )
+
+    def dispatch(self, load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray) -> IntArray:
+        """Ask the planner's dispatch for quotas, ``[S, R]``."""
+        return self.planner.dispatch(
+            load_SE, plan, usable_R, spec=self.spec, cluster=self.cluster, costs=self.costs, params=self.params
+        )

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import BoolArray, Budget, FloatArray, Forecast, IntArray, LayerPlan, Phase, PlanInput, Policy
+from moeless.contracts import Budget, FloatArray, Forecast, LayerPlan, Phase, Policy
 from moeless.costs import COSTS, CostModel
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
+from moeless.placement.base import PlannerInUse
 from moeless.spec import MoESpec
 
 #: The routing override, which is no planner.
@@ -25,7 +26,7 @@ FIRST_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class LivePolicy:
+class LivePolicy(PlannerInUse):
     """One policy, ready to decide.
 
     Attributes:
@@ -43,31 +44,6 @@ class LivePolicy:
     cluster: Cluster
     costs: CostModel
     lossy: bool
-
-    def plan(
-        self,
-        layer: int,
-        phase: Phase,
-        forecast: Forecast,
-        previous: LayerPlan | None = None,
-        state_R: Any = None,
-        horizon: int = 1,
-    ) -> LayerPlan:
-        """Ask the planner for one layer."""
-        return self.planner.plan_layer(
-            PlanInput(layer, phase, forecast, previous, state_R, horizon),
-            spec=self.spec,
-            cluster=self.cluster,
-            costs=self.costs,
-            budget=self.budget,
-            params=self.params,
-        )
-
-    def dispatch(self, load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray) -> IntArray:
-        """Ask the planner's dispatch for quotas, ``[S, R]``."""
-        return self.planner.dispatch(
-            load_SE, plan, usable_R, spec=self.spec, cluster=self.cluster, costs=self.costs, params=self.params
-        )
 
     def from_share(self, share_E: FloatArray | None, tokens: int) -> Forecast:
         """A forecast from load shares, even ones where none are known."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import Budget, FloatArray, Forecast, LayerPlan, Phase, PlanInput, Policy
+from moeless.contracts import Budget, FloatArray, Forecast, LayerPlan, Phase, Policy
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
+from moeless.placement.base import PlannerInUse
 from moeless.spec import MoESpec
 
 #: The routing override, which is no planner.
@@ -24,7 +25,7 @@ INTERVAL_ITERATIONS = 10_000
 
 
 @dataclass(frozen=True)
-class PolicyRuntime:
+class PolicyRuntime(PlannerInUse):
     """One policy on one (model, cluster, cost model).
 
     Attributes:
@@ -54,31 +55,6 @@ class PolicyRuntime:
         if self.policy.predictor == "history":
             return f"{self.policy.planner}:{self.policy.predictor}"
         return str(self.policy)
-
-    def plan(
-        self,
-        layer: int,
-        phase: Phase,
-        forecast: Forecast,
-        previous: LayerPlan | None = None,
-        state_R: Any = None,
-        horizon: int = 1,
-    ) -> LayerPlan:
-        """Ask the planner for one layer."""
-        return self.planner.plan_layer(
-            PlanInput(layer, phase, forecast, previous, state_R, horizon),
-            spec=self.spec,
-            cluster=self.cluster,
-            costs=self.costs,
-            budget=self.budget,
-            params=self.params,
-        )
-
-    def dispatch(self, load_SE: Any, plan: LayerPlan, usable_R: Any) -> Any:
-        """Ask the planner's dispatch for quotas, ``[S, R]``."""
-        return self.planner.dispatch(
-            load_SE, plan, usable_R, spec=self.spec, cluster=self.cluster, costs=self.costs, params=self.params
-        )
 
     def deployment(self, share: FloatArray | None, layer: int) -> LayerPlan:
         """The plan with which the run starts, from the shares known beforehand (even ones where none are)."""
