@@ -35,7 +35,7 @@ These commands are the same ones that run here on synthetic routing and the bund
 weights, which are not at hand here, so their figures are not among the ones above.
 
 ```
-moeless trace mistralai/Mixtral-8x7B-Instruct-v0.1 --prompts lmsys/lmsys-chat-1m --max-requests 1000 \\
+moeless trace mistralai/Mixtral-8x7B-Instruct-v0.1 lmsys/lmsys-chat-1m --max-requests 1000 \\
     --router-inputs --device-map auto --out traces/mixtral-lmsys
 moeless reproduce all --full --trace traces/mixtral-lmsys --cluster a6000x8
 ```
