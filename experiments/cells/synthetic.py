@@ -1,10 +1,10 @@
 """Artefacts: made-up routing for models whose weights are out of reach, always labelled synthetic.
 
 A token goes to the K experts with the largest ``p + c + r + u + Gumbel noise``: p the layer's popularity, c the
-deviation of its category, r that of its request, u a deviation that persists from token to token. All are normal; their
-spreads come from a coarse search against real routing of gpt-oss-20b (32 experts, top-4, 8 GPUs, contiguous experts),
-where they give an imbalance of 1.82 over all tokens of one request (real: 1.84), 1.43 over 16 requests pooled (1.49) and
-1.65 in a decode step of 16 (1.64); neighbouring layers are independent, which real ones are not.
+deviation of its category, r that of its request, u a deviation that persists from token to token. All are normal;
+their spreads come from a coarse search against real routing of gpt-oss-20b (32 experts, top-4, 8 GPUs, contiguous
+experts), where they give an imbalance of 1.82 over all tokens of one request (real: 1.84), 1.43 over 16 requests
+pooled (1.49) and 1.65 in a decode step of 16 (1.64); neighbouring layers are independent, which real ones are not.
 """
 
 from __future__ import annotations
