@@ -59,6 +59,9 @@ class Forecast:
         object.__setattr__(self, "var_E", var)
         if mean.ndim != 1 or var.shape != mean.shape:
             raise UserError(f"a forecast needs mean and variance of one length, got {mean.shape} and {var.shape}")
+        # an array's minimum and maximum pass a NaN on, and no comparison holds for one
+        if all(x.min(initial=0.0) >= 0.0 and x.max(initial=0.0) < np.inf for x in (mean, var)):
+            return
         if not (np.isfinite(mean).all() and np.isfinite(var).all()):
             raise UserError(f"the forecast of {self.source!r} holds a value that is not finite")
         if (mean < 0).any() or (var < 0).any():
@@ -118,13 +121,19 @@ class LayerPlan:
         expert = np.ascontiguousarray(expert_R, np.int32)
         gpu = np.ascontiguousarray(gpu_R, np.int32)
         primary = np.ascontiguousarray(primary_R, np.bool_)
+        cls(layer, expert, gpu, primary)._check_replicas(num_experts, num_gpus)
         order = np.lexsort((expert, ~primary, gpu))
-        plan = cls(layer, expert[order], gpu[order], primary[order])
-        plan.validate(num_experts=num_experts, num_gpus=num_gpus)
-        return plan
+        return cls(layer, expert[order], gpu[order], primary[order])
 
     def validate(self, *, num_experts: int, num_gpus: int) -> None:
         """Raise :class:`UserError` where the plan breaks the contract."""
+        self._check_replicas(num_experts, num_gpus)
+        order = np.lexsort((self.expert_R, ~self.primary_R, self.gpu_R))
+        if (order != np.arange(self.R)).any():
+            raise UserError(f"plan of layer {self.layer}: replicas are not sorted by GPU, primary first, expert")
+
+    def _check_replicas(self, num_experts: int, num_gpus: int) -> None:
+        """All of :meth:`validate` but the order of the replicas."""
         expert, gpu, primary = self.expert_R, self.gpu_R, self.primary_R
         where = f"plan of layer {self.layer}"
         if not (expert.ndim == gpu.ndim == primary.ndim == 1 and len(expert) == len(gpu) == len(primary)):
@@ -137,9 +146,6 @@ class LayerPlan:
         if (counts != 1).any():
             bad = int(np.flatnonzero(counts != 1)[0])
             raise UserError(f"{where}: expert {bad} has {int(counts[bad])} primaries, it needs exactly one")
-        order = np.lexsort((expert, ~primary, gpu))
-        if (order != np.arange(len(expert))).any():
-            raise UserError(f"{where}: replicas are not sorted by GPU, primary first, expert")
 
     @property
     def R(self) -> int:

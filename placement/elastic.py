@@ -34,9 +34,10 @@ from moeless.costs.kernels import quota_time
 from moeless.errors import UserError
 from moeless.placement import dispatch_kernels as kernels
 from moeless.placement.base import Planner
+from moeless.placement.choose_kernels import choose_extras, static_and_bound
 from moeless.placement.dispatch import even_dispatch, serving_R
-from moeless.placement.grow_kernels import BY_EXPERT, BY_GPU, BY_LEVEL, grow
-from moeless.placement.layout import check_static_fits, room_G, spare_replicas, static_gpu_E
+from moeless.placement.grow_kernels import BY_GPU, grow
+from moeless.placement.layout import static_layout
 from moeless.spec import MoESpec
 
 
@@ -99,18 +100,7 @@ def scenarios_CE(forecast: Forecast, scenarios: int, seed: int) -> IntArray:
 
 Copies = tuple[Int32Array, Int32Array]
 
-
-def _candidates(
-    weights: list[FloatArray], gpu_E: IntArray, room: IntArray, extra: int, rules: list[int]
-) -> list[Copies]:
-    made = []
-    for weight_E in weights:
-        for rule in rules:
-            expert_R = np.empty(len(gpu_E) + extra, np.int32)
-            gpu_R = np.empty(len(gpu_E) + extra, np.int32)
-            count = grow(weight_E, gpu_E, room, extra, rule, expert_R, gpu_R)
-            made.append((expert_R[:count], gpu_R[:count]))
-    return made
+_POLICY = Policy("elastic")
 
 
 def _previous_copies(x: PlanInput, gpu_E: IntArray, room: IntArray, max_extra: int) -> Copies | None:
@@ -134,12 +124,13 @@ def _arrival_seconds(copies: Copies, x: PlanInput, spec: MoESpec, costs: CostMod
         return 0.0
     live = np.ones(x.previous.R, np.bool_)
     if x.state_R is not None:
-        live = np.isin(x.state_R, (InstanceState.WARM, InstanceState.LOADING))
-    present = set(zip(x.previous.expert_R[live].tolist(), x.previous.gpu_R[live].tolist(), strict=True))
+        live = (x.state_R == InstanceState.WARM) | (x.state_R == InstanceState.LOADING)
+    absent_EG = np.ones((spec.E, costs.cluster.num_gpus), np.bool_)
+    absent_EG[x.previous.expert_R[live], x.previous.gpu_R[live]] = False
+    expert_X, gpu_X = copies[0][spec.E :], copies[1][spec.E :]
     waiting: dict[int, float] = {}
-    for expert, gpu in zip(copies[0][spec.E :].tolist(), copies[1][spec.E :].tolist(), strict=True):
-        if (expert, gpu) not in present:
-            waiting[gpu] = waiting.get(gpu, 0.0) + costs.load_seconds(spec.expert_bytes, "host", gpu)
+    for gpu in gpu_X[absent_EG[expert_X, gpu_X]].tolist():
+        waiting[gpu] = waiting.get(gpu, 0.0) + costs.load_seconds(spec.expert_bytes, "host", gpu)
     return max(waiting.values(), default=0.0)
 
 
@@ -155,10 +146,7 @@ def plan_layer(
         UserError: a GPU has no room for its static experts.
     """
     gpus, experts = cluster.num_gpus, spec.E
-    gpu_E = static_gpu_E(experts, gpus)
-    room = room_G(budget, spec, gpus)
-    check_static_fits(room, gpu_E)
-    extra = spare_replicas(room, experts, budget.max_extra)
+    gpu_E, room, extra = static_layout(budget, spec, gpus)
     rates = _Rates.of(costs.terms())
     static: Copies = (np.arange(experts, dtype=np.int32), gpu_E.astype(np.int32))
     chosen = static
@@ -180,43 +168,34 @@ def _choose(
     costs: CostModel,
     params: ElasticParams,
 ) -> Copies:
-    mean_E = x.forecast.mean_E
+    mean_E, gpus = x.forecast.mean_E, cluster.num_gpus
+    expert_R, gpu_R = np.empty(spec.E + extra, np.int32), np.empty(spec.E + extra, np.int32)
     if params.scenarios == 0:
-        return _candidates([mean_E], gpu_E, room, extra, [BY_GPU])[0]
+        count = grow(mean_E, gpu_E, room, extra, BY_GPU, expert_R, gpu_R)
+        return expert_R[:count], gpu_R[:count]
     load_CE = scenarios_CE(x.forecast, params.scenarios, params.seed)
-
-    def seconds(copies: Copies) -> tuple[float, float]:
-        found = kernels.expected_seconds(
-            load_CE, *copies, cluster.num_gpus, rates.a, rates.b, rates.c, params.depth, params.fuel
-        )
-        return float(found[0]), float(found[1])
-
+    control = costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0
+    numbers = rates.a, rates.b, rates.c
+    bound_C = np.empty(len(load_CE))
+    plain = static_and_bound(load_CE, gpu_E, gpus, extra, *numbers, bound_C)
+    if params.skip and plain - float(bound_C.sum()) <= control:
+        # not even the best plan there could be would pay
+        return static
     # an expert without tokens costs nothing, any other at least its weight read
     likely_E = np.maximum(rates.a * mean_E, rates.b * -np.expm1(-mean_E)) + rates.c * mean_E
-    tried = [*_candidates([mean_E, likely_E], gpu_E, room, extra, [BY_GPU, BY_EXPERT, BY_LEVEL])]
-    scores = [seconds(copies) for copies in tried]
-    best = int(np.argmin([score for _, score in scores]))
-    plain, least = scores[0][0], scores[best][1]
-    copies, reached = tried[best], least
-    # copies are in order of worth: leave out the last ones as long as little is lost
-    low, high = spec.E, len(copies[0])
-    while low < high:
-        middle = (low + high) // 2
-        score = plain if middle == spec.E else seconds((copies[0][:middle], copies[1][:middle]))[1]
-        if score <= least * (1 + params.economy):
-            high, reached = middle, score
-        else:
-            low = middle + 1
-    copies = copies[0][:high], copies[1][:high]
+    count, reached = choose_extras(
+        load_CE, bound_C, np.stack((mean_E, likely_E)), gpu_E, room, extra, *numbers, params.depth, params.fuel,
+        plain, params.economy, expert_R, gpu_R,
+    )  # fmt: skip
+    copies = expert_R[:count], gpu_R[:count]
     horizon = max(x.horizon_iterations, params.patience_iterations)
     previous = _previous_copies(x, gpu_E, room, extra)
     if previous is not None:
-        kept = seconds(previous)[1]
+        kept = float(kernels.expected_seconds(load_CE, *previous, gpus, *numbers, params.depth, params.fuel)[1])
         if (kept - reached) * horizon <= _arrival_seconds(copies, x, spec, costs) - _arrival_seconds(
             previous, x, spec, costs
         ):
             copies, reached = previous, kept
-    control = costs.control_seconds(Policy("elastic"), x.layer)
     if params.skip and plain - reached <= control:
         return static
     return copies

@@ -5,6 +5,8 @@ Axes: E experts, G GPUs.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from moeless.contracts import Budget, IntArray
@@ -62,3 +64,39 @@ def check_static_fits(room: IntArray, gpu_E: IntArray) -> None:
             f"memory is too small: GPU {gpu} has room for {int(room[gpu])} replicas of a layer, "
             f"its static experts are {int(needed[gpu])}"
         )
+
+
+def static_layout(budget: Budget, spec: MoESpec, num_gpus: int) -> tuple[IntArray, IntArray, int]:
+    """Static GPU of each expert ``[E]``, room of each GPU ``[G]``, extras that fit; shared by calls, so read only.
+
+    Raises:
+        UserError: a GPU has no room for its static experts, or the budget is not one of this cluster.
+    """
+    slots, room_bytes = np.asarray(budget.slots_G), np.asarray(budget.bytes_G)
+    return _layout(
+        slots.tobytes(), slots.dtype.str, slots.shape, room_bytes.tobytes(), room_bytes.dtype.str, room_bytes.shape,
+        budget.max_extra, spec, num_gpus,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _layout(
+    slots: bytes,
+    slots_type: str,
+    slots_shape: tuple[int, ...],
+    room_bytes: bytes,
+    bytes_type: str,
+    bytes_shape: tuple[int, ...],
+    max_extra: int,
+    spec: MoESpec,
+    num_gpus: int,
+) -> tuple[IntArray, IntArray, int]:
+    budget = Budget(
+        np.frombuffer(slots, slots_type).reshape(slots_shape),
+        np.frombuffer(room_bytes, bytes_type).reshape(bytes_shape),
+        max_extra,
+    )
+    gpu_E = static_gpu_E(spec.E, num_gpus)
+    room = room_G(budget, spec, num_gpus)
+    check_static_fits(room, gpu_E)
+    return gpu_E, room, spare_replicas(room, spec.E, max_extra)

@@ -130,14 +130,14 @@ def place_replicas(load_P: FloatArray, expert_P: IntArray, room: IntArray, alive
 
 def alive_copies_EG(x: PlanInput, num_experts: int, num_gpus: int) -> IntArray:
     """Copies of the previous plan that are warm or loading, ``[E, G]``."""
-    alive_EG = np.zeros((num_experts, num_gpus), np.int64)
-    if x.previous is not None:
-        expert, gpu = x.previous.expert_R, x.previous.gpu_R
-        if x.state_R is not None:
-            live = np.isin(x.state_R, (InstanceState.WARM, InstanceState.LOADING))
-            expert, gpu = expert[live], gpu[live]
-        np.add.at(alive_EG, (expert, gpu), 1)
-    return alive_EG
+    if x.previous is None:
+        return np.zeros((num_experts, num_gpus), np.int64)
+    expert, gpu = x.previous.expert_R, x.previous.gpu_R
+    if x.state_R is not None:
+        live = (x.state_R == InstanceState.WARM) | (x.state_R == InstanceState.LOADING)
+        expert, gpu = expert[live], gpu[live]
+    counts = np.bincount(expert.astype(np.int64) * num_gpus + gpu, minlength=num_experts * num_gpus)
+    return counts.astype(np.int64, copy=False).reshape(num_experts, num_gpus)
 
 
 def plan_layer(
@@ -164,7 +164,10 @@ def plan_layer(
         room = np.full(gpus, len(expert_P))
     gpu_P = place_replicas(load_P, expert_P, room, alive_copies_EG(x, spec.E, gpus))
     first = np.zeros(len(expert_P), np.bool_)
-    first[np.unique(expert_P, return_index=True)[1]] = True
+    # assigned last to first, so that an expert keeps its first position
+    first_E = np.empty(spec.E, np.int64)
+    first_E[expert_P[::-1]] = np.arange(len(expert_P))[::-1]
+    first[first_E] = True
     return LayerPlan.build(x.layer, expert_P, gpu_P, first, num_experts=spec.E, num_gpus=gpus)
 
 
