@@ -11,7 +11,8 @@ from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.errors import UserError
-from moeless.placement.dispatch_kernels import choose_copies
+from moeless.placement.choose_kernels import static_and_bound
+from moeless.placement.dispatch_kernels import choose_copies, expected_seconds
 from moeless.placement.elastic import ElasticParams, dispatch, plan_layer, scenarios_CE
 from moeless.placement.exact import exact_dispatch, terms_seconds
 from moeless.placement.layout import static_gpu_E
@@ -170,3 +171,19 @@ def test_compiled_search_equals_its_plain_python():
             )  # fmt: skip
             found.append(got)
         np.testing.assert_array_equal(*found)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([30, 1000, 60_000]), st.integers(2, 9), st.integers(1, 2))
+@settings(max_examples=60, deadline=None)
+def test_no_plan_beats_the_bound_that_skips_layers(seed, tokens, gpus, extra):
+    _, _, model = setting(gpus)
+    terms = model.terms()
+    numbers = terms.token_seconds, terms.floor_seconds, 2 * terms.link_seconds
+    load_CE = np.stack([skewed(seed + i, tokens) for i in range(4)])
+    plan = plan_for(load_CE[0], gpus, extra, scenarios=0, skip=False)
+    order = np.argsort(~plan.primary_R * 100 + plan.expert_R, kind="stable")
+    bound_C = np.empty(4)
+    plain = static_and_bound(load_CE, static_gpu_E(32, gpus), gpus, plan.num_extra, *numbers, bound_C)
+    static, reached = expected_seconds(load_CE, plan.expert_R[order], plan.gpu_R[order], gpus, *numbers, 3, 4000)
+    assert plain == static
+    assert bound_C.sum() <= reached <= static
