@@ -14,10 +14,6 @@ from moeless.errors import UserError
 T = TypeVar("T")
 
 
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
 def to_json(value: Any) -> Any:
     """Dataclasses as dictionaries, tuples as lists, NumPy scalars as Python's.
 
@@ -49,10 +45,11 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise UserError(f"{where} has an unknown key {unknown[0]!r}; known ones are {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
     values = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _value(_hints(cls)[name], data[name], f"{where}.{name}")
+            values[name] = _value(hints[name], data[name], f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where} lacks the key {name!r}")
     return cls(**values)
