@@ -4,21 +4,24 @@ Gap closed is the ratio of sums Σ(T_static − T) / Σ(T_static − T_bound) ov
 better than static EP, 1 is the bound. Requests are split 70/30 (seed 0); history is the training part's mean load,
 iterations come from the test part only.
 
-Axes: B (iteration, layer) pairs, L layers, E experts, K experts per token, T tokens.
+Axes: I iterations, B (iteration, layer) pairs, L layers, E experts, K experts per token, T tokens.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from moeless.cluster import Cluster, cluster
 from moeless.contracts import FloatArray, IntArray, Phase
+from moeless.costs.kernels import KernelTerms
 from moeless.costs.roofline import RooflineCosts
 from moeless.spec import MoESpec, preset
+from moeless.traces.synthetic import SyntheticParams, route
 
 SEED = 0
 PAIRS = 216
@@ -42,15 +45,17 @@ REGIMES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
-    """Real routing with its split: ``topk_TLK``, rows of each request, training and test requests."""
+    """Routing with its split: ``topk_TLK``, rows of each request, training and test requests."""
 
+    name: str
     topk_TLK: np.ndarray
     offsets: np.ndarray
     train: np.ndarray
     test: np.ndarray
     spec: MoESpec
+    synthetic: bool = False
 
     def loads(self, rows: np.ndarray) -> IntArray:
         """Load of the rows, ``[L, E]``."""
@@ -68,17 +73,43 @@ def protocol_spec() -> MoESpec:
     return MoESpec.from_json(shapes | {"expert_bias": False})
 
 
-def load_routing(path: Path | None = None) -> Routing:
-    """gpt-oss-20b's routing of 615 requests; needs the development data."""
+def routing_path() -> Path:
+    """gpt-oss-20b's routing in the development data."""
     root = Path(os.environ.get("MOELESS_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-    path = path or root / "routing" / "gpt-oss-20b.npz"
+    path = root / "routing" / "gpt-oss-20b.npz"
     if not path.exists():
         raise SystemExit("needs the development data: set MOELESS_SHARED_DATA to its folder")
-    with np.load(path) as data:
+    return path
+
+
+def load_routing() -> Routing:
+    """gpt-oss-20b's routing of 615 requests; needs the development data."""
+    with np.load(routing_path()) as data:
         topk, offsets = data["experts"], data["offsets"]
-    order = np.random.default_rng(SEED).permutation(len(offsets) - 1)
-    cut = int(0.7 * len(order))
-    return Routing(topk, offsets, np.sort(order[:cut]), np.sort(order[cut:]), protocol_spec())
+    return Routing("gpt-oss-20b", topk, offsets, *_split(len(offsets) - 1), protocol_spec())
+
+
+def synthetic_routing(name: str, layers: int = 12, requests: int = 150) -> Routing:
+    """Made-up routing with a preset's experts and top-k, bf16 weights; some of its layers stand for all."""
+    spec = preset(name).with_expert_dtype("bfloat16")
+    params, rng = SyntheticParams(), np.random.default_rng([SEED, 1])
+    shape = (layers, spec.E)
+    common = rng.normal(0.0, params.popularity, shape)
+    bases = common + rng.normal(0.0, params.category, (params.categories, *shape))
+    parts = []
+    for request in range(requests):
+        mine = np.random.default_rng([SEED, 2, request])
+        base = bases[int(mine.integers(params.categories))] + mine.normal(0.0, params.request, shape)
+        parts.append(route(int(np.clip(mine.geometric(1 / 256), 64, 1024)), base, spec.K, params, mine))
+    offsets = np.cumsum([0, *map(len, parts)])
+    return Routing(name, np.concatenate(parts), offsets, *_split(requests), spec, synthetic=True)
+
+
+def _split(requests: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test requests, 70/30; the same as ``moeless.predictors.split``."""
+    order = np.random.default_rng(SEED).permutation(requests)
+    cut = round(0.7 * requests)
+    return np.sort(order[:cut]), np.sort(order[cut:])
 
 
 def history_share_LE(routing: Routing) -> FloatArray:
@@ -101,22 +132,34 @@ def sample_rows(routing: Routing, regime: Regime, rng: np.random.Generator, requ
     return first + (rng.random(regime.tokens) * (stop - first)).astype(np.int64)
 
 
-def sample_pairs(routing: Routing, regime: Regime, pairs: int = PAIRS) -> tuple[IntArray, IntArray]:
-    """Layer and load of each pair, ``[B]`` and ``[B, E]``, from the test requests."""
+def sample_iterations(routing: Routing, regime: Regime, pairs: int = PAIRS) -> list[np.ndarray]:
+    """Rows of the iterations of the test requests that hold at least so many (iteration, layer) pairs."""
     rng = np.random.default_rng([SEED, int(regime.phase), regime.tokens])
-    layers = routing.topk_TLK.shape[1]
-    loads = [routing.loads(sample_rows(routing, regime, rng, routing.test)) for _ in range(-(-pairs // layers))]
-    return np.tile(np.arange(layers), len(loads)), np.concatenate(loads)
+    count = -(-pairs // routing.topk_TLK.shape[1])
+    return [sample_rows(routing, regime, rng, routing.test) for _ in range(count)]
 
 
-def protocol_costs(num_gpus: int = 8, spec: MoESpec | None = None, control: bool = False) -> RooflineCosts:
+class ProtocolCosts(RooflineCosts):
+    """Roofline compute; every token travels, wherever it came from, as the protocol's formula has it."""
+
+    def kernel_terms(self) -> KernelTerms:
+        terms = super().kernel_terms()
+        return terms._replace(local_is_free=False, slow_bytes_per_second=terms.fast_bytes_per_second)
+
+    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
+        link = self.cluster.fast
+        return 2.0 * (float(bytes_SG.sum(0).max()) / link.bandwidth + link.latency)
+
+
+@lru_cache(maxsize=64)
+def protocol_costs(num_gpus: int = 8, spec: MoESpec | None = None, control: bool = False) -> ProtocolCosts:
     """H100 constants on one switch: 700 TFLOP/s, 3.0 TB/s, 3 µs launch, 300 GB/s, 10 µs."""
     machine: Cluster = cluster("h100x8")
     if num_gpus != machine.num_gpus:
         machine = Cluster(
             f"h100-switch-{num_gpus}", machine.device, num_gpus, num_gpus, num_gpus, machine.fast, machine.slow
         )
-    return RooflineCosts(spec or protocol_spec(), machine, charge_control=control)
+    return ProtocolCosts(spec or protocol_spec(), machine, charge_control=control)
 
 
 def pair_seconds(tokens_BR: IntArray, gpu_R: IntArray, costs: RooflineCosts) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -38,6 +39,21 @@ class Dispatch(Protocol):
     ) -> IntArray: ...
 
 
+class ShareBudget(Protocol):
+    """Room of each layer, out of what all layers have together; ``budget`` is an even layer's."""
+
+    def __call__(
+        self,
+        inputs_L: Sequence[PlanInput],
+        *,
+        spec: MoESpec,
+        cluster: Cluster,
+        costs: CostModel,
+        budget: Budget,
+        params: Any,
+    ) -> list[Budget]: ...
+
+
 @dataclass(frozen=True)
 class Planner:
     """A named pair of functions.
@@ -48,6 +64,7 @@ class Planner:
         needs_forecast: False where the plan does not depend on a forecast.
         default_predictor: what ``--policy NAME`` alone uses.
         source: paper or repository that the method comes from.
+        share_budget: for planners that give some layers more room than others; None where each has the same.
     """
 
     name: str
@@ -58,6 +75,31 @@ class Planner:
     needs_forecast: bool
     default_predictor: str
     source: str
+    share_budget: ShareBudget | None = None
+
+
+def plan_all_layers(
+    planner: Planner,
+    inputs_L: Sequence[PlanInput],
+    *,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: CostModel,
+    budget: Budget,
+    params: Any,
+) -> list[LayerPlan]:
+    """Plan all layers of a model at one time, each within ``budget`` or what the planner makes of it for all.
+
+    Raises:
+        UserError: the planner refuses the budget.
+    """
+    budgets = [budget] * len(inputs_L)
+    if planner.share_budget is not None:
+        budgets = planner.share_budget(inputs_L, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
+    return [
+        planner.plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=room, params=params)
+        for x, room in zip(inputs_L, budgets, strict=True)
+    ]
 
 
 class PlannerInUse:
@@ -82,6 +124,27 @@ class PlannerInUse:
         """Ask the planner for one layer."""
         return self.planner.plan_layer(
             PlanInput(layer, phase, forecast, previous, state_R, horizon),
+            spec=self.spec,
+            cluster=self.cluster,
+            costs=self.costs,
+            budget=self.budget,
+            params=self.params,
+        )
+
+    def plan_all(
+        self,
+        phase: Phase,
+        forecast_L: Sequence[Forecast],
+        previous_L: Sequence[LayerPlan] | None = None,
+        horizon: int = 1,
+    ) -> list[LayerPlan]:
+        """Ask the planner for all layers at one time."""
+        return plan_all_layers(
+            self.planner,
+            [
+                PlanInput(layer, phase, forecast, previous_L[layer] if previous_L else None, None, horizon)
+                for layer, forecast in enumerate(forecast_L)
+            ],
             spec=self.spec,
             cluster=self.cluster,
             costs=self.costs,

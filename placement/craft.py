@@ -1,16 +1,19 @@
 """CRAFT: replicate only where it pays, with a replica budget for each layer.
 
 Source: Zhao et al., "CRAFT: Cost-aware Expert Replica Allocation with Fine-Grained Layerwise Estimations",
-arXiv 2603.28768. The benefit of replicas is estimated as the balancedness (mean over maximum GPU load) that EPLB
-reaches with them; layers that gain little get few. This is our reading of it: replicas come in rounds of one slot on
-every GPU; a single layer takes rounds while each gains at least ``min_benefit``; a whole model's budget goes, round
-by round, to the layer that gains most per replica.
+arXiv 2603.28768: existing schemes replicate more than pays; the most balance under a memory budget comes from deciding
+per layer, by the estimated benefit of its replicas. The rest is our reading: benefit is the balancedness (mean over
+maximum GPU load) that EPLB reaches; replicas come in rounds of one slot on every GPU; the budget of all layers together
+goes, round by round, to the layer that gains most per round, as long as that is at least ``min_benefit``; one layer
+takes at most ``max_share`` times an even layer's replicas. A layer planned alone has its own budget only, as in the
+live engine, whose memory has as many places in every layer.
 
 Axes: L layers, E experts, G GPUs, P replicas, N rounds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +35,17 @@ class CraftParams:
 
     Attributes:
         min_benefit: balancedness that a further slot per GPU must add in a layer to be taken.
+        max_share: most replicas of one layer, in units of what each layer would have if all had the same.
     """
 
     min_benefit: float = 0.02
+    max_share: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.min_benefit >= 0:
             raise UserError(f"min_benefit must be a number of at least 0, got {self.min_benefit}")
+        if not self.max_share >= 1:
+            raise UserError(f"max_share must be a number of at least 1, got {self.max_share}")
 
 
 def balancedness(weight_E: FloatArray, capacity_G: IntArray) -> float:
@@ -62,34 +69,61 @@ def benefits_N(weight_E: FloatArray, room: IntArray, max_extra: int) -> FloatArr
     return np.array([balancedness(weight_E, eplb.capacities(experts + extra, room)) for extra in extras])
 
 
-def layer_budgets(weight_LE: FloatArray, room: IntArray, max_extra: int, total_extra: int) -> IntArray:
-    """Extra replicas of each layer, ``[L]``, summing to at most ``total_extra``.
+def rounds_L(curves: Sequence[FloatArray], cost_N: IntArray, total_extra: int, min_benefit: float) -> IntArray:
+    """Rounds of each layer, ``[L]``, whose extras sum to at most ``total_extra``.
 
-    Each time the layer whose best run of further rounds gains most per round takes the first of them.
+    Each time the layer whose best run of further rounds gains most per round takes the first of them; ties go to the
+    lowest layer.
+
+    Args:
+        curves: balancedness of each layer after 0, 1, 2 ... rounds.
+        cost_N: extras of 0, 1, 2 ... rounds.
     """
-    gpus = len(room)
-    curves = [benefits_N(weight_E, room, max_extra) for weight_E in weight_LE]
     rounds = np.zeros(len(curves), np.int64)
-
-    def extra(layer: int, count: int) -> int:
-        return min(count * gpus, max_extra)
-
     spent = 0
     while True:
-        best, best_gain = -1, 1e-9
+        best, best_gain = -1, max(min_benefit, 1e-9)
         for layer, curve in enumerate(curves):
             now = int(rounds[layer])
-            cost = extra(layer, now + 1) - extra(layer, now)
-            if now + 1 >= len(curve) or spent + cost > total_extra:
+            if now + 1 >= len(curve) or spent + cost_N[now + 1] - cost_N[now] > total_extra:
                 continue
             # a round that gains nothing alone may open the way for the next
             gain = max((curve[k] - curve[now]) / (k - now) for k in range(now + 1, len(curve)))
-            if gain > best_gain:
+            if gain > best_gain or (best < 0 and gain == best_gain):
                 best, best_gain = layer, gain
         if best < 0:
-            return np.array([extra(layer, int(n)) for layer, n in enumerate(rounds)], np.int64)
-        spent += extra(best, int(rounds[best]) + 1) - extra(best, int(rounds[best]))
+            return rounds
+        spent += int(cost_N[rounds[best] + 1] - cost_N[rounds[best]])
         rounds[best] += 1
+
+
+def share_budget(
+    inputs_L: Sequence[PlanInput],
+    *,
+    spec: MoESpec,
+    cluster: Cluster,
+    costs: CostModel,
+    budget: Budget,
+    params: CraftParams,
+) -> list[Budget]:
+    """Room of each layer, out of as much as all have together where each has ``budget``.
+
+    Raises:
+        UserError: the experts do not fit.
+    """
+    gpus = cluster.num_gpus
+    room = room_G(budget, spec, gpus)
+    even = spare_replicas(room, spec.E, budget.max_extra)
+    most = int(even * params.max_share)
+    # rounds past the even layer's widen every GPU alike
+    wider = -(-(most - even) // gpus)
+    cost_N = np.array([*range(0, most, gpus), most] if most else [0])
+    curves = [benefits_N(x.forecast.mean_E, room + wider, most) for x in inputs_L]
+    budgets = []
+    for taken in cost_N[rounds_L(curves, cost_N, even * len(curves), params.min_benefit)].tolist():
+        over = max(0, -(-(taken - even) // gpus))
+        budgets.append(Budget(budget.slots_G + over, budget.bytes_G + float(over * spec.expert_bytes), taken))
+    return budgets
 
 
 def plan_layer(
@@ -127,4 +161,5 @@ PLANNER = Planner(
     needs_forecast=True,
     default_predictor="history",
     source="CRAFT, arXiv 2603.28768; layouts by EPLB",
+    share_budget=share_budget,
 )

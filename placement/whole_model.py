@@ -15,7 +15,7 @@ from moeless.cluster import Cluster
 from moeless.contracts import Budget, Forecast, IntArray, ModelPlan, Phase, PlanInput
 from moeless.costs import CostModel
 from moeless.errors import UserError
-from moeless.placement.base import Planner
+from moeless.placement.base import Planner, plan_all_layers
 from moeless.placement.static import static_plan
 from moeless.spec import MoESpec
 
@@ -59,25 +59,14 @@ def plan_model(
     """
     if len(forecast_L) != spec.L:
         raise UserError(f"{spec.name} has {spec.L} MoE layers, {len(forecast_L)} forecasts were given")
-    layers = tuple(
-        planner.plan_layer(
-            PlanInput(
-                layer,
-                phase,
-                forecast,
-                None if previous is None else previous.layers[layer],
-                None,
-                horizon_iterations,
-            ),
-            spec=spec,
-            cluster=cluster,
-            costs=costs,
-            budget=budget,
-            params=params,
+    inputs = [
+        PlanInput(
+            layer, phase, forecast, None if previous is None else previous.layers[layer], None, horizon_iterations
         )
         for layer, forecast in enumerate(forecast_L)
-    )
-    return ModelPlan(spec.name, spec.E, cluster.num_gpus, planner.name, layers, dict(notes or {}))
+    ]
+    layers = plan_all_layers(planner, inputs, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
+    return ModelPlan(spec.name, spec.E, cluster.num_gpus, planner.name, tuple(layers), dict(notes or {}))
 
 
 def spread_over_sources(load_E: IntArray, num_sources: int) -> IntArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,12 +56,12 @@ class PolicyRuntime(PlannerInUse):
             return f"{self.policy.planner}:{self.policy.predictor}"
         return str(self.policy)
 
-    def deployment(self, share: FloatArray | None, layer: int) -> LayerPlan:
-        """The plan with which the run starts, from the shares known beforehand (even ones where none are)."""
-        share_E = np.full(self.spec.E, 1.0 / self.spec.E) if share is None else share
-        mean_E = share_E * DEPLOYMENT_TOKENS * self.spec.K
-        forecast = Forecast(mean_E, mean_E.copy(), DEPLOYMENT_TOKENS, "history")
-        return self.plan(layer, Phase.MIXED, forecast, horizon=INTERVAL_ITERATIONS)
+    def deployment(self, share_L: Sequence[FloatArray | None]) -> list[LayerPlan]:
+        """The plans with which the run starts, from the shares known beforehand (even ones where none are)."""
+        even_E = np.full(self.spec.E, 1.0 / self.spec.E)
+        mean_LE = [(even_E if share is None else share) * DEPLOYMENT_TOKENS * self.spec.K for share in share_L]
+        forecasts = [Forecast(mean_E, mean_E.copy(), DEPLOYMENT_TOKENS, "history") for mean_E in mean_LE]
+        return self.plan_all(Phase.MIXED, forecasts, horizon=INTERVAL_ITERATIONS)
 
 
 def resolve(

@@ -71,7 +71,7 @@ class Stage:
         self.terms = self.costs.kernel_terms()
         self.outage = Outage(self.cluster.G)
         layers = range(self.spec.L)
-        self._wanted = [runtime.deployment(history.share(layer), layer) for layer in layers]
+        self._wanted = runtime.deployment([history.share(layer) for layer in layers])
         self.ahead = AheadPlans(runtime, pool, history, list(self._wanted), self.outage)
         self.control_L = np.array([self.costs.control_seconds(runtime.policy, layer) for layer in layers])
         self._misc = self.costs.misc_seconds()
@@ -297,12 +297,10 @@ class Stage:
             return
         self._planned_at = now
         tokens = max(1, round(self.history.mean_tokens or 1))
-        self._pending, ready = [], now
-        for layer, old in enumerate(self.plans):
-            mean_E = self.history.share_or_even(layer) * (tokens * self.spec.K)
-            forecast = Forecast(mean_E, mean_E.copy(), tokens, "history")
-            new = self.runtime.plan(layer, Phase.MIXED, forecast, old, None, INTERVAL_ITERATIONS)
-            self._pending.append(new)
+        mean_LE = [self.history.share_or_even(layer) * (tokens * self.spec.K) for layer in range(self.spec.L)]
+        forecasts = [Forecast(mean_E, mean_E.copy(), tokens, "history") for mean_E in mean_LE]
+        self._pending, ready = self.runtime.plan_all(Phase.MIXED, forecasts, self.plans, INTERVAL_ITERATIONS), now
+        for layer, (old, new) in enumerate(zip(self.plans, self._pending, strict=True)):
             there = self.outage.evacuate(new)
             # both plans' copies are in memory until the switch
             both = np.concatenate([old.expert_R, there.expert_R]), np.concatenate([old.gpu_R, there.gpu_R])

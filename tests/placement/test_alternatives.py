@@ -14,8 +14,9 @@ from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.errors import UserError
 from moeless.placement import PLANNERS
+from moeless.placement.base import plan_all_layers
 from moeless.placement.bound import layer_bound
-from moeless.placement.craft import benefits_N, layer_budgets
+from moeless.placement.craft import benefits_N
 from moeless.placement.exact import terms_seconds
 from moeless.placement.milp import MilpParams, best_plan
 from moeless.spec import Attention, MoESpec
@@ -73,10 +74,27 @@ def test_llep_leaves_mild_imbalance_alone_and_spills_heavy_ones(plan_with):
 def test_craft_spends_replicas_where_they_balance(plan_with):
     assert plan_with("craft", np.full(8, 100.0), 4, 2).num_extra == 0
     assert plan_with("craft", [5000, 10, 10, 10, 10, 10, 10, 10], 4, 2).num_extra > 0
-    weights = np.array([np.full(8, 100.0), [5000, 10, 10, 10, 10, 10, 10, 10], np.full(8, 7.0)])
-    room = np.full(4, 4)
-    assert layer_budgets(weights, room, 8, 8).tolist() == [0, 8, 0]
-    assert benefits_N(weights[1], room, 8)[-1] > benefits_N(weights[1], room, 8)[0]
+    curve = benefits_N(np.array([5000.0, 10, 10, 10, 10, 10, 10, 10]), np.full(4, 4), 8)
+    assert curve[-1] > curve[0]
+
+
+def test_craft_spends_a_models_replicas_in_the_layers_that_need_them():
+    craft, hot = PLANNERS.get("craft"), [5000.0, 10, 10, 10, 10, 10, 10, 10]
+    budget = Budget.even(8, 4, 1, SPEC.expert_bytes)
+    shared = {"spec": SPEC, "cluster": FOUR, "costs": COST, "params": craft.params()}
+
+    def plans(*loads, **more):
+        inputs = [
+            PlanInput(layer, Phase.PREFILL, Forecast(np.array(load), np.zeros(8), 1, "test"))
+            for layer, load in enumerate(loads)
+        ]
+        return plan_all_layers(craft, inputs, budget=budget, **{**shared, **more})
+
+    # the even layers leave theirs to the one that is not, up to twice an even layer's
+    assert [plan.num_extra for plan in plans([100.0] * 8, hot, [7.0] * 8)] == [0, 8, 0]
+    assert [plan.num_extra for plan in plans([100.0] * 8, hot, params=craft.params(max_share=1.0))] == [0, 4]
+    assert sum(plan.num_extra for plan in plans(hot, hot, hot)) == 12
+    assert plans([100.0] * 8, hot)[1].slots_G(4).max() <= budget.slots_G.max() + 1
 
 
 @pytest.mark.parametrize("tokens", [60, 20_000])

@@ -139,7 +139,7 @@ def test_one_request_alone_takes_the_sum_of_its_iterations(spec, topk, replay_fo
 
 def resolve_static(spec, where, model, layer):
     runtime = resolve(Policy("static"), spec=spec, cluster=where, costs=model, extra_slots=0, predictors={})
-    return runtime.deployment(None, layer)
+    return runtime.deployment([None] * spec.L)[layer]
 
 
 def test_one_gpu_takes_the_sum_over_all_experts_and_exchanges_nothing(spec, requests, replay_for):

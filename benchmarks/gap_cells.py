@@ -1,0 +1,177 @@
+"""One planner's cells of the gap-closed tables: plan, dispatch, time, compare.
+
+Axes: I iterations, L layers, B (iteration, layer) pairs, E experts, S source ranks, R replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from gap_forecasts import forecasts
+from gap_protocol import (
+    Regime,
+    Routing,
+    bound_seconds,
+    gap_closed,
+    history_share_LE,
+    pair_seconds,
+    protocol_costs,
+    sample_iterations,
+)
+
+from moeless.contracts import Budget, FloatArray, Forecast, IntArray, LayerPlan, PlanInput, Policy
+from moeless.placement import PLANNERS
+from moeless.placement.base import plan_all_layers
+from moeless.placement.exact import exact_dispatch
+from moeless.placement.static import static_plan
+from moeless.placement.whole_model import spread_over_sources
+
+#: Iterations that a plan made from history stays.
+LONG_HORIZON = 10_000
+#: Seconds for one exact dispatch; where it runs out, the best solution known counts.
+EXACT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the tables, with what it takes to read it.
+
+    Attributes:
+        room: part of static EP's time that the bound leaves to save.
+        gap, low, high: gap closed with its bootstrap 90 % interval.
+        saved_percent: time saved against static EP, in per cent of its time.
+        extras: copies beyond the primaries, mean over layers and iterations.
+        below_exact: the exact dispatch's gap closed on the same plans less this one's; None where not solved.
+        exact_saved_percent: its time saved, in per cent of static EP's.
+    """
+
+    routing: str
+    synthetic: bool
+    gpus: int
+    extra_slots: int
+    regime: str
+    know: str
+    charged: bool
+    planner: str
+    pairs: int
+    static_us: float
+    room: float
+    gap: float
+    low: float
+    high: float
+    saved_percent: float
+    extras: float
+    below_exact: float | None = None
+    exact_saved_percent: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one planner is asked for: a cell in each way of charging control time."""
+
+    gpus: int
+    extra_slots: int
+    regime: Regime
+    know: str
+    planner: str
+    exact: bool = False
+
+
+@lru_cache(maxsize=8)
+def _loads(routing: Routing, regime: Regime, pairs: int) -> IntArray:
+    return np.stack([routing.loads(rows) for rows in sample_iterations(routing, regime, pairs)])
+
+
+@lru_cache(maxsize=2)
+def _shares(routing: Routing) -> FloatArray:
+    return history_share_LE(routing)
+
+
+def plan_iteration(
+    name: str, forecast_L: list[Forecast], regime: Regime, budget: Budget, costs: Any, horizon: int = 1
+) -> list[LayerPlan]:
+    """A planner's plans of all layers, from nothing."""
+    planner = PLANNERS.get(name)
+    inputs = [PlanInput(layer, regime.phase, f, None, None, horizon) for layer, f in enumerate(forecast_L)]
+    return plan_all_layers(
+        planner, inputs, spec=costs.spec, cluster=costs.cluster, costs=costs, budget=budget, params=planner.params()
+    )
+
+
+def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forecast]] | None) -> list[Cell]:
+    """The cells of a question; ``given`` are the predicted forecasts."""
+    q, spec = question, routing.spec
+    load_ILE, share_LE = _loads(routing, q.regime, pairs), _shares(routing)
+    load_BE = load_ILE.reshape(-1, spec.E)
+    told = lru_cache(maxsize=None)(
+        lambda i: given[i] if given is not None else forecasts(q.know, q.regime.tokens, share_LE, load_ILE[i], i)
+    )
+    costs = protocol_costs(q.gpus, spec)
+    plain = static_plan(0, spec.E, q.gpus)
+    static_B = pair_seconds(load_BE[:, plain.expert_R], plain.gpu_R, costs)
+    bound_B = bound_seconds(load_BE, costs)
+    budget = Budget.even(spec.E, q.gpus, q.extra_slots, spec.expert_bytes)
+    cells = []
+    for charged in (False, True):
+        solve = q.exact and not charged
+        time_B, exact_B, extras = _run(q, load_ILE, told, protocol_costs(q.gpus, spec, charged), budget, solve)
+        middle, low, high = gap_closed(static_B, time_B, bound_B)
+        exact = gap_closed(static_B, exact_B, bound_B)[0] if solve else None
+        cells.append(
+            Cell(
+                routing=routing.name,
+                synthetic=routing.synthetic,
+                gpus=q.gpus,
+                extra_slots=q.extra_slots,
+                regime=q.regime.name,
+                know=q.know,
+                charged=charged,
+                planner=q.planner,
+                pairs=len(load_BE),
+                static_us=float(static_B.mean() * 1e6),
+                room=float(1 - bound_B.sum() / static_B.sum()),
+                gap=middle,
+                low=low,
+                high=high,
+                saved_percent=float(100 * (1 - time_B.sum() / static_B.sum())),
+                extras=extras,
+                below_exact=None if exact is None else exact - middle,
+                exact_saved_percent=float(100 * (1 - exact_B.sum() / static_B.sum())) if solve else None,
+            )
+        )
+    return cells
+
+
+def _run(
+    q: Question, load_ILE: IntArray, told: Callable[[int], list[Forecast]], costs: Any, budget: Budget, exact: bool
+) -> tuple[FloatArray, FloatArray, float]:
+    """Seconds of each pair by the planner's dispatch and by the exact one, and mean extras."""
+    spec, machine, planner = costs.spec, costs.cluster, PLANNERS.get(q.planner)
+    params, control = planner.params(), costs.control_seconds(Policy(q.planner), 0)
+    stays = q.know == "history"
+    plans = plan_iteration(q.planner, told(0), q.regime, budget, costs, LONG_HORIZON) if stays else []
+    time, optimal, extras = [], [], 0
+    for i, load_LE in enumerate(load_ILE):
+        if not stays:
+            plans = plan_iteration(q.planner, told(i), q.regime, budget, costs)
+        for plan, load_E in zip(plans, load_LE, strict=True):
+            usable_R = np.ones(plan.R, np.bool_)
+            quota_SR = planner.dispatch(
+                spread_over_sources(load_E, q.gpus), plan, usable_R,
+                spec=spec, cluster=machine, costs=costs, params=params,
+            )  # fmt: skip
+            # a layer without extras has nothing to decide: its skip path takes no control time
+            paid = control if plan.num_extra else 0.0
+            time.append(pair_seconds(quota_SR.sum(0), plan.gpu_R, costs)[0] + paid)
+            extras += plan.num_extra
+            if exact:
+                solved = exact_dispatch(load_E, plan, usable_R, costs.terms(), q.gpus, time_limit=EXACT_SECONDS)
+                optimal.append(min(solved.seconds, time[-1]))
+    return np.array(time), np.array(optimal or time), extras / max(len(time), 1)
