@@ -80,6 +80,9 @@ def command(
         bool, typer.Option("--scale-to-zero", help="Serverless policies give GPUs back while idle.")
     ] = False,
     container: Annotated[float, typer.Option("--container", min=0.0, help="Seconds to start a GPU container.")] = 1.0,
+    start: Annotated[
+        float, typer.Option("--start", min=0.0, help="Seconds to start a copy's instance, beside its transfer.")
+    ] = 0.0,
     fail_gpu: Annotated[
         list[str] | None, typer.Option("--fail-gpu", help="SECONDS:GPU[:RESTART_SECONDS]; repeatable.")
     ] = None,
@@ -232,6 +235,7 @@ def command(
         keep_alive=keep_alive,
         scale_to_zero=scale_to_zero,
         container_seconds=container,
+        start_seconds=start,
         failures=tuple(Failure.parse(text) for text in fail_gpu or ()),
         home=home,
         replan_seconds=600.0 if replan is None else replan,

@@ -1,4 +1,4 @@
-"""The experiments by name, in the order of the paper."""
+"""The experiments by name, in the order of the paper; studies beyond it follow."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ NAMES = (
     "fig15",
     "fig16",
     "fig17",
+    # beyond the paper
+    "components",
+    "coldstart",
+    "burstiness",
+    "drift",
+    "scale",
 )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moeless.contracts import Policy
+from moeless.metrics import schema
+from moeless.metrics.requests import parse_goodput
+from moeless.simulator.bench import Bench, BenchConfig
 
-def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
-    """One policy under one cost model: a result row.
+
+def prepare(params: dict[str, Any], needs: list[Any]) -> tuple[Bench, str, Policy]:
+    """The benchmark that a cell's parameters describe, its cost model and its policy.
 
     Params: ``policy``, ``costs``, and any field of ``BenchConfig`` but the trace and the predictors, which are
-    ``needs[0]`` and the rest. Planner parameters are those of the one planner.
+    ``needs[0]`` and the rest. Planner parameters are those of the one planner; ``goodput`` holds texts such as
+    ``ttft:500``.
     """
-    from moeless.contracts import Policy
-    from moeless.metrics import schema
-    from moeless.simulator.bench import Bench, BenchConfig
-
     options = dict(params)
     policy = Policy.parse(options.pop("policy"))
     costs = options.pop("costs")
@@ -27,8 +29,15 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
             costs=(costs,),
             predictors=tuple(Path(need) for need in needs[1:]),
             planner_params={policy.planner: planner} if planner else {},
+            objectives=parse_goodput(options.pop("goodput", [])),
             **options,
         )
     )
+    return bench, costs, policy
+
+
+def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
+    """One policy under one cost model: a result row; parameters as in :func:`prepare`."""
+    bench, costs, policy = prepare(params, needs)
     data: dict[str, Any] = schema.to_json(bench.run_cell(costs, policy).cell)
     return data

@@ -90,6 +90,7 @@ def provision(  # type: ignore[no-untyped-def]
     histogram_LEB,
     island_size,
     tier_seconds,
+    start_seconds,
     instant,
     ready,
     born,
@@ -129,15 +130,17 @@ def provision(  # type: ignore[no-untyped-def]
             counters[REFUSED] += 1
             continue
         start = now
-        seconds, tier = 0.0, 2
+        seconds, tier, begin = 0.0, 2, 0.0
         if not instant:
+            begin = start_seconds
             seconds, tier = _source(layer, expert, gpu, now, island_size, tier_seconds, ready)
             # a GPU's copy engine takes one transfer at a time
             start = max(now, engine_free_G[gpu])
             engine_free_G[gpu] = start + seconds
         born[layer, expert, gpu] = now
-        ready[layer, expert, gpu] = start + seconds
-        used[layer, expert, gpu] = start + seconds
+        # instances start beside each other; only their transfers queue
+        ready[layer, expert, gpu] = start + seconds + begin
+        used[layer, expert, gpu] = start + seconds + begin
         resident_G[gpu] += num_bytes
         counters[LOADS] += 1
         counters[BY_TIER + tier] += 1

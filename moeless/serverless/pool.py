@@ -40,6 +40,7 @@ class PoolSettings:
             of the running requests leave, moment by moment.
         scale_to_zero: idle for a keep-alive, all copies expire and all GPUs are given back.
         container_seconds: starting a GPU container again; its non-expert weights then load from ``home``.
+        start_seconds: starting a copy's function instance, beside the transfer of its weights.
     """
 
     keep_alive: KeepAlive = field(default_factory=KeepAlive)
@@ -48,12 +49,15 @@ class PoolSettings:
     expert_bytes_G: tuple[float, ...] | None = None
     scale_to_zero: bool = False
     container_seconds: float = 1.0
+    start_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.home not in HOME_TIERS:
             raise UserError(f"experts' home is {self.home!r}, it must be host or storage")
         if not self.container_seconds >= 0:
             raise UserError(f"a container's start must take at least 0 seconds, got {self.container_seconds}")
+        if not self.start_seconds >= 0:
+            raise UserError(f"an instance's start must take at least 0 seconds, got {self.start_seconds}")
 
 
 class InstancePool:
@@ -152,6 +156,7 @@ class InstancePool:
             self._histogram_LEB,
             self.cluster.island_size,
             self.tier_seconds,
+            self.settings.start_seconds,
             self.settings.instant,
             self.ready_LEG,
             self.born_LEG,

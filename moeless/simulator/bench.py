@@ -49,8 +49,9 @@ class BenchConfig:
         part: which requests of the trace are served: ``test``, those that history and fitting leave out, or ``tune``,
             a share of the others, so that what is tuned can be tested on requests that tuning never saw.
         arrivals_window: seconds [start, stop) of a request trace's file that are used.
-        keep_alive, home, scale_to_zero, container_seconds: of expert copies; see ``moeless.serverless``. Serverful
-            planners keep no copy that their plan does not hold, and never scale to zero.
+        keep_alive, home, scale_to_zero, container_seconds, start_seconds: of expert copies; see
+            ``moeless.serverless``. Serverful planners keep no copy that their plan does not hold, and never scale to
+            zero.
         failures: what breaks, and when.
         replan_seconds: between EPLB's plans.
         plan_every: iterations between the plans of planners that plan per iteration (moeless, elastic).
@@ -81,6 +82,7 @@ class BenchConfig:
     keep_alive: float | str = 10.0
     scale_to_zero: bool = False
     container_seconds: float = 1.0
+    start_seconds: float = 0.0
     failures: tuple[Failure, ...] = ()
     home: str = "host"
     replan_seconds: float = 600.0
@@ -272,6 +274,7 @@ class Bench:
                     instant=instant,
                     scale_to_zero=config.scale_to_zero and not serverful,
                     container_seconds=config.container_seconds,
+                    start_seconds=config.start_seconds,
                 ),
                 config.replan_seconds,
                 config.plan_every,
@@ -312,6 +315,7 @@ class Bench:
             "extra_slots": config.extra_slots,
             "copies": "instant" if instant else "timed",
             "keep_alive": keep_alive,
+            "start_seconds": config.start_seconds,
             "plan_every": config.plan_every,
             "seed": config.seed,
         }

@@ -181,3 +181,13 @@ def test_memory_is_conserved_whatever_the_plans(steps):
         later = pool.resident_byte_seconds(now)
         assert later >= resident
         resident = later
+
+
+def test_instances_start_beside_each_other_and_only_transfers_queue():
+    fast, slow = pool_with(), pool_with(start_seconds=0.5)
+    wanted = plan(0, (0, 1), (1, 1))
+    for pool in (fast, slow):
+        give(pool, wanted, 1.0)
+    late_R = slow.ready_at(wanted) - fast.ready_at(wanted)
+    assert late_R == pytest.approx(np.where(wanted.primary_R, 0.0, 0.5))
+    assert (slow.engine_free_G == fast.engine_free_G).all()

@@ -1,0 +1,71 @@
+"""Burstiness of arrivals: the same mean rate, evenly spread or in bursts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeless.experiments import study
+from moeless.experiments.base import Drawn, Experiment, Job, Options
+
+POLICIES = ("static", "eplb:history", "moeless:history", "elastic:history")
+#: Gamma shapes of the gaps: 1 is Poisson, below is burstier.
+SHAPES = (0.1, 0.25, 0.5, 1.0, 4.0)
+RATE = 6.0
+
+
+def _points() -> dict[str, dict[str, Any]]:
+    points: dict[str, dict[str, Any]] = {f"shape {shape:g}": {"arrivals": f"gamma:{RATE}:{shape}"} for shape in SHAPES}
+    # silence for nine tenths of the time: where giving GPUs back could pay
+    points["on-off 2 s of 20 s"] = {"arrivals": f"on-off:{RATE / 10}:2:18", "scale_to_zero": True, "keep_alive": "2"}
+    return points
+
+
+def _jobs(options: Options) -> Mapping[str, Job]:
+    requests = options.pick(24, 1000)
+    return study.jobs(options, POLICIES, _points(), max_requests=requests, goodput=list(study.OBJECTIVES))
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    x = {f"shape {shape:g}": shape for shape in SHAPES}
+    plots = {
+        "ttft": study.lines(
+            options, results, x, POLICIES, lambda one: one.request.p99_ttft_ms if one.request else float("nan"),
+            xlabel="gamma shape of the gaps (smaller is burstier)", ylabel="p99 time to first token (ms)",
+            title="First tokens over burstiness", log_x=True,
+        ),
+        "layer": study.lines(
+            options, results, x, POLICIES, lambda one: one.layer.mean_ms,
+            xlabel="gamma shape of the gaps (smaller is burstier)", ylabel="mean layer time (ms)",
+            title="Layer time over burstiness", log_x=True,
+        ),
+    }  # fmt: skip
+    labels = list(_points())
+    text = []
+    for policy in POLICIES:
+        even, bursty = (study.found(results, f"shape {shape:g}", policy) for shape in (SHAPES[-1], SHAPES[0]))
+        if even.request and bursty.request:
+            text.append(
+                f"{policy}: from gaps of shape {SHAPES[-1]:g} to {SHAPES[0]:g}, p99 time to first token changes by "
+                f"{study.change(bursty.request.p99_ttft_ms, even.request.p99_ttft_ms)}."
+            )
+    quiet = labels[-1]
+    base, mine = study.found(results, quiet, "static"), study.found(results, quiet, "moeless:history")
+    if base.request and mine.request:
+        text.append(
+            f"Bursts of two seconds in twenty, GPUs given back after 2 s of silence: moeless holds GPUs "
+            f"{study.change(mine.billing.gpu_seconds, base.billing.gpu_seconds)} and its mean time to first token is "
+            f"{mine.request.mean_ttft_ms:.0f} ms, static EP's {base.request.mean_ttft_ms:.0f} ms."
+        )
+    data = study.table(results, labels, POLICIES, f"Arrivals of {RATE:g} requests/s on the mean")
+    return Drawn(plots, {"arrivals": data}, text=text, warnings=study.warnings(results))
+
+
+EXPERIMENT = Experiment(
+    name="burstiness",
+    title="Beyond the paper: burstiness of arrivals",
+    question="How do the policies bear bursts, and what does giving GPUs back save in the silence between?",
+    stated="One production trace is replayed; burstiness is not varied.",
+    jobs=_jobs,
+    draw=_draw,
+)

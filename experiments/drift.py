@@ -1,0 +1,72 @@
+"""Drift of domains: the same requests mixed, or one domain after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moeless.experiments import study
+from moeless.experiments.base import Drawn, Experiment, Job, Options
+
+POLICIES = ("static", "eplb:history", "moeless:history", "moeless:last", "moeless:oracle:1", "elastic:history")
+ORDERS = {"mixed": False, "one domain after the other": True}
+#: Seconds between EPLB's plans; the paper's example of ten minutes never plans in a quick run.
+REPLAN = {"": 600.0, ", EPLB plans every 2 s": 2.0}
+
+
+def _points() -> dict[str, dict[str, Any]]:
+    return {
+        order + pace: {"blocks": blocks, "replan_seconds": seconds}
+        for order, blocks in ORDERS.items()
+        for pace, seconds in REPLAN.items()
+    }
+
+
+def _policies(label: str) -> tuple[str, ...]:
+    return ("eplb:history",) if "EPLB" in label else POLICIES
+
+
+def _jobs(options: Options) -> Mapping[str, Job]:
+    made: dict[str, Job] = {}
+    for label, changes in _points().items():
+        made |= study.jobs(options, _policies(label), {label: changes}, max_requests=options.pick(24, 1000))
+    function = "moeless.experiments.cells.drift:serve"
+    return {name: dataclasses.replace(job, function=function) for name, job in made.items()}
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    mixed, blocks = ORDERS
+    rows = [
+        study.row(label, policy, study.found(results, label, policy))
+        for label in _points()
+        for policy in _policies(label)
+    ]
+    text = []
+    for policy in POLICIES:
+        one, two = (study.found(results, order, policy).layer for order in (mixed, blocks))
+        text.append(
+            f"{policy}: imbalance {one.imbalance:.3f} mixed, {two.imbalance:.3f} with one domain after the other; "
+            f"layer time {study.change(two.mean_ms, one.mean_ms)}."
+        )
+    two = study.found(results, f"{blocks}, EPLB plans every 2 s", "eplb:history").layer
+    text.append(f"eplb:history planning every 2 s: imbalance {two.imbalance:.3f} with one domain after the other.")
+    plots = {
+        "imbalance": study.lines(
+            options, results, {mixed: 0.0, blocks: 1.0}, POLICIES, lambda found: found.layer.imbalance,
+            xlabel="0: domains mixed, 1: one domain after the other", ylabel="imbalance over GPUs",
+            title="Imbalance under drift",
+        )
+    }  # fmt: skip
+    data = dataclasses.replace(study.table({}, (), (), "The same requests in two orders"), rows=rows)
+    return Drawn(plots, {"orders": data}, text=text, warnings=study.warnings(results))
+
+
+EXPERIMENT = Experiment(
+    name="drift",
+    title="Beyond the paper: drift of domains",
+    question="What happens to plans made from the past when the domain of the requests changes?",
+    stated="Two prompt sets are served, each by itself.",
+    jobs=_jobs,
+    draw=_draw,
+)

@@ -1,0 +1,91 @@
+"""From one node to 1,024 GPUs: what two link tiers and many GPUs per expert do to each policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeless.experiments import study
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.report import line_figures
+
+POLICIES = ("static", "eplb:history", "eplb-hierarchical:history", "moeless:history", "elastic:history", "oracle")
+GPUS = (8, 32, 128, 512, 1024)
+MODEL = "deepseek-v3"
+COLUMNS = ("GPUs", *study.COLUMNS[1:6], "experts (ms)", "all-to-all (ms)", "control (ms)", "waiting (ms)", "layer runs")
+
+
+def _jobs(options: Options) -> Mapping[str, Job]:
+    made = {}
+    for gpus in GPUS:
+        for policy in POLICIES:
+            params = {
+                "model": MODEL,
+                "layers": options.pick(2, 8),
+                "gpus": gpus,
+                "requests_per_gpu": 32,
+                "prompt_tokens": 16,
+                "output_tokens": options.pick(16, 128),
+                "policy": policy,
+                "costs": study.physical(options),
+                "extra_slots": 1,
+                "plan_every": 8,
+                "seed": options.seed,
+            }
+            label = f"serve {MODEL} by {policy} on {gpus} GPUs"
+            made[f"{gpus}|{policy}"] = Job(label, "moeless.experiments.cells.scale:serve", params)
+    return made
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    found = {(gpus, policy): study.found(results, str(gpus), policy) for gpus in GPUS for policy in POLICIES}
+    rows = []
+    for (gpus, policy), one in found.items():
+        layer = one.layer
+        parts = [layer.parts_ms[name] for name in ("expert", "all_to_all", "control", "stall")]
+        rows.append([gpus, policy, layer.mean_ms, layer.p99_ms, layer.imbalance, layer.replicas, *parts, layer.samples])
+    series = {
+        policy: line_figures.Line(
+            GPUS, [found[gpus, policy].layer.mean_ms / found[gpus, "static"].layer.mean_ms for gpus in GPUS]
+        )
+        for policy in POLICIES
+    }
+    runs = min(one.layer.samples for one in found.values())
+    plot = Plot(
+        line_figures.lines(
+            series, xlabel="GPUs", ylabel="mean layer time ÷ static EP's", title="Layer time over GPUs",
+            policies=True, log_x=True, ylim=(0, None),
+        ),
+        f"32 decoding requests a GPU (prompts included), {MODEL} shapes, nodes of eight H100, "
+        f"{study.physical(options)} costs, one extra slot per GPU; n = {runs:,} layer runs a point.",
+        "synthetic",
+        "synthetic routing",
+    )  # fmt: skip
+    text = []
+    for gpus in GPUS:
+        best = min(POLICIES[:-1], key=lambda policy: found[gpus, policy].layer.mean_ms)
+        base = found[gpus, "static"].layer.mean_ms
+        text.append(
+            f"{gpus} GPUs: {best} is fastest without changing outputs, "
+            f"{study.change(found[gpus, best].layer.mean_ms, base)} against static EP; "
+            f"elastic {study.change(found[gpus, 'elastic:history'].layer.mean_ms, base)}."
+        )
+    text.append(
+        "With more GPUs than experts static EP, and the oracle on its placement, leave GPUs without work: there "
+        "copies are what uses a cluster at all. Elastic never moves a primary, so it starts from a worse place than "
+        "EPLB."
+    )
+    notes = [
+        text for text in dict.fromkeys(note for one in found.values() for note in one.warnings) if "p99" not in text
+    ]
+    return Drawn({"gpus": plot}, {"points": Data(COLUMNS, rows, "Each policy", show=True)}, text=text, warnings=notes)
+
+
+EXPERIMENT = Experiment(
+    name="scale",
+    title="Beyond the paper: 8 to 1,024 GPUs",
+    question="Which policy helps how much as the cluster grows over nodes with two link tiers?",
+    stated="Eight GPUs of one machine; nothing larger is shown.",
+    jobs=_jobs,
+    draw=_draw,
+)

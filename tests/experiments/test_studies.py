@@ -1,0 +1,92 @@
+"""The studies beyond the paper: their own cells, and that they leave what they do not study as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moeless.cluster import cluster
+from moeless.contracts import Budget, Forecast, Phase, PlanInput, Request
+from moeless.costs import COSTS
+from moeless.experiments.cells import parts
+from moeless.experiments.cells.drift import in_blocks
+from moeless.experiments.cells.scale import serve
+from moeless.placement.layout import static_gpu_E
+from moeless.spec import preset
+from moeless.workloads.lengths import Workload
+
+
+def planned(previous=None, **params):
+    spec, where = preset("phi-3.5-moe"), cluster("h100x8")
+    mean_E = np.arange(16, dtype=np.float64) ** 2
+    return parts.plan_layer(
+        PlanInput(0, Phase.DECODE, Forecast(mean_E, mean_E, 620, "test"), previous, None, 1),
+        spec=spec,
+        cluster=where,
+        costs=COSTS.get("roofline")(spec, where),
+        budget=Budget.even(spec.E, where.G, 1, spec.expert_bytes),
+        params=parts.PartsParams(**params),
+    )
+
+
+def test_without_placement_primaries_stay_and_copies_go_to_gpus_in_turn():
+    plan = planned(place=False, reuse=False)
+    primary_E = np.empty(16, np.int64)
+    primary_E[plan.expert_R[plan.primary_R]] = plan.gpu_R[plan.primary_R]
+    assert (primary_E == static_gpu_E(16, 8)).all()
+    copies_G = np.bincount(plan.gpu_R[~plan.primary_R], minlength=8)
+    assert copies_G.sum() > 0
+    assert copies_G.max() - copies_G.min() <= 1
+
+
+def test_without_reuse_a_plan_does_not_depend_on_the_one_before():
+    other = planned(place=False)
+    assert (planned(previous=other, reuse=False).gpu_R == planned(reuse=False).gpu_R).all()
+    kept = planned(previous=other)
+    assert not np.array_equal(kept.gpu_R, planned().gpu_R) or not np.array_equal(kept.expert_R, planned().expert_R)
+
+
+def test_blocks_keep_requests_rows_and_arrivals_and_order_domains():
+    random = np.random.default_rng(0)
+    requests = tuple(
+        Request(
+            i, 0.5 * i, int(random.integers(1, 9)), 3, trace_request=int(random.integers(50)), category="cba"[i % 3]
+        )
+        for i in range(12)
+    )
+    before = Workload(requests, False, (), random.integers(0, 1000, 12))
+    after = in_blocks(before)
+
+    def content(workload):
+        return sorted(
+            (dataclasses.replace(r, id=0, arrival=0.0).__repr__(), int(workload.base_N[r.id]))
+            for r in workload.requests
+        )
+
+    assert content(after) == content(before)
+    assert [r.arrival for r in after.requests] == [r.arrival for r in before.requests]
+    assert [r.id for r in after.requests] == list(range(12))
+    assert [r.category for r in after.requests] == sorted(r.category for r in requests)
+
+
+@pytest.mark.parametrize("gpus", [8, 16])
+def test_a_growing_cluster_is_served_whole_and_labelled_synthetic(gpus):
+    params = {
+        "model": "mixtral-8x7b",
+        "layers": 1,
+        "gpus": gpus,
+        "requests_per_gpu": 2,
+        "prompt_tokens": 3,
+        "output_tokens": 2,
+        "policy": "elastic:history",
+        "costs": "roofline",
+        "extra_slots": 1,
+        "plan_every": 1,
+        "seed": 0,
+    }
+    data = serve(params, [])
+    assert data["evidence"] == "synthetic"
+    assert data["request"]["completed"] == 2 * gpus
+    assert data == serve(params, [])
