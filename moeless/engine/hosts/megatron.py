@@ -1,7 +1,8 @@
 """A Megatron-core ``GPTModel`` whose MoE layers are elastic, with flat batching.
 
-Megatron keeps its parallel state, layers, attention and router; the layer spec swaps in three parts: the elastic MoE
-layer, a core attention over requests, and a router that stays on the model's device.
+Megatron keeps its parallel state, layers, projections, norms and router, and hands its inference context down; the
+layer spec swaps in the elastic MoE layer, a router that stays on the model's device, and attention that reads the
+context (:mod:`moeless.engine.hosts.megatron_context`).
 
 Axes: T tokens of a step, H hidden, E experts, K top-k.
 """
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -26,8 +26,15 @@ from torch.nn import functional
 
 from moeless.engine.checkpoint import Checkpoint, read_expert
 from moeless.engine.ffn import GatedFFN, silu_gate
-from moeless.engine.flat import FlatBatch, KVCache, attend
+from moeless.engine.flat import FlatBatch, KVCache
 from moeless.engine.hosts.base import Host
+from moeless.engine.hosts.megatron_context import (
+    FlatContext,
+    FlatCoreAttention,
+    FlatGPTModel,
+    FlatRotary,
+    FlatSelfAttention,
+)
 from moeless.engine.hosts.megatron_weights import Family, family_of, load_weights
 from moeless.files import read_json
 from moeless.spec import MoESpec
@@ -68,51 +75,6 @@ class ElasticMoELayer(MegatronModule):
         return out.view(hidden_states.shape), None
 
 
-class FlatCoreAttention(MegatronModule):
-    """Attention over each request's own keys and values, in place of the dot-product core."""
-
-    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
-        super().__init__(config=config)
-        self.layer = layer_number - 1
-        self.host: MegatronHost | None = None
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: Any
-    ) -> torch.Tensor:
-        """``[T, 1, heads, D]`` each to ``[T, 1, heads * D]``."""
-        host = self.host
-        assert host is not None
-        out = attend(
-            self.layer,
-            host.cache,
-            host.batch.spans,
-            query[:, 0],
-            key[:, 0],
-            value[:, 0],
-            scale=query.shape[-1] ** -0.5,
-            window=host.family.window,
-        )
-        return out.reshape(len(out), 1, -1)
-
-
-class FlatRotary(torch.nn.Module):
-    """Rotary angles at the batch's own positions instead of 0, 1, 2, ..."""
-
-    def __init__(self, dim: int, base: float, device: torch.device) -> None:
-        super().__init__()
-        self.frequency = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
-        self.position_T = torch.empty(0, device=device)
-
-    def get_rotary_seq_len(self, *_: Any) -> int:
-        """Megatron asks for a length; the positions decide."""
-        return 0
-
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        """Angles ``[T, 1, 1, dim]``."""
-        angles = torch.outer(self.position_T.float(), self.frequency)
-        return torch.cat((angles, angles), -1)[:, None, None, :]
-
-
 class MegatronHost(Host):
     """Mixtral-, Qwen3-MoE- and OLMoE-type checkpoints in a ``GPTModel``.
 
@@ -132,37 +94,33 @@ class MegatronHost(Host):
         self.model = _build(self.family, dtype)
         load_weights(self.model, self.checkpoint, self.family)
         self.model.to(device=device, dtype=dtype).eval()
-        self.rotary = FlatRotary(self.family.head_dim, self.family.rope_theta, device)
-        self.model.rotary_pos_emb = self.rotary
+        self.model.rotary_pos_emb = FlatRotary(self.family.head_dim, self.family.rope_theta, device)
+        self.context = FlatContext(self.cache, self.family.max_positions, self.family.window)
         for module in self.model.modules():
-            if isinstance(module, ElasticMoELayer | FlatCoreAttention):
+            if isinstance(module, ElasticMoELayer):
                 # a plain attribute: the host is no submodule
                 object.__setattr__(module, "host", self)
-        self.model.output_layer.register_forward_pre_hook(self._wanted_rows, with_kwargs=True)
         up, down = (2 * self.family.expert_size, self.family.hidden), (self.family.hidden, self.family.expert_size)
         self.ffn = GatedFFN({"up": up, "down": down}, dtype, silu_gate)
-        self.batch = FlatBatch((), *(torch.empty(0, dtype=torch.int64),) * 3)
-
-    def _wanted_rows(self, _module: Any, args: Any, kwargs: Any) -> Any:
-        return (args[0][self.batch.logit_rows], *args[1:]), kwargs
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         return read_expert(self.checkpoint, f"model.layers.{layer}.mlp.experts", expert)
 
     def step(self, batch: FlatBatch) -> torch.Tensor:
-        self.batch, self.rotary.position_T = batch, batch.position_T
+        self.context.batch = batch
         with torch.inference_mode():
             out = self.model(
                 input_ids=batch.token_T[None],
                 position_ids=batch.position_T[None],
                 attention_mask=None,
+                inference_context=self.context,
                 runtime_gather_output=True,
             )
         logits: torch.Tensor = out[0].float()
         return logits
 
 
-def _build(family: Family, dtype: torch.dtype) -> GPTModel:
+def _build(family: Family, dtype: torch.dtype) -> FlatGPTModel:
     # it warns of every MoE layer that is not its own
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     config = TransformerConfig(
@@ -205,10 +163,11 @@ def _build(family: Family, dtype: torch.dtype) -> GPTModel:
     layer.submodules.mlp = ModuleSpec(module=ElasticMoELayer)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = FlatCoreAttention
+    layer.submodules.self_attention.module = FlatSelfAttention
     if family.qk_norm == "all":
         attention.q_layernorm = ModuleSpec(module=AllHeadsNorm, params={"heads": family.heads})
         attention.k_layernorm = ModuleSpec(module=AllHeadsNorm, params={"heads": family.kv_heads})
-    return GPTModel(
+    return FlatGPTModel(
         config=config,
         transformer_layer_spec=layer,
         vocab_size=family.vocab,
