@@ -122,6 +122,12 @@ def command(
     skip_below: Annotated[
         int, typer.Option("--skip-below", min=0, help="live: smaller iterations use primaries only, unplanned.")
     ] = 0,
+    copy_from: Annotated[
+        Literal["auto", "peer", "host"],
+        typer.Option("--copy-from", help="live: copies from other ranks or host memory; auto takes the cheaper."),
+    ] = "auto",
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="live: 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="live: probability to sample among.")] = 1.0,
     verify: Annotated[bool, typer.Option("--verify", help="live: compare outputs with the unmodified model.")] = False,
     record: Annotated[
         bool, typer.Option("--record", help="live: write the first policy's routing as a trace.")
@@ -189,13 +195,16 @@ def command(
             token_budget=token_budget,
             max_running=max_running,
             extra_slots=extra_slots,
-            keep_alive=KeepAlive.parse(keep_alive).seconds,
+            keep_alive=keep_alive,
+            copy_from=copy_from,
             replan_seconds=2.0 if replan is None else replan,
             skip_below_tokens=skip_below,
             plan_every=plan_every,
             predictors=tuple(predictor or ()),
             objectives=parse_goodput(goodput or []),
             warmup=warmup,
+            temperature=temperature,
+            top_p=top_p,
             verify=verify,
             record=record,
             seed=seed,

@@ -19,12 +19,14 @@ from moeless.engine.checkpoint import Checkpoint
 from moeless.engine.hosts import HOSTS
 from moeless.engine.job import Job
 from moeless.engine.launch import run_forked, run_torchrun
+from moeless.engine.moves import COPY_SOURCES, CopySource
 from moeless.engine.results import CellRecords, cores, finished_requests, make_cell, read_records
 from moeless.engine.workload import WorkloadSettings, live_requests
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_json, write_text
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
+from moeless.serverless import KeepAlive
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers
 
@@ -57,7 +59,8 @@ class LiveConfig:
     max_running: int = 64
     extra_slots: int = 1
     spare_slots: int = 1
-    keep_alive: float = 10.0
+    keep_alive: str = "10"
+    copy_from: CopySource = "auto"
     replan_seconds: float = 2.0
     skip_below_tokens: int = 0
     plan_every: int = 1
@@ -65,6 +68,7 @@ class LiveConfig:
     planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     objectives: tuple[Objective, ...] = ()
     temperature: float = 0.0
+    top_p: float = 1.0
     warmup: int = 0
     verify: bool = False
     record: bool = False
@@ -88,6 +92,13 @@ class LiveBench:
             raise UserError(f"--ranks must be at least 1, got {config.ranks}")
         if config.plan_every < 1:
             raise UserError(f"--plan-every must be at least 1, got {config.plan_every}")
+        if not config.temperature >= 0:
+            raise UserError(f"--temperature must be at least 0, got {config.temperature}")
+        if not 0 < config.top_p <= 1:
+            raise UserError(f"--top-p must lie in (0, 1], got {config.top_p}")
+        if config.copy_from not in COPY_SOURCES:
+            raise UserError(f"--copy-from {config.copy_from!r} is none of {', '.join(COPY_SOURCES)}")
+        KeepAlive.parse(config.keep_alive)
         if not config.policies:
             raise UserError("a live run needs at least one --policy")
         HOSTS.get(config.host)
@@ -174,7 +185,9 @@ class LiveBench:
             plan_every=c.plan_every,
             predictors=c.predictors,
             planner_params=c.planner_params,
+            copy_from=c.copy_from,
             temperature=c.temperature,
+            top_p=c.top_p,
             seed=c.seed,
             verify=c.verify,
             record=c.record,
@@ -271,6 +284,9 @@ def launch(job: Job) -> None:
     from moeless.engine import groups, worker
 
     HOSTS.get(job.host)
+    # compiled here, the planners' kernels need not be compiled by every rank
+    for policy in worker.policies_of(job):
+        policy.warm_up()
     init = f"file://{job.folder / 'rendezvous'}"
 
     def work(rank: int) -> None:

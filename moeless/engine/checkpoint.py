@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,15 @@ _SEPARATE = (
     ("mlp.experts", "gate_proj.weight", "up_proj.weight", "down_proj.weight"),
 )
 
+#: Bits of one number of the types that checkpoints of the supported families use.
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
 
 class Checkpoint:
     """A folder with ``config.json`` and safetensors files.
+
+    Attributes:
+        read_bytes: of all tensors read so far.
 
     Raises:
         UserError: a file is missing, cut short or not safetensors.
@@ -45,6 +52,7 @@ class Checkpoint:
             path = self.folder / "model.safetensors"
             self._file_of = dict.fromkeys(_check(path), path.name)
         self._open: dict[str, Any] = {}
+        self.read_bytes = 0
 
     def __contains__(self, key: str) -> bool:
         return key in self._file_of
@@ -68,7 +76,7 @@ class Checkpoint:
         """
         if key not in self._file_of:
             raise UserError(f"the checkpoint {self.folder} has no tensor {key!r}")
-        return self._handle(key).get_tensor(key)
+        return self._count(self._handle(key).get_tensor(key))
 
     def find(self, key: str) -> str | None:
         """The stored name of a model's parameter; some families rename their MoE blocks when they are loaded."""
@@ -83,7 +91,11 @@ class Checkpoint:
         """``tensor[row]`` without reading the rest; a copy, so that nothing else stays in memory."""
         if key not in self._file_of:
             raise UserError(f"the checkpoint {self.folder} has no tensor {key!r}")
-        return self._handle(key).get_slice(key)[row : row + 1][0].clone()
+        return self._count(self._handle(key).get_slice(key)[row : row + 1][0].clone())
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.read_bytes += tensor.nbytes
+        return tensor
 
 
 def _check(path: Path) -> set[str]:
@@ -97,6 +109,10 @@ def _check(path: Path) -> set[str]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for name, entry in header.items():
+            begin, stop = entry["data_offsets"]
+            if entry["dtype"] in _BITS and (stop - begin) * 8 != math.prod(entry["shape"]) * _BITS[entry["dtype"]]:
+                raise ValueError(f"tensor {name} has shape {entry['shape']} and {stop - begin:,} bytes")
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end:,} bytes and has {size:,}")
         return set(header)

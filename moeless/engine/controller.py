@@ -1,8 +1,11 @@
 """Deciding, on every rank alike, where copies live and which of them serve which tokens.
 
 Each MoE layer has one gather. It carries this rank's token counts, its part of the forecast for the layer at the
-policy's distance, and which planned copies of this layer are complete. From the gathered words every rank computes
-the same quotas and the same next plan, so nothing else has to be agreed upon.
+policy's distance, and which copies of this layer are complete or on their way. From the gathered words every rank
+computes the same quotas, the same next plan and the same moves, so nothing else has to be agreed upon.
+
+Plans are made on a thread beside the model and adopted by all ranks at the same point: those of a layer ahead when
+the next layer begins, an interval planner's (EPLB) when the next iteration begins.
 
 Axes: T tokens of this rank, K top-k, S source ranks, E experts, R replicas of a layer, L MoE layers.
 """
@@ -10,7 +13,7 @@ Axes: T tokens of this rank, K top-k, S source ranks, E experts, R replicas of a
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,8 +22,11 @@ from moeless.contracts import BoolArray, Context, Forecast, InstanceState, IntAr
 from moeless.engine.core import PartTimes
 from moeless.engine.exchange import Exchange
 from moeless.engine.history import LiveHistory
+from moeless.engine.moves import CopySource, Held, moves_to, num_words, pack
+from moeless.engine.planning import Planning
 from moeless.engine.policy import LONG_HORIZON, LivePolicy
 from moeless.engine.store import ReplicaStore
+from moeless.serverless import KeepAlive
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,18 @@ class ControlSettings:
 
     Attributes:
         replan_seconds: between plans of an interval planner (EPLB).
-        keep_alive: seconds that unplanned copies stay in memory.
+        keep_alive: of unplanned copies, for planners that plan per iteration.
         skip_below_tokens: iterations of fewer tokens over all ranks use primaries only, forecast nothing and carry
             counts alone; 0 never skips. Chosen ahead, since every rank knows an iteration's tokens.
         plan_every: iterations from one plan of an ``iteration`` planner to the next.
+        copy_from: where copies come from.
     """
 
     replan_seconds: float = 2.0
-    keep_alive: float = 10.0
+    keep_alive: KeepAlive = field(default_factory=KeepAlive)
     skip_below_tokens: int = 0
     plan_every: int = 1
+    copy_from: CopySource = "auto"
 
 
 class Controller:
@@ -61,79 +69,81 @@ class Controller:
 
     def __init__(self, policy: LivePolicy, exchange: Exchange, store: ReplicaStore, settings: ControlSettings) -> None:
         self.policy, self.exchange, self.store, self.settings = policy, exchange, store, settings
-        self.spec, self.rank = policy.spec, exchange.ranks.rank
+        self.spec, self.rank, self.world = policy.spec, exchange.ranks.rank, exchange.ranks.world
         self.history = LiveHistory(self.spec.L, self.spec.E)
         self.ahead = policy.planner.cadence == "iteration" and policy.predictor is not None
-        self.keep_alive = settings.keep_alive if self.ahead else 0.0
+        self.keep_alive = settings.keep_alive if self.ahead else KeepAlive("fixed", 0.0)
         self.plans = [policy.first_plan(layer, None) for layer in range(self.spec.L)]
-        # readiness as last gathered, equal on all ranks
-        self._ready_LR: list[BoolArray] = [np.ones(plan.R, np.bool_) for plan in self.plans]
+        # as last gathered, equal on all ranks
+        self._held_L = [Held.of_plan(plan, self.world, self.spec.E) for plan in self.plans]
         self._next_replan = settings.replan_seconds
         self._phase, self._tokens, self._now, self._skip = Phase.MIXED, 0, 0.0, False
-        self._planning, self._since_plan = False, 0
+        self._plans_now, self._since_plan, self._carried = False, 0, 0.0
+        self.planning = Planning(policy)
         store.deploy([self._own(plan) for plan in self.plans], self.keep_alive, 0.0)
-        self._warm_up()
 
-    def _warm_up(self) -> None:
-        """Run the planner's and dispatcher's kernels once, so that no iteration compiles them."""
-        plan = self.policy.plan(0, Phase.MIXED, self.policy.from_share(None, 16), self.plans[0], None)
-        load_SE = np.ones((self.exchange.ranks.world, self.spec.E), np.int64)
-        self.policy.dispatch(load_SE, plan, np.ones(plan.R, np.bool_))
+    def close(self) -> None:
+        """End the planning thread; plans that were not adopted are dropped."""
+        self.planning.close()
 
     def _own(self, plan: LayerPlan) -> list[int]:
         return np.unique(plan.expert_R[plan.gpu_R == self.rank]).tolist()
 
     def begin(self, phase: Phase, tokens: int, now: float) -> None:
         """Start an iteration of so many tokens over all ranks; ``now`` is equal on all of them."""
+        started = time.thread_time()
         self._phase, self._tokens, self._now = phase, tokens, now
         self._skip = self.ahead and tokens < self.settings.skip_below_tokens
-        if self.policy.planner.cadence == "interval" and now >= self._next_replan:
-            self._next_replan = now + self.settings.replan_seconds
-            for layer in range(self.spec.L):
-                mean = max(1, round(self.history.mean_tokens(layer) or 1))
-                forecast = self.policy.from_share(self.history.share(layer), mean)
-                self._adopt(self.policy.plan(layer, Phase.MIXED, forecast, self.plans[layer], None, LONG_HORIZON))
-        self._planning = self.ahead and not self._skip and self._since_plan % self.settings.plan_every == 0
+        if self.policy.planner.cadence == "interval":
+            self._adopt_planned()
+            if now >= self._next_replan:
+                self._next_replan = now + self.settings.replan_seconds
+                for layer in range(self.spec.L):
+                    mean = max(1, round(self.history.mean_tokens(layer) or 1))
+                    self._plan(layer, self.policy.from_share(self.history.share(layer), mean), LONG_HORIZON)
+        self._plans_now = self.ahead and not self._skip and self._since_plan % self.settings.plan_every == 0
         self._since_plan += 1
-        if self._planning:
+        if self._plans_now:
             for layer in range(min(self.policy.policy.distance, self.spec.L)):
-                self._replan(layer, self.policy.from_share(self.history.share(layer), tokens))
+                self._plan(layer, self.policy.from_share(self.history.share(layer), tokens))
+        # the first layer's record is charged with it
+        self._carried += time.thread_time() - started
 
-    def _replan(self, layer: int, forecast: Forecast) -> None:
-        ready_R = self._ready_LR[layer]
-        state_R = np.where(ready_R, InstanceState.WARM, InstanceState.LOADING).astype(np.uint8)
-        self._adopt(self.policy.plan(layer, self._phase, forecast, self.plans[layer], state_R))
+    def _plan(self, layer: int, forecast: Forecast, horizon: int = 1) -> None:
+        plan = self.plans[layer]
+        state_R = np.where(self._held_L[layer].ready_R(plan), InstanceState.WARM, InstanceState.LOADING)
+        phase = self._phase if self.ahead else Phase.MIXED
+        self.planning.ask(layer, phase, forecast, plan, state_R.astype(np.uint8), horizon)
 
-    def _adopt(self, plan: LayerPlan) -> None:
-        old, layer = self.plans[plan.layer], plan.layer
-        known = {
-            (int(e), int(g)): bool(r) for e, g, r in zip(old.expert_R, old.gpu_R, self._ready_LR[layer], strict=True)
-        }
-        self._ready_LR[layer] = np.array(
-            [known.get((int(e), int(g)), False) for e, g in zip(plan.expert_R, plan.gpu_R, strict=True)], np.bool_
-        )
-        self.plans[layer] = plan
-        self.store.provision(layer, self._own(plan), self._now)
+    def _adopt_planned(self) -> None:
+        for plan in self.planning.collect():
+            layer, bytes_ = plan.layer, self.spec.expert_bytes
+            moves = moves_to(plan, self._held_L[layer], self.policy.costs, bytes_, self.settings.copy_from)
+            self.plans[layer] = plan
+            self.store.provision(layer, self._own(plan), self._now, moves)
 
     def decide(self, layer: int, hidden_TH: torch.Tensor, topk_TK: torch.Tensor, times: PartTimes) -> Decision:
-        """Gather, forecast, plan the layer at the distance, and assign this layer's tokens.
+        """Gather, forecast, have the layer at the distance planned, and assign this layer's tokens.
 
         Raises:
             RunFailed: an expert that tokens need cannot be brought into memory.
         """
         started = time.thread_time()
+        if self.ahead:
+            self._adopt_planned()
+        self.planning.settle(times)
         ids_TK = topk_TK.cpu().numpy()
         plan, E = self.plans[layer], self.spec.E
         target = layer + self.policy.policy.distance
-        forecasts = self._planning and target < self.spec.L
+        forecasts = self._plans_now and target < self.spec.L
+        tells = self._moves and not self._skip
         parts = [np.bincount(ids_TK.reshape(-1), minlength=E).astype(np.int64)]
         if forecasts:
             parts.append(self._forecast_words(layer, target, hidden_TH, ids_TK))
-        if self._moves and not self._skip:
-            own_R = plan.gpu_R == self.rank
-            bits = [own and self.store.ready(layer, int(e)) for own, e in zip(own_R, plan.expert_R, strict=True)]
-            parts.append(np.array(bits, np.int64))
-        times.control += time.thread_time() - started
+        if tells:
+            parts.append(pack(*self.store.held(layer)))
+        times.control += time.thread_time() - started + self._carried
+        self._carried = 0.0
 
         began = time.perf_counter()
         words_S = self.exchange.gather(np.concatenate(parts))
@@ -141,11 +151,11 @@ class Controller:
 
         started = time.thread_time()
         load_SE = words_S[:, :E]
-        if self._moves and not self._skip:
-            self._ready_LR[layer] = words_S[:, -plan.R :].sum(0) > 0
-        usable_R = plan.primary_R & self._ready_LR[layer] if self._skip else self._ready_LR[layer]
+        if tells:
+            self._held_L[layer] = Held.unpack(words_S[:, -num_words(E) :], E)
         if forecasts:
             self._plan_ahead(target, words_S[:, E : 3 * E])
+        usable_R = self._usable(plan)
         quota_SR = self.policy.dispatch(load_SE, plan, usable_R)
         self.history.add(layer, load_SE.sum(0), self._phase, self._tokens)
         times.control += time.thread_time() - started
@@ -153,6 +163,10 @@ class Controller:
             if not self.store.ready(layer, int(plan.expert_R[r])):
                 times.stall += self.store.wait(layer, int(plan.expert_R[r]))
         return Decision(plan, quota_SR, load_SE, int(usable_R.sum()))
+
+    def _usable(self, plan: LayerPlan) -> BoolArray:
+        ready_R = self._held_L[plan.layer].ready_R(plan)
+        return plan.primary_R & ready_R if self._skip else ready_R
 
     @property
     def _moves(self) -> bool:
@@ -182,5 +196,4 @@ class Controller:
     def _plan_ahead(self, target: int, words_S: IntArray) -> None:
         E = self.spec.E
         total = np.ascontiguousarray(words_S).view(np.float64).sum(0)
-        forecast = Forecast(total[:E], total[E:], self._tokens, self.policy.policy.predictor)
-        self._replan(target, forecast)
+        self._plan(target, Forecast(total[:E], total[E:], self._tokens, self.policy.policy.predictor))

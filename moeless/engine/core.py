@@ -19,13 +19,22 @@ from moeless.engine.ffn import ExpertFFN
 
 @dataclass
 class PartTimes:
-    """Seconds of one layer on one rank; ``compute`` is processor time on CPUs, wall time on GPUs."""
+    """Seconds of one layer on one rank; ``compute`` is processor time on CPUs, wall time on GPUs.
+
+    Attributes:
+        control: own processor time on the critical path.
+        planning: the planning thread's own processor time; ``plan_wait`` is how long this thread waited for it by the
+            clock, ``plan_exposed`` how long it would have waited had the two threads a core each.
+    """
 
     control: float = 0.0
     stall: float = 0.0
     exchange: float = 0.0
     compute: float = 0.0
     total: float = 0.0
+    planning: float = 0.0
+    plan_wait: float = 0.0
+    plan_exposed: float = 0.0
 
 
 def order_by_replica(topk_TK: torch.Tensor, quota_R: IntArray, expert_R: Int32Array) -> torch.Tensor:

@@ -13,8 +13,10 @@ from moeless.engine.controller import Controller
 from moeless.engine.core import PartTimes, run_layer
 from moeless.engine.ffn import ExpertFFN
 
+#: Parts of a layer's time in a record, in seconds; see :class:`moeless.engine.core.PartTimes`.
+PARTS = ("control", "stall", "exchange", "compute", "total", "planning", "plan_wait", "plan_exposed")
 #: Columns of a record: seconds by part, then this rank's tokens and copies.
-COLUMNS = ("control", "stall", "exchange", "compute", "total", "tokens", "replicas", "active", "warm", "resident")
+COLUMNS = (*PARTS, "tokens", "replicas", "active", "warm", "resident")
 
 
 @dataclass
@@ -60,11 +62,7 @@ class ElasticExperts:
         tokens = int(used_R[plan.gpu_R == controller.rank].sum())
         self.rows.append(
             (
-                times.control,
-                times.stall,
-                times.exchange,
-                times.compute,
-                times.total,
+                *(getattr(times, part) for part in PARTS),
                 tokens,
                 plan.R,
                 int((used_R > 0).sum()),

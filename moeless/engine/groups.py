@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: Seconds after which a copy that a peer does not send is taken from host memory.
+MOVE_TIMEOUT_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -17,6 +20,7 @@ class Ranks:
     Attributes:
         data: group that carries tokens (NCCL on CUDA, gloo on CPU).
         control: gloo group for counts, forecasts, readiness and clocks; None uses ``data``.
+        moves: group of the thread that exchanges expert copies; None where there is one rank.
         local_world: ranks of this machine; they share one host memory.
     """
 
@@ -27,6 +31,7 @@ class Ranks:
     control: Any
     local_rank: int
     local_world: int
+    moves: Any = None
 
 
 def join(
@@ -38,6 +43,7 @@ def join(
     local_rank: int | None = None,
     local_world: int | None = None,
     timeout_seconds: float = 120.0,
+    move_timeout_seconds: float = MOVE_TIMEOUT_SECONDS,
 ) -> Ranks:
     """Join the other ranks.
 
@@ -59,7 +65,10 @@ def join(
     )
     data = dist.group.WORLD
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else data
-    return Ranks(rank, world, where, data, control, local_rank, local_world)
+    moves = None
+    if world > 1:
+        moves = dist.new_group(timeout=datetime.timedelta(seconds=move_timeout_seconds))
+    return Ranks(rank, world, where, data, control, local_rank, local_world, moves)
 
 
 def leave() -> None:

@@ -30,9 +30,9 @@ class HostExperts:
         dtype: torch.dtype,
         pin: bool = False,
     ) -> None:
-        self.shapes = dict(shapes)
+        self.shapes, self.num_experts = dict(shapes), experts
         self._sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self.values = sum(self._sizes.values())
+        self.values, self.dtype = sum(self._sizes.values()), dtype
         self.expert_bytes = self.values * dtype.itemsize
         flat = torch.from_file(str(path), shared=True, size=layers * experts * self.values, dtype=dtype)
         self._weights = flat.view(layers, experts, self.values)
@@ -43,7 +43,11 @@ class HostExperts:
 
     def view(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """One expert's weights, in place."""
-        row, views, start = self._weights[layer, expert], {}, 0
+        return self.split(self._weights[layer, expert])
+
+    def split(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The weights that lie one after the other in a row of ``values`` numbers."""
+        views, start = {}, 0
         for name, size in self._sizes.items():
             views[name] = row[start : start + size].view(self.shapes[name])
             start += size

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeless.cluster import Cluster
 from moeless.contracts import Request
+from moeless.engine.moves import CopySource
 from moeless.engine.serving import LiveRequest
 from moeless.files import read_json, write_json
 from moeless.spec import MoESpec
@@ -23,6 +24,9 @@ class Job:
         folder: scratch folder of the run; ranks write their records there.
         shared: folder of the machine's memory file system for the experts' mapping.
         spare_slots: places per layer beyond the budget, which keep-alive uses.
+        keep_alive: ``SECONDS``, ``lru`` or ``adaptive[:SECONDS]``; see :class:`moeless.serverless.KeepAlive`.
+        copy_from: where copies come from, one of ``moeless.engine.moves.COPY_SOURCES``.
+        temperature, top_p: of sampling; temperature 0 is greedy.
         verify: keep the generated tokens' logits and score the prompts.
     """
 
@@ -43,13 +47,15 @@ class Job:
     max_running: int = 64
     extra_slots: int = 1
     spare_slots: int = 1
-    keep_alive: float = 10.0
+    keep_alive: str = "10"
+    copy_from: CopySource = "auto"
     replan_seconds: float = 2.0
     skip_below_tokens: int = 0
     plan_every: int = 1
     predictors: tuple[Path, ...] = ()
     planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
     verify: bool = False
     record: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import Budget, FloatArray, Forecast, LayerPlan, Phase, Policy
+from moeless.contracts import Budget, FloatArray, Forecast, InstanceState, LayerPlan, Phase, Policy
 from moeless.costs import COSTS, CostModel
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
@@ -50,6 +50,17 @@ class LivePolicy(PlannerInUse):
         share = np.full(self.spec.E, 1.0 / self.spec.E) if share_E is None else share_E
         mean_E = share * (tokens * self.spec.K)
         return Forecast(mean_E, mean_E.copy(), tokens, "history")
+
+    def warm_up(self) -> None:
+        """Run planner and dispatch once on skewed loads, so that nothing compiles while tokens wait."""
+        share_E = np.arange(1.0, self.spec.E + 1) ** 2
+        plan = self.first_plan(0, None)
+        for tokens in (1, 64, 1 << 20):
+            forecast = self.from_share(share_E / share_E.sum(), tokens)
+            plan = self.plan(0, Phase.MIXED, forecast, plan, np.full(plan.R, InstanceState.WARM, np.uint8))
+            load_E = np.rint(forecast.mean_E).astype(np.int64)
+            load_SE = np.tile(load_E // self.cluster.G, (self.cluster.G, 1))
+            self.dispatch(load_SE, plan, np.ones(plan.R, np.bool_))
 
     def first_plan(self, layer: int, share_E: FloatArray | None) -> LayerPlan:
         """The plan of the deployment."""

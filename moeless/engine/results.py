@@ -91,9 +91,11 @@ def layer_seconds(records: CellRecords, own_only: bool) -> LayerSeconds:
     """A layer's time is the slowest rank's.
 
     By the wall where every rank has a core. Otherwise (``own_only``) the sum of the largest compute, control and
-    stall time that any rank spent itself, the exchange left out.
+    stall time that any rank spent itself, the exchange left out. Control includes what planning beside the model
+    exposed: by the wall the time that was waited for it, otherwise the planner's own time that no other work hid.
     """
-    expert, control = records.column("compute").max(0), records.column("control").max(0)
+    exposed = records.column("plan_exposed" if own_only else "plan_wait")
+    expert, control = records.column("compute").max(0), (records.column("control") + exposed).max(0)
     stall = records.column("stall").max(0)
     known = expert + control + stall
     exchange = np.zeros_like(known) if own_only else np.maximum(0.0, records.column("total").max(0) - known)
@@ -180,7 +182,8 @@ def make_cell(
     elif facts[0]["piled_up"]:
         warnings.append("the queue grew over the run: the rate exceeds what is served, latency depends on duration")
     nll, count = (sum(fact["nll"][i] for fact in facts) for i in (0, 1))
-    counted = {name: int(sum(fact[name] for fact in facts)) for name in ("loads", "evictions", "refused", "failed")}
+    counts = ("loads", "peer_loads", "peer_failures", "evictions", "refused", "failed")
+    counted = {name: int(sum(fact[name] for fact in facts)) for name in counts}
     return Cell(
         policy=policy.label,
         predictor=policy.policy.predictor,
@@ -203,14 +206,27 @@ def make_cell(
             "requests": len(job.requests),
             "iterations": len(records.end_I),
             "extra_slots": job.extra_slots,
-            "keep_alive_s": job.keep_alive,
+            "keep_alive": job.keep_alive,
+            "copy_from": job.copy_from,
+            "temperature": job.temperature,
+            "top_p": job.top_p,
             "layer_time": "own compute, exchange left out" if own_time_only(job) else "wall clock",
             "copies": counted,
+            "memory": _memory(job, facts),
+            "planning_ms": 1e3 * float(records.column("planning").max(0)[warmup:].mean()),
             "collectives": facts[0]["collectives"],
             "prompt_perplexity": math.exp(nll / count) if count else None,
             "seed": job.seed,
         },
     )
+
+
+def _memory(job: Job, facts: list[dict[str, Any]]) -> dict[str, float]:
+    """Megabytes: what the fullest rank read from the checkpoint and holds alone, what a machine shares, the model."""
+    spec = job.spec
+    whole = spec.L * spec.E * spec.expert_bytes + spec.non_expert_bytes
+    most = {f"rank_{name}_mb": max(fact[f"{name}_bytes"] for fact in facts) / 1e6 for name in ("read", "own")}
+    return most | {"machine_shared_mb": facts[0]["shared_bytes"] / 1e6, "model_mb": whole / 1e6}
 
 
 def _warnings(job: Job, policy: LivePolicy, facts: list[dict[str, Any]], samples: int, finished: int) -> list[str]:

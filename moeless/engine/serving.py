@@ -60,11 +60,13 @@ class LoopSettings:
 
     Attributes:
         temperature: 0 is greedy; above it, sampled by (seed, request, position).
+        top_p: sample among the most likely tokens that together have this probability.
         keep_logits: keep every generated token's logits, for verification.
         prompt_nll: score the prompts' own tokens.
     """
 
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
     keep_logits: bool = False
     prompt_nll: bool = False
@@ -161,11 +163,10 @@ class ServingLoop:
             self._record(iteration, own, tokens, positions)
 
     def _choose(self, row_V: torch.Tensor, request: int, position: int) -> int:
-        if self.settings.temperature == 0.0:
+        settings = self.settings
+        if settings.temperature == 0.0:
             return int(row_V.argmax())
-        shares = torch.softmax(row_V.double() / self.settings.temperature, -1).numpy()
-        random = np.random.default_rng((self.settings.seed, request, position))
-        return int(random.choice(len(shares), p=shares / shares.sum()))
+        return sample(row_V, settings.temperature, settings.top_p, (settings.seed, request, position))
 
     def _score(self, own: Sequence[Any], logits_NV: torch.Tensor) -> None:
         total, count = self.served.nll
@@ -219,3 +220,14 @@ class ServingLoop:
             }
         )
         self.experts.routing.clear()
+
+
+def sample(row_V: torch.Tensor, temperature: float, top_p: float, seed: tuple[int, ...]) -> int:
+    """A token drawn from logits ``[V]``; the same for the same seed, whatever else runs."""
+    shares_V = torch.softmax(row_V.double() / temperature, -1).numpy()
+    # likeliest first, ties by index
+    order = np.argsort(-shares_V, kind="stable")
+    total = np.cumsum(shares_V[order])
+    kept = order[: int(np.searchsorted(total, min(top_p, float(total[-1])))) + 1]
+    shares = shares_V[kept] / shares_V[kept].sum()
+    return int(np.random.default_rng(seed).choice(kept, p=shares))

@@ -29,6 +29,7 @@ from moeless.engine.launch import describe
 from moeless.engine.policy import LivePolicy, resolve_live
 from moeless.engine.serving import LoopSettings, Served, ServingLoop
 from moeless.engine.store import ReplicaStore
+from moeless.serverless import KeepAlive
 from moeless.workloads import schedulers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,6 +70,17 @@ def host_experts(job: Job, host: Host, ranks: Ranks, exchange: Exchange) -> Host
     return experts
 
 
+def memory_facts(host: Host, store: ReplicaStore, experts: HostExperts) -> dict[str, int]:
+    """Bytes of this rank: read from the checkpoint so far, held by it alone, shared with its machine's ranks."""
+    own = [*host.model.parameters(), *host.model.buffers(), *store.tensors()]
+    shared = store.num_layers * experts.num_experts * experts.expert_bytes
+    return {
+        "read_bytes": host.checkpoint.read_bytes,
+        "own_bytes": sum(tensor.nbytes for tensor in own),
+        "shared_bytes": shared,
+    }
+
+
 def serve(job: Job, ranks: Ranks) -> None:
     """Run the whole job on this rank.
 
@@ -82,14 +94,28 @@ def serve(job: Job, ranks: Ranks) -> None:
     host = load_host(job.host, job.model, spec=job.spec, device=ranks.device, dtype=DTYPES[job.dtype])
     experts = host_experts(job, host, ranks, exchange)
     slots = max(int(policy.budget.slots_G.max()) for policy in policies) + job.spare_slots
-    store = ReplicaStore(experts, job.spec.L, min(slots, job.spec.E), ranks.device, host.ffn.dtype)
-    settings = ControlSettings(job.replan_seconds, job.keep_alive, job.skip_below_tokens, job.plan_every)
+    store = ReplicaStore(
+        experts,
+        job.spec.L,
+        min(slots, job.spec.E),
+        ranks.device,
+        host.ffn.dtype,
+        least=-(-job.spec.E // ranks.world),
+        rank=ranks.rank,
+        group=ranks.moves,
+    )
+    settings = ControlSettings(
+        job.replan_seconds, KeepAlive.parse(job.keep_alive), job.skip_below_tokens, job.plan_every, job.copy_from
+    )
     for cell, policy in enumerate(policies):
+        policy.warm_up()
         elastic = ElasticExperts(Controller(policy, exchange, store, settings), host.ffn, record=job.record)
         scheduler = schedulers.build(
             job.batching, [live.request for live in job.requests], ranks.world, **job.batching_options
         )
-        loop_settings = LoopSettings(job.temperature, job.seed, job.verify and not policy.lossy, job.verify)
+        loop_settings = LoopSettings(
+            job.temperature, job.top_p, job.seed, keep_logits=job.verify and not policy.lossy, prompt_nll=job.verify
+        )
         # one walk without tokens: threads, buffers and message channels exist before the clock starts
         host.moe = elastic
         elastic.controller.begin(Phase.MIXED, 0, 0.0)
@@ -100,6 +126,7 @@ def serve(job: Job, ranks: Ranks) -> None:
         with (job.folder / f"finished-{cell}-{ranks.rank}.jsonl").open("w", encoding="utf-8") as finished:
             loop = ServingLoop(host, elastic, exchange, scheduler, job.requests, loop_settings, finished)
             served = loop.run()
+        elastic.controller.close()
         end = served.end_I[-1] if served.end_I else 0.0
         counts = store.settle(end)
         _write(
@@ -110,6 +137,7 @@ def serve(job: Job, ranks: Ranks) -> None:
             elastic,
             {
                 **counts.__dict__,
+                **memory_facts(host, store, experts),
                 "collectives": dict(exchange.calls),
                 "piled_up": scheduler.queueing().piled_up,
                 "nll": served.nll,

@@ -57,7 +57,7 @@ def _source(layer, expert, gpu, now, island_size, tier_seconds, ready):  # type:
 
 
 @njit(cache=True)
-def _learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
+def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
     """Count an idle gap; the keep-alive that covers most gaps so far."""
     place = 0
     edge = FIRST_BIN_SECONDS
@@ -113,7 +113,7 @@ def provision(  # type: ignore[no-untyped-def]
                 used[layer, expert, gpu] = max(used[layer, expert, gpu], now)
             elif adaptive and wanted[expert, gpu] and not planned[layer, expert, gpu] and used[layer, expert, gpu] >= 0:
                 gap = max(0.0, now - used[layer, expert, gpu])
-                keep_LE[layer, expert] = _learn(gap, histogram_LEB[layer, expert], fixed_keep_alive)
+                keep_LE[layer, expert] = learn(gap, histogram_LEB[layer, expert], fixed_keep_alive)
             planned[layer, expert, gpu] = wanted[expert, gpu]
     for expert in range(experts):
         for gpu in range(gpus):

@@ -22,6 +22,7 @@ from moeless.engine.policy import resolve_live
 from moeless.engine.recording import write_trace
 from moeless.engine.results import finished_requests, make_cell, read_records
 from moeless.engine.store import ReplicaStore
+from moeless.engine.transfers import Transfers
 from moeless.engine.verify import Reference, Verification
 from moeless.engine.workload import WorkloadSettings
 from moeless.errors import RunFailed, UserError
@@ -54,6 +55,7 @@ def served(make_job: Callable[..., Job], shared_run: dict[str, Any]) -> Job:
             shared=shared_run["folder"],
             replan_seconds=1e-6,
             record=True,
+            copy_from="peer",
         )
         launch(job)
         shared_run["job"] = job
@@ -73,6 +75,8 @@ def test_copies_appear_and_move_while_tokens_flow(served: Job) -> None:
     for moving in facts[1:]:
         assert sum(fact["loads"] for fact in moving) > 0
         assert sum(fact["moved_bytes"] for fact in moving) > 0
+        assert 0 < sum(fact["peer_loads"] for fact in moving) <= sum(fact["loads"] for fact in moving)
+        assert sum(fact["peer_failures"] for fact in moving) == 0
 
 
 def test_static_makes_one_gather_and_two_exchanges_a_layer_and_no_more(served: Job) -> None:
@@ -185,20 +189,21 @@ def kill_when(owner: Any, name: str, when: Callable[..., bool]) -> None:
     setattr(owner, name, method)
 
 
-@pytest.mark.parametrize("moment", ["prefill", "decode", "copy"])
+@pytest.mark.parametrize("moment", ["prefill", "decode", "fill", "send_weights", "receive_weights"])
 def test_a_rank_killed_at_any_moment_ends_the_run_and_is_named(make_job: Callable[..., Job], moment: str) -> None:
     from moeless.contracts import Phase
     from moeless.engine.serving import ServingLoop
 
     # one short request of rank 0 is served before anything can fail in decode
-    job = make_job(policies=("moeless:history",), count=4, verify=False)
+    source: Any = "host" if moment == "fill" else "peer"
+    job = make_job(policies=("moeless:history",), count=4, verify=False, copy_from=source)
     first = job.requests[0]
     short = dataclasses.replace(first, request=dataclasses.replace(first.request, output_tokens=1))
     late = [dataclasses.replace(r, request=dataclasses.replace(r.request, output_tokens=6)) for r in job.requests[1:]]
     job = dataclasses.replace(job, requests=(short, *late))
 
     def arm() -> None:
-        if moment == "copy":
+        if moment in ("fill", "send_weights", "receive_weights"):
             state = {"deployed": False}
             deploy = ReplicaStore.deploy
 
@@ -207,7 +212,7 @@ def test_a_rank_killed_at_any_moment_ends_the_run_and_is_named(make_job: Callabl
                 state["deployed"] = True
 
             ReplicaStore.deploy = deployed  # type: ignore[method-assign]
-            kill_when(ReplicaStore, "_load", lambda *_: state["deployed"])
+            kill_when(Transfers, moment, lambda *_: state["deployed"])
         else:
             wanted = Phase.PREFILL if moment == "prefill" else Phase.DECODE
             kill_when(ServingLoop, "_iterate", lambda _, iteration, __: iteration.phase == wanted)

@@ -11,6 +11,7 @@ import torch
 from moeless.engine.hostmem import HostExperts
 from moeless.engine.store import ReplicaStore
 from moeless.errors import RunFailed
+from moeless.serverless import KeepAlive
 
 SHAPES = {"up": (4, 3), "down": (3, 2)}
 
@@ -28,7 +29,7 @@ def host(tmp_path: Path) -> HostExperts:
 @pytest.fixture
 def store(host: HostExperts) -> ReplicaStore:
     made = ReplicaStore(host, 2, 3, torch.device("cpu"), torch.float32)
-    made.deploy([[0, 1], [2]], keep_alive=5.0, now=0.0)
+    made.deploy([[0, 1], [2]], keep_alive=KeepAlive("fixed", 5.0), now=0.0)
     return made
 
 
@@ -48,8 +49,8 @@ def test_a_copy_is_ready_only_when_all_its_bytes_are_there(
     store: ReplicaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    load = store._load
-    monkeypatch.setattr(store, "_load", lambda layer, copy: (gate.wait(20), load(layer, copy)))
+    load = store.transfers.fill
+    monkeypatch.setattr(store.transfers, "fill", lambda layer, copy: (gate.wait(20), load(layer, copy)))
     store.provision(0, [0, 1, 4], 1.0)
     assert not store.ready(0, 4)
     assert 4 not in store.slot_of_expert(0)
@@ -96,22 +97,24 @@ def test_a_copy_without_room_is_refused_and_the_others_keep_serving(store: Repli
 def test_a_copy_that_runs_out_of_memory_is_never_ready_and_is_asked_for_again(
     store: ReplicaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, failures = store._load, iter([True, False])
+    load, failures = store.transfers.fill, iter([True, True, True, False])
 
     def flaky(layer: int, copy: object) -> None:
         if next(failures):
             raise MemoryError("out of memory")
         load(layer, copy)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store, "_load", flaky)
+    monkeypatch.setattr(store.transfers, "fill", flaky)
     store.provision(0, [0, 1, 4], 1.0)
+    # nothing but this copy can serve: it is loaded once more before the run fails
     with pytest.raises(RunFailed, match="expert 4 of layer 0 cannot be loaded: out of memory"):
         store.wait(0, 4)
     assert not store.ready(0, 4)
+    assert store.ready(0, 0)
     store.provision(0, [0, 1, 4], 2.0)
-    store.wait(0, 4)
+    assert store.wait(0, 4) > 0.0
     assert store.ready(0, 4)
-    assert store.counts.failed == 1
+    assert store.counts.failed == 3
 
 
 def test_residence_is_billed_from_load_to_eviction(store: ReplicaStore) -> None:
@@ -120,3 +123,59 @@ def test_residence_is_billed_from_load_to_eviction(store: ReplicaStore) -> None:
     bytes_ = store.host.expert_bytes
     # expert 1: 2 s planned and 5 s of keep-alive; experts 0 and 2 for all 20 s
     assert store.settle(20.0).resident_byte_seconds == pytest.approx(bytes_ * (7 + 20 + 20))
+
+
+def test_under_lru_an_unplanned_copy_stays_until_its_slot_is_needed(host: HostExperts) -> None:
+    store = ReplicaStore(host, 2, 3, torch.device("cpu"), torch.float32)
+    store.deploy([[0, 1], []], keep_alive=KeepAlive("lru"), now=0.0)
+    store.provision(0, [0], 1.0)
+    store.provision(0, [0], 1e6)
+    assert store.ready(0, 1)
+    store.provision(0, [0, 2, 3], 1e6)
+    store.wait(0, 3)
+    assert sorted(store.slot_of_expert(0)) == [0, 2, 3]
+
+
+def test_adaptive_keep_alive_learns_how_long_an_expert_s_copies_are_away(host: HostExperts) -> None:
+    store = ReplicaStore(host, 2, 3, torch.device("cpu"), torch.float32)
+    store.deploy([[0, 1], []], keep_alive=KeepAlive("adaptive", 100.0), now=0.0)
+    for turn in range(6):
+        store.provision(0, [0], 10.0 * turn + 1)
+        store.provision(0, [0, 1], 10.0 * turn + 2)
+    # six gaps of one second: two seconds of keep-alive are enough, a hundred are too many
+    store.provision(0, [0], 61.0)
+    store.provision(0, [0], 61.9)
+    assert store.ready(0, 1)
+    store.provision(0, [0], 63.1)
+    assert not store.ready(0, 1)
+
+
+def test_a_copy_that_is_being_sent_is_not_evicted(store: ReplicaStore) -> None:
+    sent = threading.Event()
+    store._copies_L[0][1].sends.append(sent)
+    store.provision(0, [0], 1.0)
+    store.provision(0, [0], 50.0)
+    assert store.ready(0, 1)
+    sent.set()
+    store.provision(0, [0], 51.0)
+    assert not store.ready(0, 1)
+
+
+def test_where_memory_lacks_room_for_all_slots_there_are_fewer(
+    host: HostExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = torch.zeros
+
+    def small(shape: tuple[int, ...], **kwargs: object) -> torch.Tensor:
+        if shape[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros(shape, **kwargs)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "zeros", small)
+    store = ReplicaStore(host, 2, 5, torch.device("cpu"), torch.float32, least=2)
+    assert store.num_slots == 3
+    store.deploy([[0, 1], [0, 1]], keep_alive=KeepAlive("fixed", 5.0), now=0.0)
+    store.provision(0, [0, 1, 2, 3], 1.0)
+    assert store.counts.refused == 1
+    with pytest.raises(RunFailed, match="the 4 experts of each layer need"):
+        ReplicaStore(host, 2, 5, torch.device("cpu"), torch.float32, least=4)

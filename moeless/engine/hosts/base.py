@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from moeless.engine.checkpoint import Checkpoint
 from moeless.engine.ffn import ExpertFFN
 from moeless.engine.flat import FlatBatch, KVCache
 from moeless.spec import MoESpec
@@ -24,6 +25,8 @@ class Host(ABC):
     Attributes:
         spec: its shapes; ``ffn`` computes its experts.
         moe: the elastic layer; set before the first step.
+        model: the family's modules; their routed experts have no weights.
+        checkpoint: where weights are read from.
     """
 
     spec: MoESpec
@@ -31,6 +34,8 @@ class Host(ABC):
     device: torch.device
     dtype: torch.dtype
     moe: MoELayer
+    model: torch.nn.Module
+    checkpoint: Checkpoint
     cache: KVCache
 
     @abstractmethod
