@@ -113,6 +113,10 @@ def command(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option("--device", help="live: auto takes GPUs where there are enough.")
     ] = "auto",
+    launcher: Annotated[
+        Literal["auto", "fork", "torchrun"],
+        typer.Option("--launcher", help="live: how ranks start; auto forks on CPUs, torchrun on GPUs."),
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help="live: float32, bfloat16 or float16.")] = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="live: prompt file, folder or hub id; default: the bundled ones.")
@@ -188,6 +192,7 @@ def command(
             host=host,
             ranks=ranks,
             device=device,
+            launcher=launcher,
             dtype=dtype,
             cluster=cluster[0] if cluster else None,
             costs=(costs or ["roofline"])[0],

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from moeless.cli import common
+from moeless.errors import UserError
 
 if TYPE_CHECKING:
     from moeless.engine.bench import LiveConfig
@@ -64,6 +67,11 @@ def run_live(
     from moeless.tracking.run import start_run
 
     bench = LiveBench(config)
+    if bench.place is not None and out is None:
+        raise UserError("under torchrun a live run needs --out, a folder that all its machines see")
+    if bench.place is not None and out is not None and bench.place.rank > 0 and not dry_run:
+        bench.serve_rank(out)
+        raise typer.Exit(0)
     if dry_run:
         common.dry_run(plain(config), bench.estimate())
     inputs = [bench.model / name for name in ("config.json", "model.safetensors") if (bench.model / name).is_file()]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from moeless.contracts import ModelPlan
 from moeless.engine.checkpoint import Checkpoint
 from moeless.engine.hosts import HOSTS
 from moeless.engine.job import Job
-from moeless.engine.launch import run_forked, run_torchrun
+from moeless.engine.launch import raise_failure, run_forked
 from moeless.engine.moves import COPY_SOURCES, CopySource
 from moeless.engine.results import CellRecords, cores, finished_requests, make_cell, read_records
+from moeless.engine.torchrun import Place, end_well_on_sigterm, failures, place, run_torchrun
 from moeless.engine.workload import WorkloadSettings, live_requests
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_json, write_text
@@ -30,6 +34,8 @@ from moeless.serverless import KeepAlive
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers
 
+LAUNCHERS = ("auto", "fork", "torchrun")
+
 
 @dataclass(frozen=True)
 class LiveConfig:
@@ -38,7 +44,9 @@ class LiveConfig:
     Attributes:
         model: a model folder; None for the bundled model.
         host: who lends the rest of the model, a name of ``moeless.engine.hosts.HOSTS``.
-        device: ``cpu`` (gloo, forked ranks), ``cuda`` (NCCL, torchrun) or ``auto``.
+        device: ``cpu`` (gloo), ``cuda`` (NCCL) or ``auto``.
+        launcher: ``fork`` (CPU ranks of this machine), ``torchrun``, or ``auto``: fork on CPUs, torchrun on GPUs.
+            Under torchrun already, this process is a rank of it.
         dtype: ``float32``, ``bfloat16``, ``float16``; None: float32 on CPUs, the checkpoint's own on GPUs.
         cluster: whose links and rates planners assume; None: ``cpu8``-like, or ``h100x8``-like on GPUs.
         warmup: first iterations that layer figures leave out.
@@ -51,6 +59,7 @@ class LiveConfig:
     host: str = "transformers"
     ranks: int = 2
     device: str = "auto"
+    launcher: str = "auto"
     dtype: str | None = None
     cluster: str | None = None
     costs: str = "roofline"
@@ -105,9 +114,18 @@ class LiveBench:
         self.config = config
         self.device = config.device
         if config.device == "auto":
-            self.device = "cuda" if torch.cuda.device_count() >= config.ranks else "cpu"
-        if self.device == "cuda" and torch.cuda.device_count() < config.ranks:
-            raise UserError(f"{config.ranks} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", config.ranks)) if place() else config.ranks
+            self.device = "cuda" if torch.cuda.device_count() >= here else "cpu"
+        self.place = place()
+        here = config.ranks if self.place is None else self.place.local_world
+        if self.place is not None and self.place.world != config.ranks:
+            raise UserError(f"torchrun started {self.place.world} ranks, --ranks says {config.ranks}")
+        if self.device == "cuda" and torch.cuda.device_count() < here:
+            raise UserError(f"{here} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
+        if config.launcher not in LAUNCHERS:
+            raise UserError(f"--launcher {config.launcher!r} is none of {', '.join(LAUNCHERS)}")
+        if config.launcher == "fork" and self.device == "cuda":
+            raise UserError("forked ranks cannot use GPUs; leave --launcher out, or give --launcher torchrun")
         self.model = checkpoint_folder("bundled" if config.model is None else config.model)
         Checkpoint(self.model)
         spec = resolve_spec(str(self.model))
@@ -202,15 +220,42 @@ class LiveBench:
         Raises:
             RunFailed: a rank failed or was killed, or a policy's outputs are not the model's.
         """
-        with tempfile.TemporaryDirectory(prefix="moeless-") as scratch, _shared_folder() as shared:
-            job = self._job(Path(scratch), Path(shared))
+        with contextlib.ExitStack() as stack:
+            if self.place is not None:
+                job = self.job_at(self.place, out)
+                stack.callback(shutil.rmtree, job.folder, ignore_errors=True)
+                start = partial(_serve_at, job, self.place)
+                end_well_on_sigterm()
+            else:
+                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moeless-"))
+                job = self._job(Path(scratch), Path(stack.enter_context(_shared_folder())))
+                start = partial(launch, job, self.config.launcher)
             try:
-                launch(job)
+                start()
             except BaseException:
                 self._keep_finished(job, out)
                 raise
             self._keep_finished(job, out)
             return self._cells(job, out)
+
+    def job_at(self, at: Place, out: Path) -> Job:
+        """The job of a rank that torchrun started; ``out`` must be one folder on all machines."""
+        shared = _memory_folder() / f"moeless-{at.run}"
+        shared.mkdir(parents=True, exist_ok=True)
+        folder = out / "ranks"
+        if at.rank == 0:
+            # the others meet it before they write
+            folder.mkdir(parents=True, exist_ok=True)
+        return self._job(folder, shared)
+
+    def serve_rank(self, out: Path) -> None:
+        """Be a rank other than the first of a torchrun launch.
+
+        Raises:
+            UserError, RunFailed: as :meth:`run`.
+        """
+        assert self.place is not None
+        _serve_at(self.job_at(self.place, out), self.place)
 
     def _keep_finished(self, job: Job, out: Path) -> None:
         lines = [
@@ -249,8 +294,12 @@ class LiveBench:
         path = job.folder / "verification.json"
 
         def work(rank: int) -> None:
+            from moeless.engine.serving import sample
             from moeless.engine.verify import Reference
             from moeless.engine.worker import DTYPES
+
+            def sampled(row: Any, request: int, position: int) -> int:
+                return sample(row, job.temperature, job.top_p, (job.seed, request, position))
 
             reference = Reference(job.model, DTYPES[job.dtype])
             prompts = {live.request.id: live.token_P for live in job.requests}
@@ -260,7 +309,7 @@ class LiveBench:
                     continue
                 outputs = {entry["request"]: entry["tokens"] for entry in record.finished}
                 logits = {request: np.load(job.folder / f"logits-{cell}-{request}.npy") for request in outputs}
-                result = reference.compare(prompts, outputs, logits, greedy=job.temperature == 0.0)
+                result = reference.compare(prompts, outputs, logits, sampled if job.temperature else None)
                 found[cell] = result.to_json() | {"sentence": result.sentence()}
             write_json(path, {str(cell): entry for cell, entry in found.items()})
 
@@ -268,13 +317,29 @@ class LiveBench:
         return {int(cell): entry for cell, entry in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def launch(job: Job) -> None:
-    """Run a job's ranks on this machine: forked on CPUs, under ``torchrun`` on GPUs.
+def _serve_at(job: Job, at: Place) -> None:
+    from moeless.engine import worker
+
+    try:
+        worker.serve_at(job, at)
+    except Exception:
+        failed = failures(job.folder, "")
+        if failed and at.rank == 0:
+            raise_failure(failed)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            # the last rank of a machine to leave removes it
+            job.shared.rmdir()
+
+
+def launch(job: Job, launcher: str = "auto") -> None:
+    """Run a job's ranks on this machine, forked or under ``torchrun``; ``auto`` forks on CPUs.
 
     Raises:
         UserError, RunFailed: see :mod:`moeless.engine.launch`.
     """
-    if job.device == "cuda":
+    if launcher == "torchrun" or (launcher == "auto" and job.device == "cuda"):
         job.write(job.folder / "job.json")
         run_torchrun(job.folder / "job.json", job.ranks)
         return
@@ -316,6 +381,10 @@ def serve_live(config: LiveConfig, out: Path) -> list[Cell]:
 
 def _shared_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder in the machine's memory file system, or among temporary files where there is none."""
+    return tempfile.TemporaryDirectory(prefix="moeless-", dir=_memory_folder())
+
+
+def _memory_folder() -> Path:
     memory = Path("/dev/shm")
     usable = memory.is_dir() and shutil.disk_usage(memory).free > 0
-    return tempfile.TemporaryDirectory(prefix="moeless-", dir=memory if usable else None)
+    return memory if usable else Path(tempfile.gettempdir())

@@ -1,4 +1,4 @@
-"""Starting ranks and ending them: forked processes on one machine, ``torchrun`` for GPUs."""
+"""Starting ranks as forked processes of one machine, and ending them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from moeless.errors import RunFailed, UserError
 
@@ -71,7 +69,7 @@ class ForkedRanks:
             code = 1
             try:
                 os.close(reading)
-                _die_with(parent)
+                die_with(parent)
                 code = _child(self._work, rank, writing)
             finally:
                 os._exit(code)
@@ -104,7 +102,7 @@ class ForkedRanks:
         finally:
             self.kill()
         if failed:
-            _raise(failed)
+            raise_failure(failed)
 
     def _reap(self) -> list[tuple[int, int]]:
         ended = []
@@ -153,7 +151,7 @@ def _child(work: Callable[[int], None], rank: int, pipe: int) -> int:
         sys.stderr.flush()
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Let the kernel end this process with its parent (Linux; elsewhere the parent ends it)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -161,7 +159,13 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _raise(failed: dict[int, tuple[int, Report | None]]) -> None:
+def raise_failure(failed: dict[int, tuple[int, Report | None]]) -> None:
+    """Raise for the rank that caused a failure, given exit status and report of the ranks that failed.
+
+    Raises:
+        UserError, RunFailed: always; see :meth:`ForkedRanks.wait`.
+    """
+
     def blame(entry: tuple[int, tuple[int, Report | None]]) -> tuple[int, int]:
         rank, (code, report) = entry
         return (0 if code < 0 else 1 if report and report.kind != "peer" else 2, rank)
@@ -181,38 +185,3 @@ def _raise(failed: dict[int, tuple[int, Report | None]]) -> None:
 def run_forked(work: Callable[[int], None], ranks: int) -> None:
     """Run ``work(rank)`` in forked processes; see :meth:`ForkedRanks.wait` for what it raises."""
     ForkedRanks(work, ranks).wait()
-
-
-def run_torchrun(job: Path, ranks: int) -> None:
-    """Run a job file's ranks on this machine under ``torchrun``, one GPU each.
-
-    Raises:
-        UserError, RunFailed: as :meth:`ForkedRanks.wait`; the reason comes from the ranks' report files beside the
-            job, or from torchrun's own message where a rank was killed.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "moeless.engine.worker", str(job)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, errors = process.communicate()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if process.returncode == 0:
-        return
-    failed: dict[int, tuple[int, Report | None]] = {}
-    for path in job.parent.glob("report-*.json"):
-        failed[int(path.stem.split("-")[1])] = (1, Report(**json.loads(path.read_text(encoding="utf-8"))))
-    for code, rank in re.findall(r"exitcode: (-\d+) \(pid: \d+\) of binary|local_rank: (\d+) \(pid", errors):
-        if code:
-            failed.setdefault(-1, (int(code), None))
-        elif -1 in failed:
-            failed[int(rank)] = failed.pop(-1)
-    for code, rank in re.findall(r"exitcode: (-\d+)\) local_rank: (\d+)", errors):
-        failed[int(rank)] = (int(code), None)
-    failed.pop(-1, None)
-    if not failed:
-        last = errors.strip().splitlines()[-1] if errors.strip() else f"exit status {process.returncode}"
-        raise RunFailed(f"torchrun failed: {last}")
-    _raise(failed)

@@ -7,7 +7,7 @@ where the reference's two best logits lie closer together than the tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Verification:
     """How one policy's outputs compare.
 
     Attributes:
-        identical: generated tokens that are the reference's greedy choice; ``near_ties`` excused ones.
+        identical: generated tokens that are the reference's own choice; ``near_ties`` excused ones.
         max_difference, mean_difference: of logits.
         reference_difference: mean difference of the reference in the run's precision from float32; 0 in float32.
     """
@@ -89,9 +89,15 @@ class Reference:
         prompts: Mapping[int, Sequence[int]],
         outputs: Mapping[int, Sequence[int]],
         logits: Mapping[int, np.ndarray],  # type: ignore[type-arg]
-        greedy: bool = True,
+        sampled: Callable[[torch.Tensor, int, int], int] | None = None,
     ) -> Verification:
-        """Compare a policy's generated tokens and their logits ``[n, V]`` by request."""
+        """Compare a policy's generated tokens and their logits ``[n, V]`` by request.
+
+        Args:
+            sampled: chooses a token from logits ``[V]``, a request and a position, where the run did not take the
+                greedy choice; the reference then chooses from its own logits with the same seed, and only the logits
+                decide whether the policy passes.
+        """
         exact = self._dtype == torch.float32
         tokens = identical = near = values = 0
         worst = total = own = 0.0
@@ -109,12 +115,18 @@ class Reference:
                 own += float(np.abs(self.logits(sequence, first, self._dtype) - truth).sum())
             tokens += len(output)
             best = np.sort(np.partition(truth, -2, axis=-1)[:, -2:], axis=-1)
-            same = truth.argmax(-1) == np.asarray(output)
+            if sampled is None:
+                choice = truth.argmax(-1)
+            else:
+                rows = enumerate(torch.from_numpy(truth), start=first + 1)
+                choice = np.array([sampled(row, request, position) for position, row in rows])
+            same = choice == np.asarray(output)
             identical += int(same.sum())
-            near += int((~same & (best[:, 1] - best[:, 0] < TOLERANCE)).sum())
+            if sampled is None:
+                near += int((~same & (best[:, 1] - best[:, 0] < TOLERANCE)).sum())
         mean, reference = total / max(values, 1), own / max(values, 1)
         if exact:
-            passed = worst <= TOLERANCE and (not greedy or identical + near == tokens)
+            passed = worst <= TOLERANCE and (sampled is not None or identical + near == tokens)
         else:
             passed = mean <= LOW_PRECISION_FACTOR * reference
         return Verification(len(outputs), tokens, identical, near, worst, mean, reference, passed and tokens > 0)

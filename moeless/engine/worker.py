@@ -25,10 +25,11 @@ from moeless.engine.groups import Ranks
 from moeless.engine.hostmem import HostExperts
 from moeless.engine.hosts import Host, load_host
 from moeless.engine.job import Job
-from moeless.engine.launch import describe
+from moeless.engine.launch import describe, die_with
 from moeless.engine.policy import LivePolicy, resolve_live
 from moeless.engine.serving import LoopSettings, Served, ServingLoop
 from moeless.engine.store import ReplicaStore
+from moeless.engine.torchrun import Place, place, report_path
 from moeless.serverless import KeepAlive
 from moeless.workloads import schedulers
 
@@ -165,31 +166,52 @@ def _write(job: Job, cell: int, rank: int, served: Served, elastic: ElasticExper
     (job.folder / f"facts-{cell}-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def main(path: str) -> int:
-    """The program under ``torchrun``: one rank of a job file."""
-    job = Job.read(Path(path))
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def serve_at(job: Job, at: Place) -> None:
+    """Join the other ranks of a torchrun launch, serve the job, and leave; a failure is reported in the job's folder.
+
+    Raises:
+        UserError, RunFailed: as :func:`serve`.
+    """
+    torch.set_num_threads(1 if job.device == "cpu" else torch.get_num_threads())
     try:
         ranks = groups.join(
-            rank,
-            world,
+            at.rank,
+            at.world,
             init_method="env://",
             device=job.device,
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            local_world=int(os.environ["LOCAL_WORLD_SIZE"]),
+            local_rank=at.local_rank,
+            local_world=at.local_world,
             timeout_seconds=job.timeout_seconds,
         )
         serve(job, ranks)
         groups.leave()
-        return 0
     except Exception as error:
         report = describe(error)
-        (job.folder / f"report-{rank}.json").write_text(json.dumps(report.__dict__), encoding="utf-8")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        report_path(job.folder, at.rank).write_text(json.dumps(report.__dict__), encoding="utf-8")
         if report.kind == "peer":
             # the rank that caused it may still be writing its own report
             time.sleep(1.0)
+        raise
+
+
+def main(path: str) -> int:
+    """The program under ``torchrun``: one rank of a job file."""
+    at = place()
+    if at is None:
+        sys.stderr.write("moeless.engine.worker runs under torchrun; see moeless serve-bench --backend live\n")
+        return 2
+    die_with(os.getppid())
+    try:
+        serve_at(Job.read(Path(path)), at)
+        return 0
+    except Exception:
+        if os.environ.get("MOELESS_TRACEBACK"):
+            raise
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    # a thread that waits for a peer must not hold the process
+    os._exit(code)
