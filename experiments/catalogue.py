@@ -31,6 +31,7 @@ NAMES = (
     "burstiness",
     "drift",
     "scale",
+    "sharing",
 )
 
 

@@ -76,8 +76,8 @@ class InstancePool:
         self.resident_G = np.zeros(cluster.G)
         self.down_G = np.zeros(cluster.G, np.bool_)
         self.kv_overflow_bytes = 0.0
-        self._room_G = self._room()
-        self.capacity_G = self._room_G.copy()
+        self.room_G = self._room()
+        self.capacity_G = self.room_G.copy()
         self._counters = np.zeros(kernels.NUM_COUNTERS)
         keep = settings.keep_alive
         self._keep_LE = np.full(shape[:2], np.inf if keep.kind == "lru" else keep.seconds)
@@ -223,7 +223,7 @@ class InstancePool:
         """
         if self.settings.expert_bytes_G is not None:
             return
-        self.capacity_G = np.where(self.down_G, 0.0, np.maximum(0.0, self._room_G - kv_bytes_G))
+        self.capacity_G = np.where(self.down_G, 0.0, np.maximum(0.0, self.room_G - kv_bytes_G))
         for gpu in np.flatnonzero(self.resident_G > self.capacity_G):
             self._make_room(int(gpu), now)
             over = float(self.resident_G[gpu] - self.capacity_G[gpu])
@@ -247,7 +247,7 @@ class InstancePool:
     def set_down(self, gpu: int, down: bool) -> None:
         """Take a GPU's memory away, or give it back empty."""
         self.down_G[gpu] = down
-        self.capacity_G[gpu] = 0.0 if down else self._room_G[gpu]
+        self.capacity_G[gpu] = 0.0 if down else self.room_G[gpu]
 
     def drop(self, copies_LEG: BoolArray, end: float) -> None:
         """Take copies out of memory as of ``end``, planned or not (expiry, failure)."""

@@ -20,8 +20,9 @@ from moeless.placement import PLANNERS
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator.core import Simulation, SimulationSettings, simulate
 from moeless.simulator.failures import Failure
+from moeless.simulator.loop import Run
 from moeless.simulator.routing import Replay
-from moeless.simulator.runtime import ORACLE, resolve
+from moeless.simulator.runtime import ORACLE, PolicyRuntime, resolve
 from moeless.simulator.timeline import Timeline
 from moeless.spec import MoESpec, preset
 from moeless.traces import TokenTrace, open_trace, require_kind
@@ -247,48 +248,53 @@ class Bench:
         timeline: Timeline | None = None,
     ) -> Simulation:
         """Serve the workload once."""
-        config = self.config
-        costs = COSTS.get(costs_name)(self.spec, self.cluster)
-        runtime = resolve(
-            policy,
-            spec=self.spec,
-            cluster=self.cluster,
-            costs=costs,
-            extra_slots=config.extra_slots,
-            predictors=self.predictors,
-            params=config.planner_params.get(policy.planner),
-        )
-        instant = costs_name == "paper" if config.instant_copies is None else config.instant_copies
-        # a serverful planner frees what it no longer wants at once
-        serverful = runtime.planner.cadence != "iteration"
-        keep_alive = KeepAlive("fixed", 0.0) if serverful else KeepAlive.parse(str(config.keep_alive))
+        runtime, settings = self._parts(costs_name, policy)
         return simulate(
             self.replay,
             self.workload.requests,
             self._scheduler(),
             runtime,
-            settings=SimulationSettings(
-                PoolSettings(
-                    keep_alive=keep_alive,
-                    home=config.home,
-                    instant=instant,
-                    scale_to_zero=config.scale_to_zero and not serverful,
-                    container_seconds=config.container_seconds,
-                    start_seconds=config.start_seconds,
-                ),
-                config.replan_seconds,
-                config.plan_every,
-                config.warmup,
-                config.failures,
-            ),
+            settings=settings,
             prior_share_LE=self.served.history_share_LE,
-            objectives=config.objectives,
+            objectives=self.config.objectives,
             evidence="synthetic" if self.trace.info.synthetic or self._borrowed else "simulated",
-            labels=self._labels(instant, str(keep_alive)),
+            labels=self._labels(settings.pool),
             router_inputs=self._router_inputs if self.trace.has_router_inputs else None,
             progress=progress,
             timeline=timeline,
             notes=self._notes(),
+        )
+
+    def tenant(self, costs_name: str, policy: Policy) -> Run:
+        """The workload before its first iteration, to be served beside others' (``moeless.simulator.shared``)."""
+        runtime, settings = self._parts(costs_name, policy)
+        inputs = self._router_inputs if self.trace.has_router_inputs else None
+        share_LE = self.served.history_share_LE
+        return Run(self.replay, self.workload.requests, self._scheduler(), runtime, settings, share_LE, inputs, None)
+
+    def _parts(self, costs_name: str, policy: Policy) -> tuple[PolicyRuntime, SimulationSettings]:
+        config = self.config
+        runtime = resolve(
+            policy,
+            spec=self.spec,
+            cluster=self.cluster,
+            costs=COSTS.get(costs_name)(self.spec, self.cluster),
+            extra_slots=config.extra_slots,
+            predictors=self.predictors,
+            params=config.planner_params.get(policy.planner),
+        )
+        # a serverful planner frees what it no longer wants at once
+        serverful = runtime.planner.cadence != "iteration"
+        pool = PoolSettings(
+            keep_alive=KeepAlive("fixed", 0.0) if serverful else KeepAlive.parse(str(config.keep_alive)),
+            home=config.home,
+            instant=costs_name == "paper" if config.instant_copies is None else config.instant_copies,
+            scale_to_zero=config.scale_to_zero and not serverful,
+            container_seconds=config.container_seconds,
+            start_seconds=config.start_seconds,
+        )
+        return runtime, SimulationSettings(
+            pool, config.replan_seconds, config.plan_every, config.warmup, config.failures
         )
 
     def run(self, progress: Callable[[str, int], None] | None = None) -> Iterator[Simulation]:
@@ -304,7 +310,7 @@ class Bench:
         note = f"the routing is {recorded.name}'s ({recorded.L} layers), the shapes are {self.spec.name}'s"
         return (*self.workload.warnings, note)
 
-    def _labels(self, instant: bool, keep_alive: str) -> dict[str, Any]:
+    def _labels(self, pool: PoolSettings) -> dict[str, Any]:
         config = self.config
         return {
             "batching": config.batching,
@@ -313,8 +319,8 @@ class Bench:
             "requests": len(self.workload.requests),
             "request_rate": config.request_rate,
             "extra_slots": config.extra_slots,
-            "copies": "instant" if instant else "timed",
-            "keep_alive": keep_alive,
+            "copies": "instant" if pool.instant else "timed",
+            "keep_alive": str(pool.keep_alive),
             "start_seconds": config.start_seconds,
             "plan_every": config.plan_every,
             "seed": config.seed,

@@ -44,6 +44,7 @@ class Run:
     Attributes:
         now: seconds since the workload's start.
         busy: seconds in which an iteration ran.
+        until: when steady decode steps must stop repeating, at the latest, for a reason outside this run.
     """
 
     def __init__(
@@ -71,8 +72,8 @@ class Run:
         self._reads = getattr(runtime.predictor, "reads", "topk") if self.stage.cadence == "iteration" else "nothing"
         self._router_inputs = router_inputs
         self._ranks: Any = {}
-        self._last_gap_from = 0.0
         self.now, self.busy, self._idle, self._iterations, self._lost = 0.0, 0.0, 0.0, 0, 0
+        self.until = math.inf
         if timeline is not None:
             self.pool.on_copy = timeline.copy
 
@@ -91,14 +92,15 @@ class Run:
                 continue
             if self._iterations == self._warmup:
                 self.record.restart()
-            self._serve(iteration)
+            self.serve(iteration)
             if progress is not None:
                 progress(self.clocks.completed)
         self.clocks.check()
         self.pool.check()
         assert math.isclose(self.now, self.busy + self._idle, rel_tol=1e-9, abs_tol=1e-9), "time was lost"
 
-    def _serve(self, iteration: Iteration) -> None:
+    def serve(self, iteration: Iteration) -> None:
+        """Run one iteration from ``now`` on, and the decode steps like it that may follow at once."""
         spans, begin = columns(iteration), self.now
         self._ranks = iteration.rank_of_request
         outage = self.stage.outage
@@ -151,7 +153,7 @@ class Run:
 
     def _next_event(self) -> float:
         failure = self._failures[0].seconds if self._failures else math.inf
-        return min(failure, self.stage.outage.next_return)
+        return min(failure, self.stage.outage.next_return, self.until)
 
     def _happen(self) -> None:
         """Let failures and returns whose time has come take effect."""

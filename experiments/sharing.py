@@ -1,0 +1,186 @@
+"""Several models, each with GPUs of its own or all on one pool: what the same objective costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moeless.experiments import serving, study
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.sources import Source, common_kind, common_label, synthetic
+from moeless.report import line_figures
+
+TENANTS = 4
+GPUS = (2, 4, 8)
+OBJECTIVES = ("ttft:2000", "tpot:50")
+#: Share of the requests that must meet the objectives.
+TARGET = 0.95
+#: Mean requests per second of a tenant, in bursts that fall into different moments for each.
+RATE, SHAPE = 0.3, 0.05
+#: Ways to serve each model by itself: name to (policy, whether GPUs are given back in silence).
+OWN = {"own GPUs, static EP": ("static", False), "own GPUs, given back when idle": ("elastic:history", True)}
+SHARED = {"one pool, static EP": "static", "one pool, elastic": "elastic:history"}
+
+
+def _sources(options: Options) -> list[Source]:
+    model = (options.models or ("phi-3.5-moe",))[0]
+    return [
+        synthetic(dataclasses.replace(options, seed=options.seed + place), model, "lmsys") for place in range(TENANTS)
+    ]
+
+
+def _workload(options: Options, gpus: int) -> dict[str, Any]:
+    return {
+        **study.CONTINUOUS,
+        "cluster": f"h100x{gpus}",
+        "arrivals": f"gamma:{RATE}:{SHAPE}",
+        "max_requests": None,
+        "duration": options.pick(60.0, 1800.0),
+        "goodput": list(OBJECTIVES),
+    }
+
+
+def _jobs(options: Options) -> Mapping[str, Job]:
+    made, sources, costs = {}, _sources(options), study.physical(options)
+    for gpus in GPUS:
+        changes = _workload(options, gpus)
+        for name, (policy, returns) in OWN.items():
+            for place, source in enumerate(sources):
+                more = {"seed": options.seed + place, "scale_to_zero": returns, "keep_alive": "10"}
+                made[f"{name}|{gpus}|{place}"] = serving.job(options, source, policy, costs, **changes, **more)
+        for name, policy in SHARED.items():
+            job = serving.job(options, sources[0], policy, costs, **changes)
+            made[f"{name}|{gpus}"] = dataclasses.replace(
+                job,
+                label=f"serve {TENANTS} models on one pool of {gpus} GPUs by {policy}",
+                function="moeless.experiments.cells.sharing:serve",
+                needs=tuple(source.job for source in sources),
+            )
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """One way to serve all tenants, with so many GPUs a tenant or in the pool."""
+
+    name: str
+    gpus: str
+    good: float
+    gpu_seconds: float
+    resident: float
+    worst_ttft_ms: float
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.good >= TARGET
+
+
+def _own(results: Mapping[str, Any], name: str, gpus: int) -> list[tuple[float, float, float, float]]:
+    """Of each tenant: share of good requests, GPU seconds, resident GB·s, mean time to first token."""
+    cells = [serving.cell(results[f"{name}|{gpus}|{place}"]) for place in range(TENANTS)]
+    found = []
+    # GPUs that are never given back are held until the last tenant is done, like a pool's
+    last = max(one.request.duration for one in cells if one.request)
+    for one in cells:
+        request = one.request
+        assert request is not None
+        assert request.request_goodput is not None
+        seconds = one.billing.gpu_seconds if OWN[name][1] else gpus * last
+        good = request.request_goodput * request.duration / (request.completed + request.failed)
+        found.append((good, seconds, one.billing.resident, request.mean_ttft_ms))
+    return found
+
+
+def _ways(results: Mapping[str, Any]) -> list[_Way]:
+    ways = []
+    for name in OWN:
+        by_gpus = {gpus: _own(results, name, gpus) for gpus in GPUS}
+        for gpus, all_of in by_gpus.items():
+            good, seconds, resident, ttft = zip(*all_of, strict=True)
+            ways.append(_Way(name, f"{TENANTS} × {gpus}", min(good), sum(seconds), sum(resident), max(ttft)))
+    for name in SHARED:
+        for gpus in GPUS:
+            one = results[f"{name}|{gpus}"]
+            note = f"{sum(one['wakes'])} times a model was loaded" if any(one["wakes"]) else ""
+            ways.append(
+                _Way(
+                    name,
+                    str(gpus),
+                    one["good"] / one["requests"],
+                    one["gpu_seconds"],
+                    one["resident"],
+                    max(one["mean_ttft_ms"]),
+                    note,
+                )
+            )
+    return ways
+
+
+def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+    ways, sources = _ways(results), _sources(options)
+    columns = [
+        "system",
+        "GPUs",
+        "requests within objectives (%)",
+        "GPU·s",
+        "resident bill (GB·s)",
+        "slowest tenant's mean TTFT (ms)",
+        "objective met",
+        "note",
+    ]
+    rows = [
+        [w.name, w.gpus, 100 * w.good, w.gpu_seconds, w.resident, w.worst_ttft_ms, "yes" if w.met else "no", w.note]
+        for w in ways
+    ]
+    names = list(dict.fromkeys(way.name for way in ways))
+    series = {
+        name: line_figures.Line(
+            [way.gpu_seconds for way in ways if way.name == name], [100 * way.good for way in ways if way.name == name]
+        )
+        for name in names
+    }
+    plot = Plot(
+        line_figures.lines(
+            series, xlabel="GPU·s of all models", ylabel="requests within objectives (%)",
+            title=f"{TENANTS} models: service over cost", log_x=True, reference=100 * TARGET,
+            reference_label="objective",
+        ),
+        f"{TENANTS} models of {sources[0].title}'s shapes with bursts of their own (gamma gaps, shape {SHAPE:g}, "
+        f"{RATE:g} requests/s each), {GPUS[0]} to {GPUS[-1]} H100 for each or for all, {study.physical(options)} "
+        f"costs; objectives {' and '.join(OBJECTIVES)} ms. Of own GPUs the worst tenant's share is shown.",
+        common_kind(sources),
+        common_label(sources),
+    )  # fmt: skip
+    return Drawn({"service": plot}, {"ways": Data(columns, rows, "Each system", show=True)}, text=_text(ways, names))
+
+
+def _text(ways: list[_Way], names: list[str]) -> list[str]:
+    text = []
+    cheapest = {
+        name: min((way for way in ways if way.name == name and way.met), key=lambda way: way.gpu_seconds, default=None)
+        for name in names
+    }
+    base = cheapest[names[0]]
+    for name, way in cheapest.items():
+        if way is None:
+            text.append(f"{name}: the objective is not met with any of these numbers of GPUs.")
+        elif base is None or way is base:
+            text.append(f"{name}: {way.gpus} GPUs meet the objective, {way.gpu_seconds:.0f} GPU·s.")
+        else:
+            text.append(
+                f"{name}: {way.gpus} GPUs meet the objective, {way.gpu_seconds:.0f} GPU·s, "
+                f"{study.change(way.gpu_seconds, base.gpu_seconds)} against {names[0]}."
+            )
+    return text
+
+
+EXPERIMENT = Experiment(
+    name="sharing",
+    title="Beyond the paper: several models on one pool of GPUs",
+    question="Is one pool for several models cheaper at the same objective than GPUs for each?",
+    stated="One model at a time is served; sharing, where serverless should win, is not shown.",
+    jobs=_jobs,
+    draw=_draw,
+)

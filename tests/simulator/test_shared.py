@@ -1,0 +1,102 @@
+"""Several models on one set of GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from moeless.cluster import cluster
+from moeless.contracts import Policy, Request
+from moeless.costs import COSTS
+from moeless.errors import RunFailed, UserError
+from moeless.serverless import PoolSettings
+from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator.loop import Run
+from moeless.simulator.shared import SharedPool
+from moeless.workloads.schedulers import Continuous, OneSecond
+
+
+def runtime_for(spec, memory=None):
+    where = cluster("h100x8").with_gpus(4)
+    if memory is not None:
+        where = dataclasses.replace(where, device=dataclasses.replace(where.device, memory_bytes=memory))
+    costs = COSTS.get("roofline")(spec, where)
+    return resolve(Policy("static"), spec=spec, cluster=where, costs=costs, extra_slots=0, predictors={})
+
+
+def tenant(spec, requests, replay, topk, shift=0.0, memory=None):
+    moved = [dataclasses.replace(request, arrival=request.arrival + shift) for request in requests]
+    scheduler = Continuous(moved, 4, token_budget=64, max_running=8)
+    settings = SimulationSettings(PoolSettings())
+    return Run(replay(4, topk, moved), moved, scheduler, runtime_for(spec, memory), settings, None, None, None)
+
+
+@pytest.fixture
+def few():
+    return [Request(i, 0.01 * i, 8, 13, trace_request=i) for i in range(10)]
+
+
+def weights_per_gpu(spec):
+    return spec.L * spec.E / 4 * spec.expert_bytes + spec.non_expert_bytes
+
+
+def test_a_tenant_alone_is_served_as_without_a_pool(spec, few, replay_for, topk):
+    pool = SharedPool([tenant(spec, few, replay_for, topk)])
+    pool.to_the_end()
+    alone = simulate(
+        replay_for(4, topk, few),
+        few,
+        Continuous(few, 4, token_budget=64, max_running=8),
+        runtime_for(spec),
+        settings=SimulationSettings(PoolSettings()),
+    )
+    assert pool.end == alone.end
+    assert (pool.tenants[0].run.record.times_IL == alone.record.times_IL).all()
+    assert pool.gpu_seconds == 4 * alone.end
+
+
+def test_tenants_take_turns_and_every_request_is_served_once(spec, few, replay_for, topk):
+    pool = SharedPool([tenant(spec, few, replay_for, topk, shift) for shift in (0.0, 0.0, 0.003)])
+    pool.to_the_end()
+    for one in pool.tenants:
+        assert one.run.clocks.completed == len(few)
+        assert one.run.clocks.unfinished == 0
+        assert one.wakes == 0
+    # one iteration at a time: the GPUs' busy time is the sum of the tenants'
+    assert sum(one.run.busy for one in pool.tenants) <= pool.end
+
+
+def test_where_memory_holds_one_tenant_the_idle_one_makes_room(spec, few, replay_for, topk):
+    memory = 1.5 * weights_per_gpu(spec)
+    pool = SharedPool([tenant(spec, few, replay_for, topk, shift, memory) for shift in (0.0, 5.0)])
+    assert [one.awake for one in pool.tenants] == [True, False]
+    pool.to_the_end()
+    assert [one.wakes for one in pool.tenants] == [0, 1]
+    assert [one.awake for one in pool.tenants] == [False, True]
+    assert all(one.run.clocks.completed == len(few) for one in pool.tenants)
+    late = pool.tenants[1].run
+    loading = COSTS.get("roofline")(spec, late.cluster).load_seconds(spec.non_expert_bytes, "host", 0)
+    assert late.clocks.times().ttft_N[0] > loading
+    # the first tenant's copies are billed until they leave, the second's from then on
+    assert pool.resident_byte_seconds <= spec.L * spec.E * spec.expert_bytes * pool.end * 1.001
+
+
+def test_overlapping_tenants_without_room_wait_for_each_other(spec, few, replay_for, topk):
+    memory = 1.5 * weights_per_gpu(spec)
+    pool = SharedPool([tenant(spec, few, replay_for, topk, 0.0, memory) for _ in range(2)])
+    pool.to_the_end()
+    assert all(one.run.clocks.completed == len(few) for one in pool.tenants)
+    assert pool.tenants[1].wakes >= 1
+
+
+def test_pools_that_cannot_be_are_one_sentence(spec, few, replay_for, topk):
+    with pytest.raises(UserError, match="at least one tenant"):
+        SharedPool([])
+    with pytest.raises(RunFailed, match="use more GPUs"):
+        SharedPool([tenant(spec, few, replay_for, topk, 0.0, 0.5 * weights_per_gpu(spec) + spec.non_expert_bytes)])
+    batches = Run(
+        replay_for(4, topk, few), few, OneSecond(few, 4), runtime_for(spec), SimulationSettings(), None, None, None
+    )
+    with pytest.raises(UserError, match="continuous batching"):
+        SharedPool([batches])
