@@ -1,9 +1,12 @@
 """LLEP: experts stay at home, overloaded GPUs spill tokens to the least loaded ones.
 
-Source: Nguyen et al., "Least-Loaded Expert Parallelism", arXiv 2601.17111. A GPU may take up to alpha times the mean
-load; what exceeds that goes to the least loaded GPUs in chunks of at least ``min_tokens``; nothing is done below an
-imbalance of lambda. LLEP ships an expert's weights after the gate; here copies must be there in time, so placement
-runs the same assignment on the forecast and keeps the copies that it spills to, and dispatch spills to those only.
+Source: Nguyen et al., "Least-Loaded Expert Parallelism", arXiv 2601.17111, and github.com/SalesforceAIResearch/
+LeastLoadedEP (its defaults: alpha 1.0, m 1024, lambda 1.3). Below an imbalance of lambda static EP is kept. Otherwise
+experts, by decreasing load, keep at home what fits under alpha times the mean GPU load, counting what experts still
+to come bring with them; the rest goes to the least loaded GPUs in chunks of at least m tokens, or all that is left of
+it. LLEP ships an expert's weights after the gate; here copies must be there in time, which is our reading: placement
+runs the same assignment on the forecast and keeps the copies that it spills to, dispatch spills to those only, and
+what none of them has room for goes where it ends sooner, home or the least loaded of them.
 
 Axes: S source ranks, E experts, R replicas, G GPUs.
 """
@@ -32,7 +35,7 @@ class LlepParams:
     Attributes:
         capacity: alpha, load that a GPU may take in units of the mean load.
         min_tokens: m, the smallest chunk worth a separate matrix product.
-        imbalance: lambda, maximum over mean of GPU loads up to which static EP is kept.
+        imbalance: lambda, maximum over mean of GPU loads below which static EP is kept.
     """
 
     capacity: float = 1.0
@@ -47,31 +50,36 @@ class LlepParams:
 def spill(load_E: FloatArray, home_E: IntArray, allowed_EG: BoolArray, params: LlepParams) -> FloatArray:
     """Tokens of each expert on each GPU, ``[E, G]``; ``allowed_EG`` marks where copies may work besides home.
 
-    Experts in order of decreasing load keep at home what fits under the capacity; the rest goes to the allowed GPU
-    with the least load, chunk by chunk, and stays at home where no chunk of ``min_tokens`` fits.
+    Whole where the loads are.
     """
     experts, gpus = allowed_EG.shape
     tokens_EG = np.zeros((experts, gpus))
     tokens_EG[np.arange(experts), home_E] = load_E
     total_G = tokens_EG.sum(0)
     mean = total_G.mean()
-    if mean == 0 or total_G.max() <= params.imbalance * mean:
+    if mean == 0 or total_G.max() < params.imbalance * mean:
         return tokens_EG
-    capacity = params.capacity * mean
+    capacity = max(np.floor(params.capacity * np.floor(mean)), 1.0)
     for e in np.argsort(-load_E, kind="stable"):
         g = home_E[e]
-        # a remainder too small for a product of its own stays at home
-        while (excess := min(np.ceil(total_G[g] - capacity), tokens_EG[e, g])) >= params.min_tokens:
-            room_H = np.where(allowed_EG[e], np.floor(capacity - total_G), -np.inf)
-            room_H[g] = -np.inf
-            h = int(np.argmax(room_H))
-            chunk = min(excess, room_H[h])
-            if chunk < params.min_tokens:
-                break
+        helpers = np.flatnonzero(allowed_EG[e] & (np.arange(gpus) != g))
+        while (rest := min(total_G[g] - capacity, tokens_EG[e, g])) > 0 and len(helpers):
+            by_load = helpers[np.argsort(total_G[helpers], kind="stable")]
+            chunk_H = np.minimum(rest, capacity - total_G[by_load])
+            fits_H = (chunk_H > 0) & ((chunk_H >= params.min_tokens) | (chunk_H == rest))
+            if fits_H.any():
+                first = int(np.argmax(fits_H))
+                h, chunk = by_load[first], chunk_H[first]
+            else:
+                h, chunk = by_load[0], rest
+                if total_G[h] + rest >= total_G[g]:
+                    break
             tokens_EG[e, g] -= chunk
             tokens_EG[e, h] += chunk
             total_G[g] -= chunk
             total_G[h] += chunk
+            if not fits_H.any():
+                break
     return tokens_EG
 
 

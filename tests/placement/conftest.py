@@ -69,3 +69,24 @@ def plan_with() -> Callable[..., LayerPlan]:
         )
 
     return plan
+
+
+@pytest.fixture(scope="session")
+def dispatch_with() -> Callable[..., Any]:
+    """Quotas by a planner's dispatch at its defaults: ``dispatch_with("metro", load_SE, plan, usable_R)``."""
+
+    def dispatch(name: str, load_SE: Any, plan: LayerPlan, usable_R: Any = None, costs: str = "roofline") -> Any:
+        load = np.asarray(load_SE, np.int64)
+        planner = PLANNERS.get(name)
+        spec, machine = make_spec(load.shape[1]), make_cluster(load.shape[0])
+        return planner.dispatch(
+            load,
+            plan,
+            np.ones(plan.R, np.bool_) if usable_R is None else usable_R,
+            spec=spec,
+            cluster=machine,
+            costs=COSTS.get(costs)(spec, machine),
+            params=planner.params(),
+        )
+
+    return dispatch
