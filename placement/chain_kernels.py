@@ -13,7 +13,8 @@ Axes: M movable copies sorted by GPU, G GPUs, X moves. ``next_M`` links the copi
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from moeless.jit import njit
 
 #: Rows of the state that travels through the recursion.
 TOKENS, GPU, NEXT = 0, 1, 2

@@ -6,8 +6,8 @@ Axes: C scenarios, E experts, R replicas in order of decision (primaries first),
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from moeless.jit import njit
 from moeless.placement.dispatch_kernels import choose_copies
 from moeless.placement.grow_kernels import grow
 

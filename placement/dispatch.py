@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from moeless.cluster import Cluster
 from moeless.contracts import BoolArray, IntArray, LayerPlan
 from moeless.costs import CostModel
 from moeless.errors import UserError
+from moeless.jit import njit
 from moeless.spec import MoESpec
 
 

@@ -6,8 +6,8 @@ Axes: S source ranks (rank s is GPU s), E experts, R replicas in any order, G GP
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from moeless.jit import njit
 from moeless.placement.chain_kernels import GPU, NEXT, TOKENS, balance
 
 

@@ -9,7 +9,8 @@ Axes: E experts, P replicas (physical experts), G bins.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from moeless.jit import njit
 
 
 @njit(cache=True)

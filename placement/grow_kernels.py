@@ -6,7 +6,8 @@ Axes: E experts, R replicas in order of decision (primaries first), G GPUs.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from moeless.jit import njit
 
 #: Which expert is copied next: the hottest on the hottest GPU, the hottest anywhere, or whichever levels most.
 BY_GPU, BY_EXPERT, BY_LEVEL = 0, 1, 2

@@ -11,11 +11,11 @@ Axes: S source ranks, E experts, R replicas, G GPUs.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from moeless.cluster import Cluster
 from moeless.contracts import BoolArray, IntArray, LayerPlan
 from moeless.costs import CostModel
+from moeless.jit import njit
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import serving_R
 from moeless.placement.eplb import EplbParams, plan_layer

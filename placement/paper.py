@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from moeless.cluster import Cluster
 from moeless.contracts import Budget, FloatArray, InstanceState, IntArray, LayerPlan, PlanInput
 from moeless.costs import CostModel
 from moeless.errors import UserError
+from moeless.jit import njit
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import even_dispatch
 from moeless.placement.layout import room_G, spare_replicas

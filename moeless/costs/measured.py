@@ -15,7 +15,6 @@ Axes: R replicas, G GPUs, N tokens of the grid, K active experts.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from moeless.cluster import CPU, Cluster
 from moeless.contracts import FloatArray, Int32Array, IntArray, LayerPlan, Policy
@@ -25,6 +24,7 @@ from moeless.costs.exchange import ExchangeTimes
 from moeless.costs.profile import SHAPES, ExpertGrid, HardwareProfile
 from moeless.costs.profile_reader import load_profile, shipped_profiles
 from moeless.errors import UserError
+from moeless.jit import njit
 from moeless.spec import MoESpec
 
 

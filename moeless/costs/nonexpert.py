@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from numba import njit
-
 from moeless.cluster import Cluster
 from moeless.contracts import FloatArray
+from moeless.jit import njit
 from moeless.spec import BYTES_PER_WEIGHT, MoESpec
 
 

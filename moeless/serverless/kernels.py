@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from moeless.jit import njit
 from moeless.serverless.keep_alive import COVERED, FIRST_BIN_SECONDS, MIN_GAPS
 
 # accounts, as places in one array of floats

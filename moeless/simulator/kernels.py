@@ -7,10 +7,10 @@ columns of ``span_sums``.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from moeless.costs.kernels import exchange_time, quota_time
 from moeless.costs.nonexpert import nonexpert_times
+from moeless.jit import njit
 from moeless.placement.dispatch import _round_robin
 from moeless.placement.dispatch_kernels import dispatch_layer, static_quotas
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moeless.contracts import Span
 from moeless.errors import UserError
+from moeless.jit import njit
 from moeless.traces.store import TokenTrace
 
 

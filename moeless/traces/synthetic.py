@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray
 from moeless.errors import UserError
 from moeless.files import folder_atomic, read_json
+from moeless.jit import njit
 from moeless.spec import MoESpec
 from moeless.traces.info import TraceInfo
 from moeless.traces.writers import RequestRows, TokenTraceWriter
