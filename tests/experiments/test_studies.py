@@ -10,6 +10,7 @@ import pytest
 from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, Phase, PlanInput, Request
 from moeless.costs import COSTS
+from moeless.experiments import claims_table
 from moeless.experiments.cells import parts
 from moeless.experiments.cells.drift import in_blocks
 from moeless.experiments.cells.scale import serve
@@ -90,3 +91,12 @@ def test_a_growing_cluster_is_served_whole_and_labelled_synthetic(gpus):
     assert data["evidence"] == "synthetic"
     assert data["request"]["completed"] == 2 * gpus
     assert data == serve(params, [])
+
+
+def test_what_the_papers_means_imply_composes_back_to_them():
+    implied = claims_table.implied()
+    mine = implied["MoEless latency"] * implied["MoEless memory"]
+    assert 100 * (mine - 1) == pytest.approx(-92.68)
+    assert 100 * (mine / (implied["EPLB latency"] * implied["EPLB memory"]) - 1) == pytest.approx(-95.11)
+    assert 100 * (mine / implied["Oracle latency"] - 1) == pytest.approx(-84.06)
+    assert 100 * (implied["MoEless latency"] / implied["EPLB latency"] - 1) == pytest.approx(-21.89)
