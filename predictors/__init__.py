@@ -19,6 +19,8 @@ PREDICTORS = Registry(
         "frequency": "moeless.predictors.frequency:Frequency",
         "transition": "moeless.predictors.transition:Transition",
         "layer_aware": "moeless.predictors.layer_aware:LayerAware",
+        "from_scratch": "moeless.predictors.from_scratch:FromScratch",
+        "blend": "moeless.predictors.blend:Blend",
     },
 )
 

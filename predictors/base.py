@@ -10,12 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.contracts import Context, FloatArray, Forecast, IntArray
+from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
 from moeless.files import folder_atomic, read_json, write_json
 from moeless.predictors.shares import known_share, proportional
@@ -30,6 +30,13 @@ FORMAT = 1
 Reads = Literal["nothing", "topk", "router_inputs"]
 
 
+class Wants(NamedTuple):
+    """What fitting a method needs: inputs of every token, and whether the model's gates."""
+
+    reads: Reads
+    gates: bool
+
+
 class LoadPredictor(ABC):
     """Forecasts the load of layer ``layer + distance`` while ``layer`` runs.
 
@@ -40,7 +47,7 @@ class LoadPredictor(ABC):
     """
 
     name: ClassVar[str]
-    reads: ClassVar[Reads] = "nothing"
+    reads: Reads = "nothing"
 
     def __init__(self, spec: MoESpec) -> None:
         self.spec = spec
@@ -66,6 +73,20 @@ class LoadPredictor(ABC):
             UserError: the method forecasts loads only, or the inputs do not fit.
         """
         raise UserError(f"predictor {self.name!r} forecasts loads, not single tokens")
+
+    @classmethod
+    def wants(cls, options: Mapping[str, Any], has_router_inputs: bool) -> Wants:
+        """What fitting with those options needs of a trace."""
+        del options, has_router_inputs
+        return Wants(cls.reads, bool(getattr(cls, "needs_gates", False)))
+
+    def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
+        """How much better than history it did on validation requests, for an iteration of that size.
+
+        1 is exact, 0 is as good as history, below 0 is worse; None where it was not measured.
+        """
+        del layer, distance, phase, tokens
+        return None
 
     @property
     def token_part(self) -> Any:

@@ -5,6 +5,7 @@ Axes: T tokens, L MoE layers, E experts, K experts per token, H hidden size.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 #: Bytes of gate inputs that are kept in memory between epochs; larger samples are read again.
 CACHE_BYTES = 2**30
 BLOCK_TOKENS = 2048
+#: Tokens that are read or counted at once.
+STREAM_TOKENS = 65_536
 
 
 class Rows:
@@ -44,8 +47,16 @@ class Rows:
 
     @cached_property
     def topk_TLK(self) -> NDArray[np.uint16]:
-        """Expert ids of all rows."""
-        return self.trace.load_topk()
+        """Expert ids of all rows; a scratch file stands for those of a trace that is too large to hold."""
+        shape = (self.trace.num_rows, self.spec.L, self.spec.K)
+        if 2 * int(np.prod(shape)) <= CACHE_BYTES:
+            return self.trace.load_topk()
+        # the file has no name and is gone with the process; its pages leave memory when that is needed elsewhere
+        column: NDArray[np.uint16] = np.memmap(tempfile.TemporaryFile(), np.uint16, "w+", shape=shape)  # noqa: SIM115
+        for start in range(0, shape[0], STREAM_TOKENS):
+            stop = min(start + STREAM_TOKENS, shape[0])
+            column[start:stop] = self.trace.topk(start, stop)
+        return column
 
     @cached_property
     def phase_T(self) -> NDArray[np.uint8]:
@@ -60,7 +71,9 @@ class Rows:
 
     def share_LE(self, requests: IntArray) -> FloatArray:
         """Mean load share of those requests' rows, ``[L, E]``; rows sum to 1."""
-        load_LE = count_loads(self.topk_TLK, self.of(requests), self.spec.E).astype(np.float64)
+        load_LE = np.zeros((self.spec.L, self.spec.E))
+        for part in np.array_split(requests, max(1, int(self.rows_N[requests].sum()) // STREAM_TOKENS)):
+            load_LE += count_loads(self.topk_TLK, self.of(part), self.spec.E)
         share_LE: FloatArray = load_LE / load_LE.sum(1, keepdims=True)
         return share_LE
 

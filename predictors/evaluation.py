@@ -135,7 +135,8 @@ class Evaluator:
             for (phase, size), (windows, group) in self._sets.items():
                 if windows:
                     mean_var_load = self.forecasts(predictor, usable, layer, distance, windows)
-                    for metric, value, low, high, n in self._measure(*mean_var_load, group):
+                    history_E = self.history_LE[layer + distance]
+                    for metric, value, low, high, n in self._measure(*mean_var_load, history_E, group):
                         made.append(Row(layer, distance, PHASES[phase], size, metric, value, low, high, n))
             if report is not None:
                 report(done + 1, len(pairs))
@@ -174,11 +175,23 @@ class Evaluator:
         return np.array(means), np.array(variances), np.array(loads)
 
     def _measure(
-        self, mean_IE: FloatArray, var_IE: FloatArray, load_IE: IntArray, group: NDArray[np.int64]
+        self,
+        mean_IE: FloatArray,
+        var_IE: FloatArray,
+        load_IE: IntArray,
+        history_E: FloatArray,
+        group: NDArray[np.int64],
     ) -> list[tuple[str, float, float, float, int]]:
-        """Every metric: name, value, interval, iterations."""
+        """Every metric: name, value, interval, iterations.
+
+        ``l1_over_history`` is the relative L1 less that of history on the same iterations: below 0 is better, and an
+        interval wholly above 0 is worse.
+        """
+        past_IE = history_E * load_IE.sum(1, keepdims=True)
+        error_I = metrics.relative_l1(mean_IE, load_IE)
         values = {
-            "relative_l1": metrics.relative_l1(mean_IE, load_IE),
+            "relative_l1": error_I,
+            "l1_over_history": error_I - metrics.relative_l1(past_IE, load_IE),
             "pearson": metrics.pearson(mean_IE, load_IE),
             "hottest_hit": metrics.hottest_hit(mean_IE, load_IE),
             "straggler_hit": metrics.straggler_hit(mean_IE, load_IE, self.settings.gpus),

@@ -85,6 +85,7 @@ def fit_layer_aware(given: FitInput) -> LayerAware:
         validation,
         TrainSettings(options.epochs, options.patience, options.learning_rate, options.batch_tokens),
         seed=settings.seed,
+        checkpoint=given.checkpoint("layer_aware"),
         # logits come out of training at their own scale; scores within 0..1 need a small temperature
         temperature=1.0 if monotone else 0.1,
         wanted_LD=weak_LD,

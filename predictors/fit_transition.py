@@ -125,6 +125,7 @@ def fit_transition(given: FitInput) -> Transition:
         validation,
         TrainSettings(options.epochs, options.patience, options.learning_rate, options.batch_tokens),
         seed=settings.seed,
+        checkpoint=given.checkpoint("transition"),
         on_epoch=lambda epoch, loss, recall: given.report(
             "transition", epoch, {"loss": loss, "validation_recall": recall}
         ),

@@ -12,6 +12,7 @@ import numpy as np
 from moeless.errors import UserError
 from moeless.predictors import PREDICTORS
 from moeless.predictors.base import LoadPredictor
+from moeless.predictors.checkpoints import Checkpoint, Checkpoints
 from moeless.predictors.data import Rows, Sample
 from moeless.predictors.gates import Gates
 from moeless.predictors.split import Split
@@ -57,11 +58,18 @@ class FitInput:
     settings: FitSettings
     gates: Gates | None
     report: Report
+    checkpoints: Checkpoints | None = None
 
-    def sample(self, reads: Any, *, validation: bool = False) -> Sample:
-        """The training or the validation sample."""
+    def checkpoint(self, stage: str) -> Checkpoint | None:
+        """Where a stage of the fit keeps its state, None where it cannot be taken up again."""
+        return None if self.checkpoints is None else self.checkpoints.stage(stage)
+
+    def sample(self, reads: Any, *, validation: bool = False, share: float = 1.0) -> Sample:
+        """The training or the validation sample, or a share of it."""
         requests = self.split.validation if validation else self.split.fit
         limit = self.settings.max_tokens // 4 if validation else self.settings.max_tokens
+        if share < 1.0:
+            limit = int(share * min(limit, int(self.rows.rows_N[requests].sum())))
         return Sample(self.rows, requests, reads, max(1, limit), self.settings.seed)
 
     def options(self, kind: type[Any]) -> Any:
@@ -87,8 +95,9 @@ def fit(
     *,
     gates: Gates | None = None,
     report: Report | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[LoadPredictor, float]:
-    """Fit a method; returns the predictor and the seconds that it took.
+    """Fit a method; returns the predictor and the seconds that it took, those before a resumption apart.
 
     Raises:
         UserError: no such method, an option is unknown, or the trace lacks what the method reads.
@@ -103,7 +112,8 @@ def fit(
         if settings.options:
             raise UserError(f"predictor {name!r} has no parameters")
         return kind(spec), time.perf_counter() - started
-    predictor: LoadPredictor = maker(FitInput(rows, split, settings, gates, report or (lambda *_: None)))
+    given = FitInput(rows, split, settings, gates, report or (lambda *_: None), checkpoints)
+    predictor: LoadPredictor = maker(given)
     return predictor, time.perf_counter() - started
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeless.errors import UserError
-from moeless.files import check_writable, folder_atomic, write_json
+from moeless.files import check_writable, folder_atomic, sha256, write_json
 from moeless.predictors import PREDICTORS, load_predictor
-from moeless.predictors.base import METRICS_FILE, LoadPredictor
+from moeless.predictors.base import METRICS_FILE, LoadPredictor, Reads, Wants
 from moeless.predictors.split import SplitBy, split_requests
 
 if TYPE_CHECKING:
@@ -52,18 +52,14 @@ class FitJob:
         Raises:
             UserError: it is none, not of kind tokens, or lacks gate inputs that the method reads.
         """
-        from moeless.traces import TokenTrace, open_trace, require_kind
-
-        kind = PREDICTORS.get(self.method)
-        opened = open_trace(self.trace)
-        require_kind(opened, "tokens", command="train-predictor")
-        assert isinstance(opened, TokenTrace)
-        if kind.reads == "router_inputs" and not opened.has_router_inputs:
-            raise UserError(
-                f"predictor {self.method!r} reads what gates see, which {self.trace} does not hold; record it with "
-                "`moeless trace --router-inputs`, or fit `transition`, which needs expert ids only"
-            )
+        opened = _open(self.trace, "train-predictor")
+        _check_inputs(opened, self.wants(opened).reads, self.method)
         return opened
+
+    def wants(self, trace: TokenTrace) -> Wants:
+        """What the method with its parameters reads."""
+        wanted: Wants = PREDICTORS.get(self.method).wants(self.all_options(), trace.has_router_inputs)
+        return wanted
 
     def resolved(self) -> dict[str, Any]:
         """The configuration as JSON."""
@@ -87,7 +83,7 @@ class FitJob:
         """What the fit will hold in memory."""
         opened = self.open()
         spec = opened.spec
-        reads = PREDICTORS.get(self.method).reads
+        reads = self.wants(opened).reads
         pairs = sum(max(0, spec.L - d) for d in self.distances)
         tokens = min(self.max_tokens, opened.num_tokens)
         width = {"router_inputs": 4 * spec.hidden_size, "topk": 8 * spec.K}.get(reads, 0)
@@ -115,6 +111,7 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
     Raises:
         UserError: the request is wrong; nothing is written then.
     """
+    from moeless.predictors.checkpoints import Checkpoints
     from moeless.predictors.data import Rows
     from moeless.predictors.fitting import FitSettings, fit
 
@@ -123,12 +120,21 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     check_writable(out)
-    kind = PREDICTORS.get(job.method)
-    rows = Rows(trace, inputs=kind.reads == "router_inputs")
+    wanted = job.wants(trace)
+    rows = Rows(trace, inputs=wanted.reads == "router_inputs")
     split = split_requests(trace.requests.category, job.split_by, job.seed)
-    gates = _gates_for(job, trace) if getattr(kind, "needs_gates", False) else None
+    gates = _gates_for(job, trace) if wanted.gates else None
     settings = FitSettings(job.distances, job.max_tokens, job.seed, _device(job.device), options)
-    predictor, seconds = fit(job.method, rows, split, settings, gates=gates, report=report)
+    # the trace's description holds the hashes of all its files
+    request = {**job.resolved(), "trace_sha256": sha256(job.trace / "trace.json"), "device": settings.device}
+    checkpoints = Checkpoints.beside(out, request)
+    try:
+        predictor, seconds = fit(
+            job.method, rows, split, settings, gates=gates, report=report, checkpoints=checkpoints
+        )  # fmt: skip
+    except UserError:
+        checkpoints.clear()
+        raise
     notes = {
         "trace": str(job.trace),
         "source": dict(trace.info.source),
@@ -136,7 +142,6 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         "seed": job.seed,
         "distances": list(job.distances),
         "max_tokens": job.max_tokens,
-        "fit_seconds": round(seconds, 3),
         "device": settings.device,
     }
     measured: list[Row] = []
@@ -145,7 +150,9 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         # what is measured is what was written, rounding to 16 bits included
         predictor = load_predictor(folder)
         if job.evaluate:
-            measured = _measure(predictor, rows, job, folder / METRICS_FILE, notes)
+            timed = notes | {"fit_seconds": round(seconds, 3)}
+            measured = _measure(predictor, rows, job, folder / METRICS_FILE, timed)
+    checkpoints.clear()
     summary = {
         "method": job.method,
         "model": rows.spec.name,
@@ -170,8 +177,9 @@ def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
     target = (out or folder) / METRICS_FILE
     check_writable(target)
     predictor = load_predictor(folder)
-    trace = FitJob(job.trace, predictor.name).open()
+    trace = _open(job.trace, "evaluate-predictor")
     predictor.check_spec(trace.spec, f"the trace {job.trace}")
+    _check_inputs(trace, predictor.reads, predictor.name)
     rows = Rows(trace, inputs=predictor.reads == "router_inputs")
     started = time.perf_counter()
     notes = {"trace": str(job.trace), "predictor": str(folder), "split_by": job.split_by, "seed": job.seed}
@@ -187,6 +195,23 @@ def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
         "metrics": str(target),
     }
     return Done(predictor, summary, _columns(), _table(measured, job))
+
+
+def _open(path: Path, command: str) -> TokenTrace:
+    from moeless.traces import TokenTrace, open_trace, require_kind
+
+    opened = open_trace(path)
+    require_kind(opened, "tokens", command=command)
+    assert isinstance(opened, TokenTrace)
+    return opened
+
+
+def _check_inputs(trace: TokenTrace, reads: Reads, method: str) -> None:
+    if reads == "router_inputs" and not trace.has_router_inputs:
+        raise UserError(
+            f"predictor {method!r} reads what gates see, which {trace.path} does not hold; record it with "
+            "`moeless trace --router-inputs`, or fit `transition` or `blend`, which need expert ids only"
+        )
 
 
 def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, notes: Mapping[str, Any]) -> list[Row]:

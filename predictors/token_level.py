@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, Forecast, IntArray
 from moeless.errors import UserError
-from moeless.predictors.base import LoadPredictor
+from moeless.predictors.base import LoadPredictor, Reads
 from moeless.predictors.router import RouterRule
 from moeless.predictors.shares import proportional
 from moeless.predictors.variance import Variance
@@ -59,7 +59,7 @@ class TokenLevel(LoadPredictor):
     @torch.inference_mode()
     def probabilities(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
         """Expected assignments of each token, f32 ``[T, E]``; every row sums to K."""
-        scores = self.scores(self._checked(inputs, layer, distance), layer, distance)
+        scores = self.scores(self.check_inputs(inputs, layer, distance), layer, distance)
         return torch.softmax(scores / self.temperature(layer, distance), -1) * self.spec.K
 
     @torch.inference_mode()
@@ -104,21 +104,27 @@ class TokenLevel(LoadPredictor):
         """Forecast from the tokens; from past loads where there is no source layer; see :class:`LoadPredictor`."""
         target = layer + distance
         self._check_target(target)
-        inputs = self._inputs(context)
+        inputs = self.inputs_of(context)
         if layer < 0 or context.tokens == 0 or not self.covers(layer, distance):
             return self.fallback(context, target)
         if inputs is None:
-            raise UserError(f"predictor {self.name!r} needs {_WHAT[self.reads]}, which this trace or engine has not")
+            raise missing_inputs(self.name, self.reads)
         # a rank that sees a part of the iteration's tokens speaks for all of them
         return self.from_tokens(self.mean_load(inputs, layer, distance), context, layer, distance)
 
-    def _inputs(self, context: Context) -> NDArray[Any] | None:
+    def inputs_of(self, context: Context) -> NDArray[Any] | None:
+        """What the method reads of a context, None where it is not there."""
         return context.router_input_TH if self.reads == "router_inputs" else context.topk_TK
 
     def _select(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        return self.rule.select(self.scores(self._checked(inputs, layer, distance), layer, distance), self.spec.K)
+        return self.rule.select(self.scores(self.check_inputs(inputs, layer, distance), layer, distance), self.spec.K)
 
-    def _checked(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
+    def check_inputs(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
+        """The inputs as a tensor to compute with.
+
+        Raises:
+            UserError: nothing is fitted for the pair, or the inputs have another shape, type or range.
+        """
         self._check_target(layer + distance)
         if layer < 0 or not self.covers(layer, distance):
             raise UserError(f"predictor {self.name!r} has nothing fitted from layer {layer} at distance {distance}")
@@ -146,6 +152,11 @@ class TokenLevel(LoadPredictor):
     def variance_from_json(rows: list[list[float]]) -> dict[tuple[int, int], Variance]:
         """The coefficients back."""
         return {(int(row[0]), int(row[1])): Variance(float(row[2]), float(row[3])) for row in rows}
+
+
+def missing_inputs(name: str, reads: Reads) -> UserError:
+    """The error of a method whose inputs are not there."""
+    return UserError(f"predictor {name!r} needs {_WHAT[reads]}, which this trace or engine has not")
 
 
 _WHAT = {"router_inputs": "gate inputs", "topk": "expert ids", "nothing": "nothing"}

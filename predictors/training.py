@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from moeless.errors import UserError
+from moeless.predictors.checkpoints import Checkpoint
 from moeless.predictors.data import Block, Sample
+from moeless.predictors.fit_state import FitState
 from moeless.predictors.router import RouterRule
 
 
@@ -167,6 +169,7 @@ def fit_heads(
     tempered: bool = True,
     wanted_LD: torch.Tensor | None = None,
     on_epoch: Callable[[int, float, float], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Fitted:
     """Fit all pairs; deterministic for a seed on one machine.
 
@@ -174,6 +177,7 @@ def fit_heads(
         tempered: whether a temperature is fitted with the heads.
         wanted_LD: pairs to fit, None for all; the others keep their start.
         on_epoch: called with (epoch, mean training loss, mean validation recall).
+        checkpoint: where the state is kept after each epoch and taken up from, None for nowhere.
     """
     heads = heads.to(problem.device)
     wanted = problem.valid_LD if wanted_LD is None else problem.valid_LD & wanted_LD.to(problem.device)
@@ -181,56 +185,48 @@ def fit_heads(
         torch.full(problem.valid_LD.shape, float(np.log(temperature)), device=problem.device),
         requires_grad=tempered,
     )
-    start_LD = _recall(heads, problem, validation, settings.batch_tokens)
-    best_LD = start_LD.clone()
-    best = {name: tensor.detach().clone() for name, tensor in heads.pair_state().items()}
-    best_temperature = log_temperature.detach().clone()
-    done = 0
-    if bool(wanted.any()):
-        optimiser = torch.optim.AdamW(
-            [
-                {"params": list(heads.parameters()), "weight_decay": settings.weight_decay},
-                {"params": [log_temperature], "weight_decay": 0.0, "lr": 10 * settings.learning_rate},
-            ],
-            lr=settings.learning_rate,
-        )
-        steps = settings.epochs * -(-sample.tokens // settings.batch_tokens)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: 0.1 + 0.45 * (1 + float(np.cos(np.pi * min(1.0, step / max(1, steps)))))
-        )
-        rng = np.random.default_rng(seed)
-        since_better = 0
-        for epoch in range(settings.epochs):
-            total, count = 0.0, 0
-            for block in sample.blocks(rng, settings.batch_tokens):
-                inputs, chosen = problem.load(block)
-                loss_LD = problem.loss_LD(problem.scores(heads, inputs), chosen, log_temperature)
-                # a sum, so that each pair's step does not depend on how many others there are
-                loss = torch.where(wanted, loss_LD, 0.0).sum()
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                total, count = total + float(loss.detach()) / int(wanted.sum()), count + 1
-            recall_LD = _recall(heads, problem, validation, settings.batch_tokens)
-            better = wanted & (recall_LD > best_LD)
-            for name, tensor in heads.pair_state().items():
-                best[name][better] = tensor.detach()[better]
-            best_temperature[better] = log_temperature.detach()[better]
-            best_LD = torch.where(better, recall_LD, best_LD)
-            done = epoch + 1
-            if on_epoch is not None:
-                on_epoch(done, total / max(1, count), float(recall_LD[wanted].mean()))
-            since_better = 0 if bool(better.any()) else since_better + 1
-            if since_better >= settings.patience:
-                break
-    return Fitted(
-        {name: tensor.cpu() for name, tensor in best.items()},
-        torch.exp(best_temperature).cpu(),
-        start_LD.numpy(force=True),
-        best_LD.numpy(force=True),
-        done,
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": list(heads.parameters()), "weight_decay": settings.weight_decay, "peak": 1.0},
+            {"params": [log_temperature], "weight_decay": 0.0, "peak": 10.0},
+        ],
+        lr=settings.learning_rate,
     )
+    rng = np.random.default_rng(seed)
+    state = FitState(heads, log_temperature, optimiser, rng, checkpoint)
+    if not state.resume():
+        state.start(_recall(heads, problem, validation, settings.batch_tokens))
+    steps = settings.epochs * -(-sample.tokens // settings.batch_tokens)
+    while bool(wanted.any()) and state.epoch < settings.epochs and state.since_better < settings.patience:
+        total, count = 0.0, 0
+        for block in sample.blocks(rng, settings.batch_tokens):
+            inputs, chosen = problem.load(block)
+            loss_LD = problem.loss_LD(problem.scores(heads, inputs), chosen, log_temperature)
+            # a sum, so that each pair's step does not depend on how many others there are
+            loss = torch.where(wanted, loss_LD, 0.0).sum()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * settings.learning_rate * _cosine(state.step / max(1, steps))
+            optimiser.step()
+            state.step += 1
+            total, count = total + float(loss.detach()) / int(wanted.sum()), count + 1
+        recall_LD = _recall(heads, problem, validation, settings.batch_tokens)
+        state.end_epoch(wanted & (recall_LD > state.best_LD), recall_LD)
+        if on_epoch is not None:
+            on_epoch(state.epoch, total / max(1, count), float(recall_LD[wanted].mean()))
+    return Fitted(
+        {name: tensor.cpu() for name, tensor in state.best.items()},
+        torch.exp(state.best_temperature).cpu(),
+        state.start_LD.numpy(force=True),
+        state.best_LD.numpy(force=True),
+        state.epoch,
+    )
+
+
+def _cosine(progress: float) -> float:
+    """Share of the peak learning rate: 1 at first, falling to a tenth."""
+    return 0.1 + 0.45 * (1 + float(np.cos(np.pi * min(1.0, progress))))
 
 
 def recall_of(heads: Heads, problem: Problem, sample: Sample, size: int) -> np.ndarray[Any, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray
+from moeless.predictors.metrics import NORMAL_90
 
 #: A variance of nothing would make planners too sure where nothing was seen.
 FLOOR = 0.25
@@ -46,3 +47,17 @@ def fit_variance(mean_N: NDArray[Any], load_N: NDArray[Any]) -> Variance:
     design = np.stack([mean, mean**2], 1) * weight[:, None]
     (scale, spread), _ = nnls(design, (load - mean) ** 2 * weight)
     return Variance(float(scale), float(spread))
+
+
+def widen(variance: Variance, mean_N: NDArray[Any], load_N: NDArray[Any]) -> Variance:
+    """Scale a variance so that its normal 90 % interval holds 90 % of the loads given.
+
+    Loads have longer tails than a normal distribution, so that the variance itself covers too many or too few.
+    """
+    mean, load = np.asarray(mean_N, np.float64).ravel(), np.asarray(load_N, np.float64).ravel()
+    if len(mean) == 0:
+        return variance
+    # an interval reaches half a token further on both sides, since loads are whole numbers
+    reach = np.maximum(np.abs(load - mean) - 0.5, 0.0) / np.sqrt(variance.of(mean))
+    factor = (float(np.quantile(reach, 0.9)) / NORMAL_90) ** 2
+    return Variance(variance.scale * factor, variance.spread * factor)

@@ -1,0 +1,151 @@
+"""The blend: a mixture that training data chose, and history wherever nothing shows a gain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless.contracts import Context, Phase
+from moeless.errors import UserError
+from moeless.predictors import load_predictor, mixing
+from moeless.predictors.blend import Blend
+from moeless.predictors.data import Rows
+from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
+from moeless.predictors.fitting import FitSettings, fit
+from moeless.predictors.split import split_requests
+from moeless.predictors.variance import Variance, widen
+
+
+@pytest.fixture(scope="module")
+def world(made):
+    rows = Rows(made.trace)
+    split = split_requests(made.trace.requests.category)
+    options = {"part": "transition", "epochs": 20, "batch_tokens": 64, "windows": 16}
+    blend, _ = fit("blend", rows, split, FitSettings((1, 2), options=options))
+    assert isinstance(blend, Blend)
+    return rows, split, blend
+
+
+def context(rows: Rows, row_T: np.ndarray, layer: int, **changes) -> Context:
+    known = {
+        "router_input_TH": None,
+        "topk_TK": rows.topk_TLK[row_T, max(layer, 0)],
+        "history_E": np.arange(1.0, rows.spec.E + 1),
+        "last_load_E": np.arange(rows.spec.E, 0, -1),
+        "tokens": len(row_T),
+        "phase": Phase.PREFILL,
+    }
+    return Context(**(known | changes))
+
+
+def with_weights(blend: Blend, weight_S: tuple[float, float, float]) -> Blend:
+    shape = (len(blend.pairs), 2, len(blend.sizes))
+    return Blend(
+        blend.spec, blend.part, blend.pairs, blend.sizes, np.broadcast_to(weight_S, (*shape, 3)),
+        np.broadcast_to([2.0, 0.5], (*shape, 2)), np.broadcast_to([0.2, 0.4], (*shape, 2)),
+    )  # fmt: skip
+
+
+@given(
+    weight=st.tuples(*[st.floats(0.0, 1.0)] * 3).filter(lambda w: sum(w) > 0.01),
+    missing=st.sets(st.sampled_from(["history_E", "last_load_E"])),
+    tokens=st.integers(1, 90),
+    layer=st.integers(-2, 2),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_mixture_sums_to_tokens_times_top_k(world, weight, missing, tokens, layer):
+    rows, _, blend = world
+    given_ = context(rows, np.arange(tokens), layer, **dict.fromkeys(missing))
+    made = with_weights(blend, weight).predict(given_, layer, 1 if layer >= 0 else 2)
+    assert made.mean_E.sum() == pytest.approx(tokens * rows.spec.K)
+    assert (made.var_E > 0).all()
+
+
+def test_weights_say_how_much_of_each_source_is_in_it(world):
+    rows, _, blend = world
+    given_ = context(rows, np.arange(60), 0)
+    tokens_E = blend.part.predict(given_, 0, 1).mean_E
+    past_E = given_.history_E / given_.history_E.sum() * 60 * rows.spec.K
+    last_E = given_.last_load_E / given_.last_load_E.sum() * 60 * rows.spec.K
+    made = with_weights(blend, (0.5, 0.3, 0.2)).predict(given_, 0, 1)
+    assert made.mean_E == pytest.approx(0.5 * tokens_E + 0.3 * past_E + 0.2 * last_E)
+    assert made.var_E == pytest.approx(Variance(2.0, 0.5).of(made.mean_E))
+    assert with_weights(blend, (0.0, 1.0, 0.0)).predict(given_, 0, 1).source == "history"
+    # without a last iteration its weight goes to the others, in proportion
+    left = with_weights(blend, (0.5, 0.3, 0.2)).predict(context(rows, np.arange(60), 0, last_load_E=None), 0, 1)
+    assert left.mean_E == pytest.approx((0.5 * tokens_E + 0.3 * past_E) / 0.8)
+
+
+def test_skill_is_the_gain_over_history_on_validation(world):
+    _, _, blend = world
+    assert with_weights(blend, (1.0, 0.0, 0.0)).skill(0, 1, Phase.DECODE, 64) == pytest.approx(0.5)
+    assert blend.skill(0, 1, Phase.PREFILL, 128) > 0.1
+    assert blend.skill(0, 3, Phase.PREFILL, 128) is None
+
+
+def test_it_is_no_worse_than_history_and_no_worse_than_its_part(world):
+    rows, split, blend = world
+    evaluator = Evaluator(rows, split, EvaluationSettings((1, 2), (16, 64), resamples=4, per_resample=4))
+    mine, part = evaluator.evaluate(blend), evaluator.evaluate(blend.part)
+    for d in (1, 2):
+        for size in (16, 64):
+            assert mean_of(mine, "l1_over_history", d, "prefill", size) < 0
+            error = mean_of(mine, "relative_l1", d, "prefill", size)
+            assert error <= mean_of(part, "relative_l1", d, "prefill", size) * 1.15
+            assert 0.6 < mean_of(mine, "coverage_90", d, "prefill", size) <= 1.0
+    assert not [row for row in mine if row.metric == "l1_over_history" and row.low > 0]
+
+
+def test_the_first_layers_are_forecast_from_what_was_best_for_them(world):
+    rows, _, blend = world
+    given_ = context(rows, np.arange(40), -1)
+    first = blend.predict(given_, -1, 1)
+    assert first.mean_E == pytest.approx(blend.predict(given_, -2, 2).mean_E)
+    assert blend.weights(-1, 1, Phase.PREFILL, 40)[mixing.TOKENS] == 0.0
+
+
+def test_a_source_that_knows_is_taken_and_one_that_guesses_is_not():
+    rng = np.random.default_rng(0)
+    true_IE = rng.dirichlet(np.ones(8), 40)
+    noise_IE = rng.dirichlet(np.ones(8), 40)
+    even_IE = np.full((40, 8), 1 / 8)
+    assert mixing.choose(np.stack([true_IE, even_IE, noise_IE]), true_IE, 40).weight_S.tolist() == [1.0, 0.0, 0.0]
+    assert mixing.choose(np.stack([noise_IE, true_IE, noise_IE]), true_IE, 40).weight_S.tolist() == [0.0, 1.0, 0.0]
+    # one iteration proves nothing
+    assert mixing.choose(np.stack([true_IE, even_IE, noise_IE]), true_IE, 1).weight_S.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_weights_between_two_sizes_are_between_the_two():
+    table = np.array([[0.0, 1.0], [1.0, 0.0]])
+    assert mixing.at_size((8, 32), table, 16) == pytest.approx([0.5, 0.5])
+    assert mixing.at_size((8, 32), table, 1) == pytest.approx([0.0, 1.0])
+    assert mixing.at_size((8, 32), table, 10_000) == pytest.approx([1.0, 0.0])
+
+
+def test_a_widened_variance_covers_ninety_percent_of_long_tails():
+    rng = np.random.default_rng(1)
+    mean = np.full(20_000, 200.0)
+    load = np.rint(mean + 10 * rng.standard_t(3, len(mean)))
+    found = widen(Variance(1.0, 0.0), mean, load)
+    inside = np.abs(load - mean) <= 1.645 * np.sqrt(found.of(mean)) + 0.5
+    assert inside.mean() == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_folder_brings_back_the_same_blend(world, tmp_path):
+    rows, _, blend = world
+    blend.save(tmp_path / "p")
+    loaded = load_predictor(tmp_path / "p")
+    for layer, distance in ((0, 1), (1, 2), (-1, 1)):
+        given_ = context(rows, np.arange(70), layer)
+        before, after = blend.predict(given_, layer, distance), loaded.predict(given_, layer, distance)
+        assert np.array_equal(before.mean_E, after.mean_E)
+        assert np.array_equal(before.var_E, after.var_E)
+    assert loaded.reads == "topk"
+
+
+def test_a_part_that_forecasts_no_tokens_is_refused(world):
+    rows, split, _ = world
+    with pytest.raises(UserError, match="token-level part"):
+        fit("blend", rows, split, FitSettings((1,), options={"part": "history"}))
