@@ -4,9 +4,10 @@
 
 ``--know`` is what placement knows (see ``gap_forecasts.py``); control time is counted as zero and charged. ``--exact``
 adds the MILP dispatch on elastic's plans. ``--model qwen3-30b-a3b`` or ``deepseek-v3`` takes made-up routing of that
-shape, labelled synthetic. Cells: gap closed with its bootstrap 90 % interval, copies beyond the primaries, and time
-saved against static EP where there is little room. Plans are made from nothing, their copies are there at once: what
-moving costs is in ``bench_memory_axis.py``. ``--out`` also writes a CSV beside the JSON.
+shape, labelled synthetic. Cells: gap closed with its bootstrap 90 % interval, copies beyond the primaries (x), copies
+that an iteration's plan moves (m), and time saved against static EP where there is little room. Plans are made from
+nothing and their copies are there at once, whatever moves: what moving costs is in ``bench_memory_axis.py``. ``--out``
+also writes a CSV beside the JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -83,32 +85,36 @@ def show(cells: list[Cell]) -> None:
         label = " (synthetic)" if mine[0].synthetic else ""
         print(f"\n{mine[0].routing}{label}, {gpus} GPUs, +{extra} slot(s) a GPU, placement knows: {know}, "
               f"control time {'charged' if charged else 'zero'}")  # fmt: skip
-        print(" " * 20 + "".join(f"{regime:>34}" for regime in regimes))
+        print(" " * 20 + "".join(f"{regime:>38}" for regime in regimes))
         for planner in dict.fromkeys(cell.planner for cell in mine):
             row = {cell.regime: text(cell) for cell in mine if cell.planner == planner}
-            print(f"{planner:<20}" + "".join(f"{row.get(regime, ''):>34}" for regime in regimes))
+            print(f"{planner:<20}" + "".join(f"{row.get(regime, ''):>38}" for regime in regimes))
 
 
 def text(cell: Cell) -> str:
     exact = "" if cell.below_exact is None else f" exact+{cell.below_exact:.2f}"
     small = f" {cell.saved_percent:+.2f}%" if cell.room < SMALL_ROOM else ""
-    return f"{cell.gap:.2f} [{cell.low:.2f}, {cell.high:.2f}] {cell.extras:.1f}x{small}{exact}"
+    return f"{cell.gap:.2f} [{cell.low:.2f}, {cell.high:.2f}] {cell.extras:.1f}x {cell.moved:.1f}m{small}{exact}"
 
 
-def write(out: Path, cells: list[Cell], found: list[str], command: str, seconds: float, predictor: str | None) -> None:
-    """JSON with everything, CSV with the cells."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = {
+def head_of(command: str, seconds: float, predictor: str | None, *, synthetic: bool) -> dict[str, Any]:
+    """What a result file says of its making."""
+    return {
         "command": command,
         "seed": SEED,
         "versions": {
             "moeless": moeless.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
             "numba": numba.__version__, "python": platform.python_version(),
         },
-        "evidence": "synthetic" if cells[0].synthetic else "simulated from real routing",
+        "evidence": "synthetic" if synthetic else "simulated from real routing",
         "predictor": predictor,
         "seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def write(out: Path, cells: list[Cell], found: list[str], head: dict[str, Any]) -> None:
+    """JSON with everything, CSV with the cells."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     rows = [cell.to_json() for cell in cells]
     out.write_text(json.dumps(head | {"misses": found, "cells": rows}, indent=1) + "\n")
     with out.with_suffix(".csv").open("w", newline="") as handle:
@@ -166,7 +172,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s")
     if options.out:
-        write(options.out, cells, found, command, seconds, used)
+        write(options.out, cells, found, head_of(command, seconds, used, synthetic=not real))
 
 
 if __name__ == "__main__":

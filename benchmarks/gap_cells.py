@@ -5,13 +5,17 @@ Axes: I iterations, L layers, B (iteration, layer) pairs, E experts, S source ra
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gap_forecasts import forecasts
+from gap_forecasts import CACHE, forecasts
 from gap_protocol import (
     Regime,
     Routing,
@@ -45,6 +49,7 @@ class Cell:
         gap, low, high: gap closed with its bootstrap 90 % interval.
         saved_percent: time saved against static EP, in per cent of its time.
         extras: copies beyond the primaries, mean over layers and iterations.
+        moved: copies of a plan that the plan of the iteration before did not have on that GPU, mean over layers.
         below_exact: the exact dispatch's gap closed on the same plans less this one's; None where not solved.
         exact_saved_percent: its time saved, in per cent of static EP's.
     """
@@ -65,6 +70,7 @@ class Cell:
     high: float
     saved_percent: float
     extras: float
+    moved: float
     below_exact: float | None = None
     exact_saved_percent: float | None = None
 
@@ -121,7 +127,7 @@ def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forec
     cells = []
     for charged in (False, True):
         solve = q.exact and not charged
-        time_B, exact_B, extras = _run(q, load_ILE, told, protocol_costs(q.gpus, spec, charged), budget, solve)
+        time_B, exact_B, extras, moved = _run(q, load_ILE, told, protocol_costs(q.gpus, spec, charged), budget, solve)
         middle, low, high = gap_closed(static_B, time_B, bound_B)
         exact = gap_closed(static_B, exact_B, bound_B)[0] if solve else None
         cells.append(
@@ -142,6 +148,7 @@ def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forec
                 high=high,
                 saved_percent=float(100 * (1 - time_B.sum() / static_B.sum())),
                 extras=extras,
+                moved=moved,
                 below_exact=None if exact is None else exact - middle,
                 exact_saved_percent=float(100 * (1 - exact_B.sum() / static_B.sum())) if solve else None,
             )
@@ -151,27 +158,64 @@ def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forec
 
 def _run(
     q: Question, load_ILE: IntArray, told: Callable[[int], list[Forecast]], costs: Any, budget: Budget, exact: bool
-) -> tuple[FloatArray, FloatArray, float]:
-    """Seconds of each pair by the planner's dispatch and by the exact one, and mean extras."""
+) -> tuple[FloatArray, FloatArray, float, float]:
+    """Seconds of each pair by the planner's dispatch and by the exact one, mean extras, mean copies moved."""
     spec, machine, planner = costs.spec, costs.cluster, PLANNERS.get(q.planner)
     params, control = planner.params(), costs.control_seconds(Policy(q.planner), 0)
     stays = q.know == "history"
     plans = plan_iteration(q.planner, told(0), q.regime, budget, costs, LONG_HORIZON) if stays else []
-    time, optimal, extras = [], [], 0
-    for i, load_LE in enumerate(load_ILE):
-        if not stays:
-            plans = plan_iteration(q.planner, told(i), q.regime, budget, costs)
-        for plan, load_E in zip(plans, load_LE, strict=True):
+    time, optimal, extras, moved = [], [], 0, 0
+    with ExactTimes(CACHE / f"exact-{q.regime.name}-{q.gpus}-{q.extra_slots}-{q.know}.json") as times:
+        for i, load_LE in enumerate(load_ILE):
+            before = plans
+            if not stays:
+                plans = plan_iteration(q.planner, told(i), q.regime, budget, costs)
+            moved += sum(_moved(old, new) for old, new in zip(before, plans, strict=False))
+            for plan, load_E in zip(plans, load_LE, strict=True):
+                usable_R = np.ones(plan.R, np.bool_)
+                quota_SR = planner.dispatch(
+                    spread_over_sources(load_E, q.gpus), plan, usable_R,
+                    spec=spec, cluster=machine, costs=costs, params=params,
+                )  # fmt: skip
+                # a layer without extras has nothing to decide: its skip path takes no control time
+                paid = control if plan.num_extra else 0.0
+                time.append(pair_seconds(quota_SR.sum(0), plan.gpu_R, costs)[0] + paid)
+                extras += plan.num_extra
+                if exact:
+                    optimal.append(min(times.seconds(load_E, plan, costs.terms(), q.gpus), time[-1]))
+    pairs = max((len(load_ILE) - 1) * load_ILE.shape[1], 1)
+    return np.array(time), np.array(optimal or time), extras / max(len(time), 1), moved / pairs
+
+
+def _moved(old: LayerPlan, new: LayerPlan) -> int:
+    """Copies of the new plan whose GPU did not hold that expert."""
+    had = set(zip(old.expert_R.tolist(), old.gpu_R.tolist(), strict=True))
+    return sum(copy not in had for copy in zip(new.expert_R.tolist(), new.gpu_R.tolist(), strict=True))
+
+
+class ExactTimes:
+    """Exact dispatches by load and plan, kept on disk: they take longer than everything else together."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.known, self.new = file, {}, False
+
+    def __enter__(self) -> ExactTimes:
+        if self.file.exists():
+            self.known = json.loads(self.file.read_text())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.new:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.known))
+            partial.replace(self.file)
+
+    def seconds(self, load_E: IntArray, plan: LayerPlan, terms: Any, gpus: int) -> float:
+        text = json.dumps([load_E.tolist(), plan.to_json(), dataclasses.astuple(terms), gpus])
+        key = hashlib.sha256(text.encode()).hexdigest()[:24]
+        if key not in self.known:
             usable_R = np.ones(plan.R, np.bool_)
-            quota_SR = planner.dispatch(
-                spread_over_sources(load_E, q.gpus), plan, usable_R,
-                spec=spec, cluster=machine, costs=costs, params=params,
-            )  # fmt: skip
-            # a layer without extras has nothing to decide: its skip path takes no control time
-            paid = control if plan.num_extra else 0.0
-            time.append(pair_seconds(quota_SR.sum(0), plan.gpu_R, costs)[0] + paid)
-            extras += plan.num_extra
-            if exact:
-                solved = exact_dispatch(load_E, plan, usable_R, costs.terms(), q.gpus, time_limit=EXACT_SECONDS)
-                optimal.append(min(solved.seconds, time[-1]))
-    return np.array(time), np.array(optimal or time), extras / max(len(time), 1)
+            self.known[key] = exact_dispatch(load_E, plan, usable_R, terms, gpus, time_limit=EXACT_SECONDS).seconds
+            self.new = True
+        return float(self.known[key])
