@@ -52,6 +52,8 @@ class ElasticParams:
             time a change saves against the time its copies need to arrive.
         skip: leave a layer to static EP where dispatch is not expected to pay for its own control time.
         depth: GPUs that a chain of moved load may pass on.
+        keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
+            ``keep_kernels``); 0 asks always.
         fuel: copies that the dispatch examines at most; about 15 nanoseconds each.
         seed: of the scenarios.
     """
@@ -62,10 +64,11 @@ class ElasticParams:
     skip: bool = True
     depth: int = 3
     fuel: int = 1000
+    keep: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("scenarios", "economy", "patience_iterations", "depth", "fuel", "seed"):
+        for name in ("scenarios", "economy", "patience_iterations", "depth", "fuel", "keep", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
 

@@ -44,6 +44,19 @@ def make_room(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def expire(layer, now, num_bytes, keep_LE, ready, born, used, planned, resident_G, counters):  # type: ignore[no-untyped-def]
+    """Evict a layer's unplanned copies whose keep-alive has run out, as of when it did."""
+    _, experts, gpus = ready.shape
+    for expert in range(experts):
+        for gpu in range(gpus):
+            if born[layer, expert, gpu] == np.inf or planned[layer, expert, gpu]:
+                continue
+            end = max(used[layer, expert, gpu], ready[layer, expert, gpu]) + keep_LE[layer, expert]
+            if end <= now:
+                evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters)
+
+
+@njit(cache=True)
 def _source(layer, expert, gpu, now, island_size, tier_seconds, ready):  # type: ignore[no-untyped-def]
     """The quickest place to load from: a warm copy on the island, one elsewhere, or the experts' home."""
     best, tier = tier_seconds[2], 2
@@ -115,13 +128,7 @@ def provision(  # type: ignore[no-untyped-def]
                 gap = max(0.0, now - used[layer, expert, gpu])
                 keep_LE[layer, expert] = learn(gap, histogram_LEB[layer, expert], fixed_keep_alive)
             planned[layer, expert, gpu] = wanted[expert, gpu]
-    for expert in range(experts):
-        for gpu in range(gpus):
-            if born[layer, expert, gpu] == np.inf or wanted[expert, gpu]:
-                continue
-            end = max(used[layer, expert, gpu], ready[layer, expert, gpu]) + keep_LE[layer, expert]
-            if end <= now:
-                evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters)
+    expire(layer, now, num_bytes, keep_LE, ready, born, used, planned, resident_G, counters)
     for r in range(len(expert_R)):
         expert, gpu = expert_R[r], gpu_R[r]
         if born[layer, expert, gpu] != np.inf:

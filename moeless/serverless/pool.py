@@ -171,6 +171,21 @@ class InstancePool:
         if self.on_copy is not None:
             self._report(layer, cold_EG & np.isfinite(self.born_LEG[layer]), free_G, now)
 
+    def expire(self, layer: int, now: float) -> None:
+        """Free what lingers beside a layer's plan for longer than its keep-alive."""
+        kernels.expire(
+            layer,
+            now,
+            self._bytes,
+            self._keep_LE,
+            self.ready_LEG,
+            self.born_LEG,
+            self.used_LEG,
+            self.planned_LEG,
+            self.resident_G,
+            self._counters,
+        )
+
     def _report(self, layer: int, begun_EG: BoolArray, free_G: FloatArray, now: float) -> None:
         assert self.on_copy is not None
         for gpu in np.flatnonzero(begun_EG.any(0)).tolist():

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.contracts import Context, Forecast, IntArray, LayerPlan, Phase
+from moeless.contracts import BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Outage
 from moeless.simulator.history import LoadHistory
+from moeless.simulator.keeping import Keeping
 from moeless.simulator.runtime import PolicyRuntime
 
 
@@ -38,6 +39,7 @@ class AheadPlans:
         plans: the plan in force of each layer.
         late: plans that came after their layer had started.
         made: plans in all.
+        keeping: which forecasts leave their plans as they are.
     """
 
     def __init__(
@@ -47,11 +49,16 @@ class AheadPlans:
         self.delay = runtime.costs.background_seconds(runtime.policy)
         self.late = 0
         self.made = 0
+        self.keeping = Keeping(runtime)
+        self._kept_L = np.zeros(runtime.spec.L, np.bool_)
         self._coming: dict[int, tuple[LayerPlan, float]] = {}
 
-    def start_iteration(self, work: Work, now: float) -> None:
+    def start_iteration(self, work: Work, now: float, kept_L: BoolArray) -> None:
         """Layers that nothing precedes by the distance are planned as the iteration starts, from the past."""
+        self._kept_L = kept_L
         for layer in range(min(self.runtime.policy.distance, self.runtime.spec.L)):
+            if kept_L[layer]:
+                continue
             mean_E = self.history.share_or_even(layer) * (work.tokens * self.runtime.spec.K)
             # known since the last iteration: nothing has to be waited for
             self._decide(layer, Forecast(mean_E, mean_E.copy(), work.tokens, "history"), work.phase, now, 0.0)
@@ -60,7 +67,7 @@ class AheadPlans:
         """Layer ``layer`` starts: the layer ahead is forecast."""
         distance = self.runtime.policy.distance
         target = layer + distance
-        if target >= self.runtime.spec.L:
+        if target >= self.runtime.spec.L or self._kept_L[target]:
             return
         context = Context(
             router_input_TH=None if work.router_input_TLH is None else work.router_input_TLH[:, layer],
@@ -75,8 +82,10 @@ class AheadPlans:
         self._decide(target, forecast, work.phase, now, self.delay)
 
     def _decide(self, layer: int, forecast: Forecast, phase: Phase, now: float, delay: float) -> None:
+        self.pool.expire(layer, now)
         previous = self.pool.alive(self.plans[layer])
         plan = self.runtime.plan(layer, phase, forecast, previous, self.pool.states_unless_live(previous, now))
+        self.keeping.note(layer, forecast.mean_E, plan)
         self.made += 1
         self._coming[layer] = self.outage.evacuate(plan), now + delay
 

@@ -13,6 +13,7 @@ from moeless.costs.nonexpert import nonexpert_times
 from moeless.jit import njit
 from moeless.placement.dispatch import _round_robin
 from moeless.placement.dispatch_kernels import dispatch_layer, static_quotas
+from moeless.placement.keep_kernels import kept_layers
 
 # columns of the tally, sums over (iteration, layer) pairs
 TOTAL, EXPERT, EXCHANGE, MISC, CONTROL, STALL = 0, 1, 2, 3, 4, 5
@@ -220,6 +221,9 @@ def decode_run(  # type: ignore[no-untyped-def]
     weight_LE,
     last_LE,
     decay,
+    keep,
+    since_plan,
+    plan_every,
     tally,
     time_IL,
     end_I,
@@ -227,8 +231,9 @@ def decode_run(  # type: ignore[no-untyped-def]
     """Up to ``steps`` decode iterations of one batch, ending with the first that ends at or after ``deadline``.
 
     Row ``index_N + i`` (through ``row_F``) is each request's token of step i. Past loads in ``weight_LE`` (empty:
-    nobody asks) are forgotten by ``decay`` a step, ``last_LE`` gets the last step's. Returns the number of steps
-    done; fills ``time_IL`` and ``end_I``.
+    nobody asks) are forgotten by ``decay`` a step, ``last_LE`` gets the last step's. Where ``keep`` is active, a
+    later step that plans (every ``plan_every``-th, ``since_plan`` went before) and does not keep all plans is left to
+    the caller. Returns the number of steps done; fills ``time_IL`` and ``end_I``.
     """
     layers = topk_TLK.shape[1]
     size = len(index_N)
@@ -247,7 +252,12 @@ def decode_run(  # type: ignore[no-untyped-def]
     load_LSE = np.zeros((layers if dense else 0, num_gpus, num_experts), np.int64)
     one_N = np.ones(size, np.int64)
     all_replicas = count_L.sum()
+    kept_L = np.zeros(layers, np.bool_)
     for i in range(steps):
+        if keep.active and i > 0 and (since_plan + i) % plan_every == 0:
+            every = kept_layers(weight_LE, float(size * topk_TLK.shape[2]), keep, kept_L)
+            if not every:
+                return i
         sums_SX[:, 1:3] = 0.0
         for n in range(size):
             row_N[n] = row_F[index_N[n] + i] if len(row_F) else index_N[n] + i

@@ -110,9 +110,11 @@ class Stage:
         gpu_E[plan.expert_R[plan.primary_R]] = plan.gpu_R[plan.primary_R]
         return gpu_E
 
-    def _compiled(self, now: float) -> bool:
+    def _compiled(self, now: float, kept_L: BoolArray | None) -> bool:
         """Whether an iteration is one compiled call: known terms, warm plans that stay, no choice of copies."""
-        if self.terms is None or self._plans_now or (self._mode is None and not self._single):
+        if self.terms is None or (self._mode is None and not self._single):
+            return False
+        if kept_L is not None and not kept_L.all():
             return False
         if self._stale:
             self._adopt()
@@ -126,13 +128,20 @@ class Stage:
         """Whether the next iteration is one before whose layers plans are made."""
         return self.cadence == "iteration" and self._since_plan % self.plan_every == 0
 
+    def _kept(self, tokens: int) -> BoolArray | None:
+        """Layers whose plans the next iteration leaves as they are; None where it plans nothing."""
+        if not self._plans_now:
+            return None
+        return self.ahead.keeping.kept(self.history.weight_LE, tokens * self.spec.K)
+
     def run(self, work: Work, now: float, other: NonExpertTime) -> float:
         """Run one iteration's layers from ``now`` on; returns when the last of them ended."""
         if self.runtime.lossy:
             work = Work(balanced_loads(work.load_LSE, self._first_gpu_E), work.phase, work.tokens)
         self._replan(now)
-        if not self._compiled(now):
-            return self._run_layers(work, now, other)
+        kept_L = self._kept(work.tokens)
+        if not self._compiled(now, kept_L):
+            return self._run_layers(work, now, other, kept_L)
         self._since_plan += 1
         time_IL = np.empty((1, self.spec.L))
         kernels.plan_layers(
@@ -163,12 +172,13 @@ class Stage:
         if steps < 2:
             return np.empty(0)
         self._replan(now)
-        if not self._compiled(now):
+        if not self._compiled(now, self._kept(len(spans.request_N))):
             return np.empty(0)
         if self.timeline is not None:
             deadline = min(deadline, self.timeline.next_start(now))
         steps = min(steps, LONGEST_RUN)
-        if self.cadence == "iteration":
+        keep = self.ahead.keeping.terms
+        if self.cadence == "iteration" and not keep.active:
             steps = min(steps, self.plan_every - self._since_plan % self.plan_every)
         time_IL, end_I = np.empty((steps, self.spec.L)), np.empty(steps)
         learns = self.cadence != "once"
@@ -206,6 +216,9 @@ class Stage:
             self.history.weight_LE if learns else self.history.weight_LE[:0],
             last_LE,
             DECAY,
+            keep,
+            self._since_plan,
+            self.plan_every,
             self.record.tally,
             time_IL,
             end_I,
@@ -217,13 +230,13 @@ class Stage:
         self._since_plan += done
         return end_I[:done]
 
-    def _run_layers(self, work: Work, now: float, other: NonExpertTime) -> float:
-        planned = self._plans_now
+    def _run_layers(self, work: Work, now: float, other: NonExpertTime, kept_L: BoolArray | None) -> float:
+        planned = kept_L is not None and not kept_L.all()
         self._since_plan += 1
         time_IL = np.empty((1, self.spec.L))
         clock = now
-        if planned:
-            self.ahead.start_iteration(work, clock)
+        if kept_L is not None and planned:
+            self.ahead.start_iteration(work, clock, kept_L)
         all_replicas = sum(plan.R for plan in self.plans)
         for layer in range(self.spec.L):
             clock += other.per_moe_layer
@@ -325,6 +338,7 @@ class Stage:
         self._cause = "wake"
         if self.cadence == "iteration":
             self._wanted = list(self.plans)
+        self.ahead.keeping.forget()
         self._restore(now)
 
     def fail(self, failure: Failure, now: float) -> None:
@@ -340,6 +354,7 @@ class Stage:
         self._cause = "failure"
         if self.cadence == "iteration":
             self._wanted = list(self.plans)
+        self.ahead.keeping.forget()
         self._restore(now)
 
     def gpus_back(self, now: float) -> Sequence[int]:
@@ -347,6 +362,8 @@ class Stage:
         back = self.outage.returned(now)
         for gpu in back:
             self.pool.set_down(gpu, False)
+        if back:
+            self.ahead.keeping.forget()
         if back and self.cadence != "iteration":
             self._restore(now)
         return back

@@ -47,7 +47,7 @@ def run(spec, requests, replay, policy, timeline=None, scheduler=None, costs="ro
     return simulate(replay, requests, scheduler, runtime, settings=SimulationSettings(**settings), timeline=timeline)
 
 
-@pytest.mark.parametrize("policy", ["static", "eplb:history", "moeless:even:1"])
+@pytest.mark.parametrize("policy", ["static", "eplb:history", "moeless:even:1", "elastic:even:1"])
 @pytest.mark.parametrize("restart", [0.005, 100.0])
 def test_a_lost_gpu_loses_no_request_and_counts_none_twice(policy, restart, spec, requests, replay_for):
     requests = [dataclasses.replace(request, arrival=0.0) for request in requests]

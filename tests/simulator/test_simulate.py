@@ -262,3 +262,27 @@ def test_rows_and_experts_that_do_not_exist_are_refused(spec, topk, replay_for):
         replay_for(4, topk, [Request(0, 0.0, 20, 9, trace_request=39)])
     with pytest.raises(UserError, match="expert 8 of a model with 8"):
         replay_for(4, topk + 1)
+
+
+def test_perfect_balance_equals_the_lower_bound(spec, replay_for):
+    """Every expert gets one token of each source: no plan can beat static EP, and the simulator says the bound."""
+    from moeless.placement.bound import layer_bound
+
+    # request i's tokens walk through all experts, two at a time
+    topk = np.empty((800, spec.L, 2), np.uint16)
+    topk[:, :, 0] = (2 * np.arange(800) % 8)[:, None]
+    topk[:, :, 1] = topk[:, :, 0] + 1
+    requests = [Request(i, 0.0, 8, 1, trace_request=i) for i in range(4)]
+    got = run(spec, requests, lambda g: replay_for(g, topk, requests), scheduler=Continuous(requests, 4))
+    assert got.cell.layer.samples == spec.L
+    assert got.cell.layer.imbalance == 1.0
+    where = cluster("h100x8").with_gpus(4)
+    costs = COSTS.get("roofline")(spec, where)
+    bound = layer_bound(np.full(8, 8, np.int64), costs.terms(), 4)
+    # the exchange in the bound lets all tokens travel; a quarter of these stay where they are
+    terms = costs.terms()
+    assert got.cell.layer.parts_ms["expert"] == pytest.approx(
+        1e3 * (2 * max(8 * terms.token_seconds, terms.floor_seconds) + terms.launch_seconds), rel=1e-6
+    )
+    assert got.cell.layer.mean_ms <= 1e3 * bound * (1 + 1e-9)
+    assert got.cell.layer.mean_ms >= 1e3 * (bound - 2 * 16 * terms.link_seconds)
