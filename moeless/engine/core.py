@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from moeless.contracts import Int32Array, IntArray, LayerPlan
 from moeless.engine.exchange import Exchange
@@ -54,10 +55,12 @@ def combine(
     rows_NH: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor, tokens: int, top_k: int
 ) -> torch.Tensor:
     """Put rows back in token order and sum each token's weighted expert outputs, ``[T, H]``."""
-    placed = torch.empty_like(rows_NH)
-    placed[order_N] = rows_NH
-    weighted = placed.view(tokens, top_k, placed.shape[-1]) * weights_TK.to(placed.dtype)[..., None]
-    return weighted.sum(1)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    # one pass over the rows: gather, weigh and add
+    return functional.embedding_bag(
+        place_N.view(tokens, top_k), rows_NH, mode="sum", per_sample_weights=weights_TK.to(rows_NH.dtype)
+    )
 
 
 def run_layer(
@@ -90,14 +93,14 @@ def run_layer(
     receive_S = quota_Sr.sum(1).tolist()
 
     started = time.perf_counter()
-    arrived = exchange.all_to_all(hidden_TH[order_N // top_k], send_G, receive_S)
+    arrived = exchange.all_to_all(hidden_TH.index_select(0, order_N // top_k), send_G, receive_S)
     times.exchange += time.perf_counter() - started
 
     started = _clock(hidden_TH)
     slot_r = [slot_of_expert.get(int(e), 0) for e in plan.expert_R[here]]
     by_slot, count_C = _regroup(quota_Sr, slot_r, len(next(iter(slots.values()))))
     by_slot = by_slot.to(arrived.device)
-    computed = ffn(arrived[by_slot].to(ffn.dtype), count_C, slots).to(arrived.dtype)
+    computed = ffn(arrived.index_select(0, by_slot).to(ffn.dtype), count_C, slots).to(arrived.dtype)
     returned = torch.empty_like(arrived)
     returned[by_slot] = computed
     times.compute += _clock(hidden_TH) - started

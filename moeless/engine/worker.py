@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeless.allocator import keep_freed_memory
 from moeless.contracts import Phase
 from moeless.engine import groups
 from moeless.engine.controller import Controller, ControlSettings
@@ -90,6 +91,7 @@ def serve(job: Job, ranks: Ranks) -> None:
         RunFailed: memory or another rank fails.
     """
     torch.manual_seed(job.seed)
+    keep_freed_memory()
     exchange = Exchange(ranks)
     policies = policies_of(job)
     host = load_host(job.host, job.model, spec=job.spec, device=ranks.device, dtype=DTYPES[job.dtype])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,19 +16,28 @@ from moeless.contracts import FloatArray, IntArray, LayerPlan
 from moeless.costs.base import CostModel, LayerTime
 from moeless.profiling.experts import Weights, pool_size, random_weights, run_kernel
 from moeless.profiling.parts import combine, permute
-from moeless.profiling.timing import Effort, measure
+from moeless.profiling.timing import Call, Effort, measure_in_turn
 from moeless.spec import MoESpec
 
 #: Rotating inputs of one rank's work.
-TURNS = 4
+TURNS = 6
+#: The reference work whose time shows the machine's speed: experts that are active, tokens of each.
+REFERENCE = (4, 64)
 
 
 @dataclass(frozen=True)
 class EmulatedLayer:
-    """Seconds of one layer, measured and as the cost model predicts them; both with the same exchange."""
+    """Seconds of one layer, measured and as the cost model predicts them; both with the same exchange.
+
+    Attributes:
+        predicted_G: every rank's work as predicted.
+        reference: seconds of the reference work, measured in turn with the ranks' own.
+    """
 
     measured_G: FloatArray
+    predicted_G: FloatArray
     predicted: LayerTime
+    reference: float
 
     @property
     def expert(self) -> float:
@@ -43,6 +53,12 @@ class EmulatedLayer:
     def expert_error(self) -> float:
         """Predicted over measured expert time, minus 1."""
         return self.predicted.expert / self.expert - 1.0
+
+    @property
+    def rank_errors(self) -> FloatArray:
+        """Predicted over measured time of every rank that works, minus 1: no rank is picked for being slow."""
+        busy = self.measured_G > 0
+        return np.asarray(self.predicted_G[busy] / self.measured_G[busy] - 1.0)
 
     @property
     def total_error(self) -> float:
@@ -72,7 +88,8 @@ class RankWork:
         rows.normal_(generator=self._generator)
         copy_N = torch.repeat_interleave(torch.arange(len(used)), torch.tensor(used)).to(self.device)
         copy_N = copy_N[torch.randperm(total, generator=self._generator, device=self.device)]
-        start = (turn * len(used)) % (self.weights.count - len(used) + 1)
+        # other experts in every turn, spread over the pool
+        start = turn * max(len(used), self.weights.count // TURNS) % (self.weights.count - len(used) + 1)
         return rows, copy_N, self.weights.slice(start, len(used)), used
 
     def call(
@@ -89,27 +106,35 @@ class RankWork:
 
         return run
 
-    def seconds(self, counts_C: IntArray, effort: Effort) -> float:
-        """Median time of a rank that serves ``counts_C`` rows with each of its copies."""
-        if not counts_C.sum():
-            return 0.0
-        calls = []
+    def calls(self, counts_C: IntArray) -> list[Call]:
+        """The work of a rank that serves ``counts_C`` rows with each of its copies, on rotating inputs."""
+        return [self.call(*self.inputs(counts_C, turn)) for turn in range(TURNS)]
+
+    def reference(self) -> list[Call]:
+        """Grouped compute of a cell that every profile holds."""
+        active, tokens = min(REFERENCE[0], self.weights.count), REFERENCE[1]
+        found: list[Call] = []
         for turn in range(TURNS):
-            rows, copy_N, part, used = self.inputs(counts_C, turn)
-            calls.append(self.call(rows, copy_N, part, used))
-        return measure(calls, self.device, effort).seconds
+            rows, _, part, used = self.inputs(np.full(active, tokens, np.int64), turn)
+            found.append(partial(run_kernel(self.kernel, used, part), rows))
+        return found
 
 
 def emulate_layer(
     quota_SR: IntArray, plan: LayerPlan, costs: CostModel, work: RankWork, effort: Effort
 ) -> EmulatedLayer:
-    """Run every rank's share of one layer and set the cost model's prediction beside it.
+    """Run every rank's share of one layer, in turn and again, and set the cost model's prediction beside it.
 
     Args:
         quota_SR: tokens of each source rank on each replica, ``[S, R]``.
     """
     tokens_R = quota_SR.sum(0)
-    measured_G = np.array(
-        [work.seconds(tokens_R[plan.gpu_R == gpu], effort) for gpu in range(costs.cluster.num_gpus)], np.float64
+    predicted_G = costs.expert_seconds(tokens_R, plan)
+    measured_G = np.zeros(len(predicted_G))
+    counts_G = [tokens_R[plan.gpu_R == gpu] for gpu in range(len(predicted_G))]
+    busy = [gpu for gpu, counts_C in enumerate(counts_G) if counts_C.sum()]
+    reference, *samples = measure_in_turn(
+        [work.reference(), *(work.calls(counts_G[gpu]) for gpu in busy)], work.device, effort
     )
-    return EmulatedLayer(measured_G, costs.layer_seconds(quota_SR, plan))
+    measured_G[busy] = [sample.seconds for sample in samples]
+    return EmulatedLayer(measured_G, predicted_G, costs.layer_seconds(quota_SR, plan), reference.seconds)

@@ -6,7 +6,7 @@ Axes: T token rows, H hidden, I expert width, P experts of the pool, A active ex
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from moeless.profiling.monotone import leave_one_out, monotone_grid
-from moeless.profiling.timing import Effort, measure
+from moeless.profiling.timing import Effort, repetitions, sample_of
 from moeless.spec import MoESpec
 
 #: Rows of activations in the pool that inputs are cut from.
@@ -108,9 +108,12 @@ def run_kernel(kernel: str, counts: Sequence[int], weights: Weights) -> Callable
 
 
 def pool_size(spec: MoESpec, dtype: torch.dtype, most_active: int, cache: int) -> int:
-    """Experts that make a pool of twice the cache, at least the most active ones."""
+    """Experts that make a pool of twice the cache, or all that the model has where it is smaller than that.
+
+    A model that fits the cache finds its weights there when it runs, too.
+    """
     expert = spec.expert_params * torch.empty(0, dtype=dtype).element_size()
-    return max(most_active, -(-2 * cache // expert))
+    return max(most_active, min(-(-2 * cache // expert), spec.L * spec.E))
 
 
 def measure_experts(
@@ -123,11 +126,13 @@ def measure_experts(
     cache: int,
     effort: Effort,
     progress: Callable[[str], None] = lambda _: None,
+    passes: int = 1,
 ) -> dict[str, Any]:
     """One grid of a profile, as its JSON entry.
 
     Inputs and weights rotate through pools of twice the cache. ``seconds`` is the monotone grid nearest to the
-    ``measured`` medians.
+    ``measured`` medians. The grid is gone through ``passes`` times, so that a slow spell of the machine meets a part
+    of each cell's repetitions in place of all repetitions of some cells.
     """
     weights = random_weights(spec, pool_size(spec, dtype, max(active), cache), dtype, device)
     row_bytes = spec.hidden_size * weights.up_PJH.element_size()
@@ -135,16 +140,23 @@ def measure_experts(
     rows = torch.empty(pool_rows, spec.hidden_size, dtype=dtype, device=device).normal_()
     shape = (len(active), len(tokens))
     middle, low, high = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    dropped = kept = cursor = 0
-    for a, experts in enumerate(active):
-        progress(f"{kernel} {experts} active")
-        for n, count in enumerate(tokens):
-            calls = _rotations(kernel, rows, weights, experts, count, cursor)
-            # the next cell goes on where this one stopped: its weights have left the cache
-            cursor += _turns(weights, experts) * experts
-            sample = measure(calls, device, effort)
-            middle[a, n], low[a, n], high[a, n] = sample.seconds, sample.low, sample.high
-            kept, dropped = kept + sample.kept, dropped + sample.dropped
+    seconds: dict[tuple[int, int], list[np.ndarray]] = {cell: [] for cell in np.ndindex(shape)}
+    each = replace(effort, budget=effort.budget / passes, least=-(-effort.least // passes))
+    dropped = cursor = 0
+    for turn in range(passes):
+        for a, experts in enumerate(active):
+            progress(f"{kernel} {experts} active, pass {turn + 1} of {passes}")
+            for n, count in enumerate(tokens):
+                calls = _rotations(kernel, rows, weights, experts, count, cursor)
+                # the next cell goes on where this one stopped: its weights have left the cache
+                cursor += _turns(weights, experts) * experts
+                (took, lost), *_ = repetitions([calls], device, each)
+                seconds[a, n].append(took)
+                dropped += lost
+    for cell, parts in seconds.items():
+        sample = sample_of(np.concatenate(parts), 0)
+        middle[cell], low[cell], high[cell] = sample.seconds, sample.low, sample.high
+    kept = sum(len(part) for parts in seconds.values() for part in parts)
     smooth = monotone_grid(middle)
     work = np.outer(active, tokens) * float(spec.expert_flops)
     read = np.outer(active, np.ones(len(tokens))) * spec.expert_params * weights.up_PJH.element_size()
@@ -162,7 +174,7 @@ def measure_experts(
             "median": float(np.median(np.abs(smooth / middle - 1))),
             "max": float(np.abs(smooth / middle - 1).max()),
         },
-        "leave_one_out": leave_one_out(np.array(tokens, float), np.array(active, float), smooth),
+        "leave_one_out": leave_one_out(np.array(tokens, float), np.array(active, float), smooth, middle),
         "best_flops": float((work / middle).max()),
         "best_weight_bytes_per_second": float((read / middle).max()),
     }

@@ -71,20 +71,26 @@ def monotone_curve(seconds_N: FloatArray) -> FloatArray:
     return np.concatenate([np.full(int(count), value) for value, _, count in blocks])
 
 
-def leave_one_out(x_N: FloatArray, active_A: FloatArray, seconds_AN: FloatArray) -> dict[str, float]:
-    """Relative error of predicting each inner measured point from its two neighbours along each axis.
+def leave_one_out(
+    x_N: FloatArray, active_A: FloatArray, seconds_AN: FloatArray, measured_AN: FloatArray
+) -> dict[str, float]:
+    """Relative error of predicting each inner point's raw measurement from its two neighbours in the grid in use.
 
-    It is an upper guide to the interpolation's error: the neighbours are twice as far apart as in use.
+    It is an upper guide to the interpolation's error: the neighbours are twice as far apart as in use, and the
+    measurement's own noise counts.
     """
 
-    def errors(x: FloatArray, values: FloatArray) -> FloatArray:
+    def errors(x: FloatArray, values: FloatArray, truth: FloatArray) -> FloatArray:
         if len(x) < 3:
             return np.zeros(0)
         weight = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
         guess = values[..., :-2] + weight * (values[..., 2:] - values[..., :-2])
-        return np.abs(guess / values[..., 1:-1] - 1.0).reshape(-1)
+        return np.abs(guess / truth[..., 1:-1] - 1.0).reshape(-1)
 
-    found = {"tokens": errors(x_N, seconds_AN), "active": errors(active_A, seconds_AN.T)}
+    found = {
+        "tokens": errors(x_N, seconds_AN, measured_AN),
+        "active": errors(active_A, seconds_AN.T, measured_AN.T),
+    }
     report = {}
     for axis, error in found.items():
         if len(error):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moeless import __version__
+from moeless.allocator import keep_freed_memory
 from moeless.costs.profile_reader import FORMAT, KIND, parse_profile
 from moeless.errors import UserError
 from moeless.profiling.busy import check_idle, resolve_device
@@ -28,9 +29,11 @@ from moeless.profiling.timing import QUICK, Effort
 from moeless.spec import MoESpec
 
 TOKENS_CUDA = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
-TOKENS_CPU = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+TOKENS_CPU = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 ACTIVE_CUDA = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40)
-ACTIVE_CPU = (1, 2, 3, 4, 6, 8, 12, 16)
+ACTIVE_CPU = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+#: Times that a grid is gone through: other work comes and goes on a CPU.
+PASSES = {"cpu": 3, "cuda": 1}
 QUICK_TOKENS = (1, 4, 16, 64, 256)
 QUICK_ACTIVE = (1, 2, 4)
 COPY_SIZES = {
@@ -149,6 +152,7 @@ def profile_model(
     findings = check_idle(device, options.force)
     load_before = os.getloadavg()[0]
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     exchange = []
     for count in plan.ranks:
         progress(f"exchange among {count} ranks")
@@ -174,12 +178,13 @@ def _measure(
     progress("ceilings")
     ceilings = measure_ceilings(device, dtypes, effort)
     grids = []
+    passes = 1 if options.quick else PASSES[device.type]
     for dtype in dtypes:
         kernels = kernels_for(device, dtype)
         # on CUDA a loop over experts is what a grid of single experts says already
         for kernel in kernels if device.type == "cpu" else kernels[:1]:
             grids.append(
-                measure_experts(spec, kernel, dtype, device, plan.tokens, plan.active, cache, effort, progress)
+                measure_experts(spec, kernel, dtype, device, plan.tokens, plan.active, cache, effort, progress, passes)
             )
         if device.type == "cuda" and kernels[0] != "loop":
             grids.append(measure_experts(spec, "loop", dtype, device, plan.tokens, (1,), cache, effort, progress))

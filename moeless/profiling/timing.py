@@ -55,54 +55,79 @@ def measure(calls: Sequence[Call], device: torch.device, effort: Effort = Effort
     Args:
         calls: the same work on different inputs, taken in turn so that no repetition finds its data in a cache.
     """
-    calls = list(calls)
-    for call in calls[: min(3, len(calls))]:
-        call()
+    return measure_in_turn([calls], device, effort)[0]
+
+
+def measure_in_turn(groups: Sequence[Sequence[Call]], device: torch.device, effort: Effort = Effort()) -> list[Sample]:
+    """Time several calls side by side, one of each in turn: what slows the machine down meets all of them alike.
+
+    Args:
+        groups: for each call what :func:`measure` takes.
+    """
+    return [sample_of(seconds, dropped) for seconds, dropped in repetitions(groups, device, effort)]
+
+
+def repetitions(
+    groups: Sequence[Sequence[Call]], device: torch.device, effort: Effort
+) -> list[tuple[np.ndarray, int]]:
+    """Seconds of every repetition of each group, and how many were dropped as interrupted."""
+    groups = [list(calls) for calls in groups]
+    for calls in groups:
+        for call in calls[: min(3, len(calls))]:
+            call()
     synchronize(device)
     start = time.perf_counter() if device.type == "cuda" else time.thread_time()
-    calls[-1]()
+    for calls in groups:
+        calls[-1]()
     synchronize(device)
     now = time.perf_counter() if device.type == "cuda" else time.thread_time()
-    once = max(now - start, 1e-7)
-    repetitions = int(np.clip(effort.budget / once, effort.least, effort.most))
-    return _on_cuda(calls, device, repetitions) if device.type == "cuda" else _on_cpu(calls, repetitions)
+    once = max(now - start, 1e-7) / len(groups)
+    count = int(np.clip(effort.budget / once, effort.least, effort.most))
+    return _on_cuda(groups, device, count) if device.type == "cuda" else _on_cpu(groups, count)
 
 
-def _on_cuda(calls: Sequence[Call], device: torch.device, repetitions: int) -> Sample:
+def _on_cuda(groups: Sequence[Sequence[Call]], device: torch.device, count: int) -> list[tuple[np.ndarray, int]]:
     """Device time between events; the queue is kept filled so that the host's launches do not show."""
-    begin = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
-    end = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    events = [
+        [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)] for _ in range(len(groups))
+    ]
     # a device-side pause lets the host run ahead: without it short kernels are timed with the gaps between launches
-    torch.cuda._sleep(min(int(2e6 + 2e5 * repetitions), 40_000_000))
-    for i in range(repetitions):
-        begin[i].record()
-        calls[i % len(calls)]()
-        end[i].record()
+    torch.cuda._sleep(min(int(2e6 + 2e5 * count * len(groups)), 40_000_000))
+    for i in range(count):
+        for calls, pairs in zip(groups, events, strict=True):
+            pairs[i][0].record()
+            calls[i % len(calls)]()
+            pairs[i][1].record()
     torch.cuda.synchronize(device)
-    return _sample(np.array([b.elapsed_time(e) / 1e3 for b, e in zip(begin, end, strict=True)]), 0)
+    return [(np.array([begin.elapsed_time(end) / 1e3 for begin, end in pairs]), 0) for pairs in events]
 
 
-def _on_cpu(calls: Sequence[Call], repetitions: int) -> Sample:
+def _on_cpu(groups: Sequence[Sequence[Call]], count: int) -> list[tuple[np.ndarray, int]]:
     """With one thread its processor time, which is what the call takes on a core of its own; else wall time.
 
     Repetitions that other processes interrupted found colder caches: they are dropped while enough remain.
     """
     alone = torch.get_num_threads() == 1
-    seconds, share = np.zeros(repetitions), np.ones(repetitions)
-    for i in range(repetitions):
-        call = calls[i % len(calls)]
-        start, cpu = time.perf_counter(), time.thread_time()
-        call()
-        used, wall = time.thread_time() - cpu, time.perf_counter() - start
-        seconds[i] = used if alone else wall
-        share[i] = used / wall if alone else 1.0
-    clean = share >= CORE_SHARE
-    if clean.sum() < min(3, repetitions):
-        clean[:] = True
-    return _sample(seconds[clean], int((~clean).sum()))
+    seconds, share = np.zeros((len(groups), count)), np.ones((len(groups), count))
+    for i in range(count):
+        for g, calls in enumerate(groups):
+            call = calls[i % len(calls)]
+            start, cpu = time.perf_counter(), time.thread_time()
+            call()
+            used, wall = time.thread_time() - cpu, time.perf_counter() - start
+            seconds[g, i] = used if alone else wall
+            share[g, i] = used / wall if alone else 1.0
+    found = []
+    for took, got in zip(seconds, share, strict=True):
+        clean = got >= CORE_SHARE
+        if clean.sum() < min(3, count):
+            clean[:] = True
+        found.append((took[clean], int((~clean).sum())))
+    return found
 
 
-def _sample(seconds: np.ndarray, dropped: int) -> Sample:
+def sample_of(seconds: np.ndarray, dropped: int) -> Sample:
+    """Median and spread of repetitions."""
     low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
     return Sample(float(middle), float(low), float(high), len(seconds), dropped)
 

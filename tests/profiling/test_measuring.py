@@ -169,11 +169,14 @@ def test_monotone_curve_keeps_a_rising_one_and_pools_the_rest(values):
 
 def test_leave_one_out_error_is_that_of_the_neighbours_line():
     x = np.array([1.0, 2.0, 4.0])
-    error = leave_one_out(x, np.array([1.0]), np.array([[1.0, 2.0, 4.0]]))
+    line = np.array([[1.0, 2.0, 4.0]])
+    error = leave_one_out(x, np.array([1.0]), line, line)
     assert error == pytest.approx({"tokens_median": 0.0, "tokens_p90": 0.0, "tokens_max": 0.0})
     # the line from 1 to 7 passes through 3 at 2: 50 % too much where 2 was measured
-    error = leave_one_out(x, np.array([1.0]), np.array([[1.0, 2.0, 7.0]]))
-    assert error["tokens_max"] == pytest.approx(0.5)
+    bent = np.array([[1.0, 2.0, 7.0]])
+    assert leave_one_out(x, np.array([1.0]), bent, bent)["tokens_max"] == pytest.approx(0.5)
+    # the truth is what was measured, not what the grid made of it
+    assert leave_one_out(x, np.array([1.0]), line, 2 * line)["tokens_max"] == pytest.approx(0.5)
 
 
 def write_csv(path, rows):
