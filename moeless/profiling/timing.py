@@ -67,9 +67,7 @@ def measure_in_turn(groups: Sequence[Sequence[Call]], device: torch.device, effo
     return [sample_of(seconds, dropped) for seconds, dropped in repetitions(groups, device, effort)]
 
 
-def repetitions(
-    groups: Sequence[Sequence[Call]], device: torch.device, effort: Effort
-) -> list[tuple[np.ndarray, int]]:
+def repetitions(groups: Sequence[Sequence[Call]], device: torch.device, effort: Effort) -> list[tuple[np.ndarray, int]]:
     """Seconds of every repetition of each group, and how many were dropped as interrupted."""
     groups = [list(calls) for calls in groups]
     for calls in groups:
