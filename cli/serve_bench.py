@@ -61,6 +61,12 @@ def command(
         list[float] | None, typer.Option("--request-rate", help="Mean requests per second; repeatable: a sweep.")
     ] = None,
     burstiness: Annotated[float | None, typer.Option("--burstiness", help="Gamma shape; below 1 is burstier.")] = None,
+    arrivals_window: Annotated[
+        str | None, typer.Option("--arrivals-window", metavar="START:STOP", help="Seconds of an arrivals file.")
+    ] = None,
+    time_scale: Annotated[
+        float, typer.Option("--time-scale", help="Factor on arrival times; 0.5 doubles the rate.")
+    ] = 1.0,
     batching: Annotated[
         str, typer.Option("--batching", help="continuous[:prefill-first][:whole-prompts] or one-second (the paper).")
     ] = "continuous",
@@ -161,7 +167,9 @@ def command(
     from moeless.simulator.timeline import Timeline
     from moeless.tracking.run import start_run
     from moeless.tuning.presets import load_preset, run_presets
+    from moeless.workloads.arrivals import parse_window
 
+    arrivals_seconds = None if arrivals_window is None else parse_window(arrivals_window)
     if backend == "live":
         from moeless.cli.serve_live import run_live, verification_table
         from moeless.engine.bench import LiveConfig
@@ -180,6 +188,9 @@ def command(
             arrivals=arrivals,
             request_rate=request_rate[0] if request_rate else None,
             burstiness=burstiness,
+            window=arrivals_seconds,
+            time_scale=time_scale,
+            duration=duration,
             requests=min(max_requests or 50, 8) if quick else max_requests or 50,
             prompt_tokens=max_prompt,
             output_tokens=max_output,
@@ -226,7 +237,8 @@ def command(
         raise UserError("serve-bench needs --trace DIR, a routing trace made by `moeless trace` or import-trace")
     if copies not in ("instant", "timed", "auto"):
         raise UserError(f"--copies is {copies!r}, it must be instant, timed or auto")
-    limit = max_requests if max_requests is not None else None if duration is not None else 1000
+    bounded = duration is not None or arrivals_seconds is not None
+    limit = max_requests if max_requests is not None else None if bounded else 1000
     bench_config = BenchConfig(
         trace=trace,
         policies=tuple(Policy.parse(text) for text in policy or DEFAULT_POLICIES),
@@ -244,6 +256,8 @@ def command(
         extra_slots=extra_slots,
         max_requests=min(limit or 100, 100) if quick else limit,
         duration=duration,
+        arrivals_window=arrivals_seconds,
+        time_scale=time_scale,
         objectives=parse_goodput(goodput or []),
         warmup=warmup,
         keep_alive=keep_alive,

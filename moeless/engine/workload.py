@@ -18,6 +18,8 @@ class WorkloadSettings:
 
     Attributes:
         prompts: as ``moeless.workloads.prompts.load`` takes it; None for the bundled ones.
+        arrivals, request_rate, burstiness, window, time_scale, duration: as in ``moeless.workloads.arrivals.load``.
+        requests: served at most.
         prompt_tokens: prompts are cut after so many tokens.
         output_tokens: an answer has as many tokens as its arrival says, at most so many; end-of-text tokens do not end
             it, as usual in serving benchmarks.
@@ -27,6 +29,9 @@ class WorkloadSettings:
     arrivals: str = "azure-like"
     request_rate: float | None = None
     burstiness: float | None = None
+    window: tuple[float, float] | None = None
+    time_scale: float = 1.0
+    duration: float | None = None
     requests: int = 50
     prompt_tokens: int = 256
     output_tokens: int = 32
@@ -44,6 +49,9 @@ def live_requests(model: Path, settings: WorkloadSettings) -> tuple[LiveRequest,
     series = arrivals.load(
         settings.arrivals,
         num_requests=settings.requests,
+        duration=settings.duration,
+        window=settings.window,
+        time_scale=settings.time_scale,
         request_rate=settings.request_rate,
         burstiness=settings.burstiness,
         seed=settings.seed,

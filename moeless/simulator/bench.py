@@ -50,6 +50,7 @@ class BenchConfig:
         part: which requests of the trace are served: ``test``, those that history and fitting leave out, or ``tune``,
             a share of the others, so that what is tuned can be tested on requests that tuning never saw.
         arrivals_window: seconds [start, stop) of a request trace's file that are used.
+        time_scale: factor on all arrival times.
         keep_alive, home, scale_to_zero, container_seconds, start_seconds: of expert copies; see
             ``moeless.serverless``. Serverful planners keep no copy that their plan does not hold, and never scale to
             zero.
@@ -78,6 +79,7 @@ class BenchConfig:
     duration: float | None = None
     part: Part = "test"
     arrivals_window: tuple[float, float] | None = None
+    time_scale: float = 1.0
     objectives: tuple[Objective, ...] = ()
     warmup: int = 0
     keep_alive: float | str = 10.0
@@ -175,6 +177,7 @@ class Bench:
             num_requests=config.max_requests,
             duration=config.duration,
             window=config.arrivals_window,
+            time_scale=config.time_scale,
             request_rate=config.request_rate,
             burstiness=config.burstiness,
             seed=config.seed,
@@ -318,6 +321,8 @@ class Bench:
             "lengths": "resampled" if self.workload.resampled else "trace",
             "requests": len(self.workload.requests),
             "request_rate": config.request_rate,
+            "arrivals_window": None if config.arrivals_window is None else list(config.arrivals_window),
+            "time_scale": config.time_scale,
             "extra_slots": config.extra_slots,
             "copies": "instant" if pool.instant else "timed",
             "keep_alive": str(pool.keep_alive),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from moeless.contracts import Request
 from moeless.errors import UserError
 from moeless.workloads.arrival_files import read_arrivals
-from moeless.workloads.arrival_processes import constant_gaps, gamma_gaps, generate, on_off
+from moeless.workloads.arrival_processes import constant_gaps, gamma_gaps, generate, on_off, positive
 from moeless.workloads.arrival_series import ArrivalSeries
 from moeless.workloads.azure_like import load_fitted
 
@@ -22,7 +23,7 @@ GENERATORS = {
     "on-off": "on-off:RATE:ON:OFF",
 }
 
-__all__ = ["GENERATORS", "ArrivalSeries", "load", "read_arrivals", "to_requests"]
+__all__ = ["GENERATORS", "ArrivalSeries", "load", "parse_window", "read_arrivals", "to_requests"]
 
 
 def load(
@@ -43,9 +44,9 @@ def load(
             ``gamma:RATE:SHAPE`` (shape below 1 is burstier than Poisson), ``constant:RATE``,
             ``on-off:RATE:ON:OFF`` (seconds; the rate is the mean over both), or a request trace's file.
         num_requests: at most so many; for a generator, exactly so many unless ``duration`` ends it.
-        duration: seconds that are generated, or kept of a file.
-        window: seconds [start, stop) of a file that are kept, before anything else.
-        time_scale: factor on all times.
+        duration: seconds that are generated, or kept of a file, on the clock of what is served.
+        window: seconds [start, stop) of a file that are kept, before anything else, on the file's own clock.
+        time_scale: factor on all times: 0.5 serves the same pattern at twice the rate.
         request_rate: mean requests per second; of a generator it replaces RATE, otherwise times are rescaled.
         burstiness: gamma shape of ``poisson`` and ``gamma`` gaps, as in vLLM's serving benchmark.
         seed: of the generator.
@@ -54,10 +55,14 @@ def load(
         UserError: the specification, a parameter or the file is wrong.
     """
     name, *rest = str(spec).split(":")
+    positive(time_scale, "the factor on arrival times")
+    if time_scale != 1.0 and request_rate is not None:
+        raise UserError("a factor on arrival times and a request rate both set the rate; give one of them")
     if name in GENERATORS:
         if window is not None:
             raise UserError(f"a window applies to a request trace's file, not to {name}; give a duration")
-        series = _generate(name, rest, str(spec), num_requests, duration, request_rate, burstiness, seed)
+        generated = None if duration is None else duration / time_scale
+        series = _generate(name, rest, str(spec), num_requests, generated, request_rate, burstiness, seed)
         return series if time_scale == 1.0 else series.scaled(time_scale)
     if burstiness is not None:
         raise UserError(f"burstiness shapes poisson and gamma arrivals, not the file {spec}")
@@ -76,6 +81,22 @@ def load(
     if request_rate is not None:
         series = series.at_rate(request_rate)
     return series if duration is None else series.window(0.0, duration)
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """Read ``START:STOP``, seconds of a request trace's file.
+
+    Raises:
+        UserError: the text has another form, or does not name a window.
+    """
+    start, _, stop = text.partition(":")
+    try:
+        window = (float(start), float(stop))
+    except ValueError:
+        raise UserError(f"a window of arrivals is given as START:STOP in seconds, got {text!r}") from None
+    if not 0 <= window[0] < window[1] < math.inf:
+        raise UserError(f"a window of arrivals needs 0 <= START < STOP, got {text!r}")
+    return window
 
 
 def _generate(

@@ -64,6 +64,10 @@ def test_what_does_not_exist_is_named(cli, here: Path, line: str, words: str) ->
         ("--policy static --model mixtral-8x7b", "mixtral-8x7b"),
         ("--policy static --goodput nonsense", "nonsense"),
         ("--policy static --request-rate -1", "rate"),
+        ("--policy static --arrivals-window 5", "START:STOP"),
+        ("--policy static --arrivals-window 0:5", "applies to a request trace's file"),
+        ("--policy static --time-scale 0", "factor"),
+        ("--policy static --time-scale 2 --request-rate 1", "give one of them"),
     ],
 )
 def test_an_unknown_part_of_a_benchmark_is_named(cli, here: Path, recorded: Path, options: str, words: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.errors import UserError
-from moeless.workloads.arrivals import ArrivalSeries, load, to_requests
+from moeless.workloads.arrivals import ArrivalSeries, load, parse_window, to_requests
 
 AZURE_2023 = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
@@ -119,6 +119,8 @@ def test_a_broken_file_gives_one_sentence(tmp_path: Path, name: str, content: st
         ("constant:1", {"window": (0.0, 1.0)}, "a window applies to"),
         ("poisson:1", {"num_requests": None}, "need a number of requests or a duration"),
         ("poisson:1", {"num_requests": 0}, "at least 1"),
+        ("poisson:1", {"time_scale": 0.0}, "must be a positive number"),
+        ("poisson:1", {"time_scale": 2.0, "request_rate": 3.0}, "give one of them"),
     ],
 )
 def test_a_wrong_specification_gives_one_sentence(spec: str, options: dict, sentence: str):
@@ -173,6 +175,7 @@ def test_a_duration_ends_generated_arrivals(spec: str):
     series = load(spec, duration=60)
     assert series.time_N[-1] < 60
     assert len(load(spec, duration=60, num_requests=7)) == 7
+    assert 30 < load(spec, duration=60, time_scale=0.5).time_N[-1] < 60
 
 
 def test_window_scale_rate_and_head():
@@ -193,6 +196,13 @@ def test_rescaling_a_file_applies_to_the_requests_kept(tmp_path: Path):
     (tmp_path / "a.csv").write_text("arrival\n" + "\n".join(str(t) for t in [0, 1, 2, 100, 300]) + "\n")
     assert load(tmp_path / "a.csv", num_requests=3, request_rate=10).rate == pytest.approx(10)
     assert load(tmp_path / "a.csv", window=(0, 50), time_scale=2.0).time_N.tolist() == [0, 2, 4]
+
+
+def test_a_window_is_read_from_its_two_ends():
+    assert parse_window("600:1200.5") == (600.0, 1200.5)
+    for text in ("600", "600:", "a:b", "5:5", "-1:3", "3:inf", "nan:3"):
+        with pytest.raises(UserError, match="window of arrivals"):
+            parse_window(text)
 
 
 @pytest.mark.parametrize("times", [[], [1.0, 0.5], [-1.0], [float("nan")]])
