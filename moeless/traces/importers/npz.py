@@ -3,67 +3,60 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moeless.errors import UserError
-from moeless.files import folder_atomic, sha256
 from moeless.spec import MoESpec
+from moeless.traces.importers.npz_stream import ArrayStream, open_npz
+from moeless.traces.importers.request_rows import ImportedRequest, write_requests
 from moeless.traces.info import TraceInfo
-from moeless.traces.writers import RequestRows, TokenTraceWriter
 
 LAYOUT = "experts [tokens, layers, top-k], offsets [requests + 1] and optionally probs, category, prompt_tokens, tokens"
+_NAMES = ("experts", "offsets")
 _OPTIONAL = ("probs", "category", "prompt_tokens", "tokens")
-
-
-def read_arrays(path: Path, names: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
-    """Arrays of an NPZ file; pickled objects are never executed.
-
-    Raises:
-        UserError: the file is missing, cut short, no NPZ, lacks an array, or holds pickled objects.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; an NPZ file with {LAYOUT} is needed")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is not an NPZ archive; it must hold {LAYOUT}")
-            missing = [name for name in names if name not in file.files]
-            if missing:
-                raise UserError(f"{path} holds no array {missing[0]!r}; it must hold {LAYOUT}")
-            return {name: file[name] for name in (*names, *optional) if name in file.files}
-    except UserError:
-        raise
-    except ValueError as error:
-        if "allow_pickle" in str(error) or "pickle" in str(error).lower():
-            raise UserError(f"{path} holds pickled Python objects, which are not read; save plain arrays") from None
-        raise UserError(f"{path} cannot be read as NPZ ({_line(error)})") from None
-    except (zipfile.BadZipFile, OSError, EOFError, KeyError, zipfile.error) as error:
-        raise UserError(f"{path} is not a whole NPZ archive ({_line(error)})") from None
+#: Requests whose offsets, categories and prompt lengths are read at once.
+_BLOCK = 4096
 
 
 def import_npz(path: Path, out: Path, spec: MoESpec) -> TraceInfo:
-    """Write a token trace from an NPZ file of that model.
+    """Write a token trace from an NPZ file of that model, request by request.
 
     Without ``prompt_tokens`` all rows count as generated tokens (phase 1), as in recordings of answers only.
 
     Raises:
         UserError: the file breaks the layout or does not fit the model, or ``out`` cannot be written.
     """
-    arrays = read_arrays(path, ("experts", "offsets"), _OPTIONAL)
-    check_layout(path, arrays, spec)
-    return write_requests(path, out, spec, arrays, importer="npz")
+    with open_npz(path, LAYOUT) as archive:
+        arrays = _open(path, archive)
+        _check_layout(path, arrays, spec)
+        return write_requests(
+            path,
+            out,
+            spec,
+            _requests(path, arrays),
+            importer="npz",
+            has_weights="probs" in arrays,
+            has_prompts="prompt_tokens" in arrays,
+        )
 
 
-def check_layout(path: Path, arrays: dict[str, NDArray[Any]], spec: MoESpec) -> None:
-    """Raise :class:`UserError` where the arrays break the layout or do not fit the model."""
+def _open(path: Path, archive: zipfile.ZipFile) -> dict[str, ArrayStream]:
+    there = set(archive.namelist())
+    missing = [name for name in _NAMES if f"{name}.npy" not in there]
+    if missing:
+        raise UserError(f"{path} holds no array {missing[0]!r}; it must hold {LAYOUT}")
+    return {name: ArrayStream(path, archive, name) for name in (*_NAMES, *_OPTIONAL) if f"{name}.npy" in there}
+
+
+def _check_layout(path: Path, arrays: dict[str, ArrayStream], spec: MoESpec) -> None:
+    """Raise :class:`UserError` where the arrays' shapes or types break the layout or do not fit the model."""
     experts, offsets = arrays["experts"], arrays["offsets"]
     if experts.dtype.kind not in "iu":
         raise UserError(f"{path}: experts must be whole numbers, got {experts.dtype}")
-    if experts.ndim != 3:
+    if len(experts.shape) != 3:
         raise UserError(f"{path}: experts must have axes (token, layer, top-k), got shape {experts.shape}")
     if experts.shape[1:] != (spec.L, spec.K):
         raise UserError(
@@ -72,20 +65,11 @@ def check_layout(path: Path, arrays: dict[str, NDArray[Any]], spec: MoESpec) -> 
         )
     if not len(experts):
         raise UserError(f"{path} holds 0 tokens")
-    low, high = int(experts.min()), int(experts.max())
-    if low < 0 or high >= spec.E:
-        raise UserError(f"{path}: expert ids must lie in 0..{spec.E - 1}, got {low if low < 0 else high}")
-    if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or len(offsets) < 2:
+    if len(offsets.shape) != 1 or offsets.dtype.kind not in "iu" or len(offsets) < 2:
         raise UserError(f"{path}: offsets must be a row of whole numbers, one more than requests, got {offsets.shape}")
-    steps = offsets.astype(np.int64)
-    if steps[0] != 0 or steps[-1] != len(experts) or (np.diff(steps) < 1).any():
-        raise UserError(f"{path}: offsets must start at 0, ascend, and end at the number of tokens, {len(experts)}")
     probs = arrays.get("probs")
-    if probs is not None:
-        if probs.shape != experts.shape or probs.dtype.kind != "f":
-            raise UserError(f"{path}: probs must be floating-point numbers of shape {experts.shape}, got {probs.shape}")
-        if not np.isfinite(probs).all():
-            raise UserError(f"{path}: probs holds values that are not finite")
+    if probs is not None and (probs.shape != experts.shape or probs.dtype.kind != "f"):
+        raise UserError(f"{path}: probs must be floating-point numbers of shape {experts.shape}, got {probs.shape}")
     requests = len(offsets) - 1
     for name, kinds, length in (
         ("category", "U", requests),
@@ -98,45 +82,32 @@ def check_layout(path: Path, arrays: dict[str, NDArray[Any]], spec: MoESpec) -> 
             raise UserError(
                 f"{path}: {name} must be {length} entries of {kind}, got {array.dtype} of shape {array.shape}"
             )
-    prompts = arrays.get("prompt_tokens")
-    if prompts is not None and ((prompts < 0).any() or (prompts > np.diff(steps)).any()):
-        raise UserError(f"{path}: prompt_tokens must lie between 0 and the request's number of tokens")
 
 
-def write_requests(
-    path: Path, out: Path, spec: MoESpec, arrays: dict[str, NDArray[Any]], *, importer: str
-) -> TraceInfo:
-    """Write checked arrays as a token trace at ``out``, which appears only when whole."""
-    experts, offsets, probs = arrays["experts"], arrays["offsets"].astype(np.int64), arrays.get("probs")
-    prompts, tokens, category = arrays.get("prompt_tokens"), arrays.get("tokens"), arrays.get("category")
-    notes = () if prompts is not None else ("generated tokens only: prompts were not recorded",)
-    info = TraceInfo(
-        kind="tokens",
-        spec=spec,
-        source={"importer": importer, "file": path.name, "sha256": sha256(path)},
-        has_weights=probs is not None,
-        notes=notes,
-    )
-    with folder_atomic(out) as folder:
-        writer = TokenTraceWriter(folder, info)
-        for request in range(len(offsets) - 1):
-            start, stop = int(offsets[request]), int(offsets[request + 1])
-            prompt = 0 if prompts is None else int(prompts[request])
-            writer.append(
-                [
-                    RequestRows(
-                        request=request,
-                        topk_TLK=experts[start:stop],
-                        weights_TLK=None if probs is None else probs[start:stop],
-                        token_T=None if tokens is None else tokens[start:stop],
-                        prompt_tokens=prompt,
-                        output_tokens=stop - start - prompt,
-                        category="" if category is None else str(category[request]),
-                    )
-                ]
+def _requests(path: Path, arrays: dict[str, ArrayStream]) -> Iterator[ImportedRequest]:
+    experts, offsets = arrays["experts"], arrays["offsets"]
+    probs, tokens = arrays.get("probs"), arrays.get("tokens")
+    prompts, category = arrays.get("prompt_tokens"), arrays.get("category")
+    count, last = len(offsets) - 1, int(offsets.take(1)[0])
+    wrong = UserError(f"{path}: offsets must start at 0, ascend, and end at the number of tokens, {len(experts)}")
+    if last != 0:
+        raise wrong
+    for first in range(0, count, _BLOCK):
+        block = min(_BLOCK, count - first)
+        stops = offsets.take(block).astype(np.int64)
+        prompt_B = None if prompts is None else prompts.take(block).astype(np.int64)
+        category_B = None if category is None else category.take(block)
+        if (np.diff(stops, prepend=last) < 1).any() or stops[-1] > len(experts):
+            raise wrong
+        if first + block == count and stops[-1] != len(experts):
+            raise wrong
+        for index, stop in enumerate(stops.tolist()):
+            rows = stop - last
+            last = stop
+            yield ImportedRequest(
+                topk_TLK=experts.take(rows),
+                probs_TLK=None if probs is None else probs.take(rows),
+                token_T=None if tokens is None else tokens.take(rows),
+                prompt_tokens=0 if prompt_B is None else int(prompt_B[index]),
+                category="" if category_B is None else str(category_B[index]),
             )
-        return writer.close()
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -6,6 +6,8 @@ ids. Ids of ``per_*`` records are physical and become logical through ``last_phy
 
 from __future__ import annotations
 
+import zipfile
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,15 @@ from moeless.traces.writers import CountsTraceWriter, IterationTraceWriter
 _PHASES = {1: Phase.PREFILL, 2: Phase.DECODE, 3: Phase.MIXED}
 _IDLE = 4
 _PREFIX = "expert_distribution_recorder_"
+#: Rows of a stat dump's buffer that are copied at once.
+_STAT_ROWS = 64
 
 
 def load_pt(path: Path) -> dict[str, Any]:
     """A ``.pt`` file's dictionary; code in the pickle is never executed.
+
+    Tensors stay in the file until they are looked at, so that memory does not grow with them; what the recorder
+    writes as Python lists (token ids and positions) is read whole.
 
     Raises:
         UserError: it is cut short, holds code or other objects than tensors and plain data, or is no dictionary.
@@ -38,7 +45,8 @@ def load_pt(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; an expert-distribution dump (.pt) or a folder of them is needed")
     try:
-        data = torch.load(path, weights_only=True, map_location="cpu")
+        # files of PyTorch before 1.6 are no zip archives and cannot be mapped
+        data = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "Weights only" in str(error) or "Unsupported" in str(error):
             raise UserError(f"{path} holds Python objects other than tensors and plain data; it is not read") from None
@@ -105,12 +113,6 @@ def _stat(path: Path, dump: dict[str, Any], out: Path, spec: MoESpec, source: di
     layers = _moe_rows(f"{path}: logical_count", count.shape[1], spec)
     if count.shape[2] != spec.E:
         raise UserError(f"{path}: logical_count has {count.shape[2]} experts, {spec.name} has {spec.E}")
-    if (count < 0).any():
-        raise UserError(f"{path}: logical_count holds negative counts")
-    load = count[:, layers]
-    load = load[load.any(axis=(1, 2))]  # rows of the buffer that were never used
-    if not len(load):
-        raise UserError(f"{path} holds 0 tokens")
     notes = [
         "the recorder's buffer is circular: iterations may not be in order, and those beyond its size are lost",
         _inflation(),
@@ -118,7 +120,17 @@ def _stat(path: Path, dump: dict[str, Any], out: Path, spec: MoESpec, source: di
     info = TraceInfo("counts", spec, source, has_weights=False, notes=tuple(notes))
     with folder_atomic(out) as folder:
         writer = CountsTraceWriter(folder, info)
-        writer.append(np.arange(len(load)), int(Phase.MIXED), load)
+        used = 0
+        for first in range(0, len(count), _STAT_ROWS):
+            rows = count[first : first + _STAT_ROWS]
+            if (rows < 0).any():
+                raise UserError(f"{path}: logical_count holds negative counts")
+            load = rows[:, layers]
+            load = load[load.any(axis=(1, 2))]  # rows of the buffer that were never used
+            writer.append(used + np.arange(len(load)), int(Phase.MIXED), load)
+            used += len(load)
+        if not used:
+            raise UserError(f"{path} holds 0 tokens")
         return writer.close()
 
 
@@ -228,27 +240,31 @@ def _same_on_all_ranks(records: list[dict[str, Any]]) -> int:
 
 
 def _per_pass(path: Path, records: list[dict[str, Any]], out: Path, spec: MoESpec, source: dict[str, Any]) -> TraceInfo:
-    loads: dict[int, NDArray[np.int64]] = {}
-    for record in records:
-        where = f"{record['where']}: global_physical_count"
-        count = _array(where, record.get("global_physical_count"), 2)
-        mapping = record["map"]
-        if count.shape != mapping.shape:
-            raise UserError(f"{where} has shape {count.shape}, the map has {mapping.shape}")
-        if (count < 0).any():
-            raise UserError(f"{where} holds negative counts")
-        layers = _moe_rows(where, count.shape[0], spec)
-        load = loads.setdefault(record["forward_pass_id"], np.zeros((spec.L, spec.E), np.int64))
-        for row, layer in enumerate(layers):
-            load[row] += np.bincount(mapping[layer], weights=count[layer], minlength=spec.E).astype(np.int64)
-    used = {key: load for key, load in loads.items() if load.any()}
-    if not used:
-        raise UserError(f"{path} holds 0 tokens")
     ranks = len({record["rank"] for record in records})
     notes = (_inflation(),) if ranks > 1 else ()
     info = TraceInfo("counts", spec, source, has_weights=False, notes=notes)
     with folder_atomic(out) as folder:
         writer = CountsTraceWriter(folder, info)
-        for key in sorted(used):
-            writer.append([key], int(Phase.MIXED), used[key][None])
+        for key, of_pass in groupby(records, key=lambda record: record["forward_pass_id"]):
+            load = np.zeros((spec.L, spec.E), np.int64)
+            for record in of_pass:
+                load += _pass_load(record, spec)
+            if load.any():
+                writer.append([key], int(Phase.MIXED), load[None])
+        if not writer.pending_rows and not writer.rows:
+            raise UserError(f"{path} holds 0 tokens")
         return writer.close()
+
+
+def _pass_load(record: dict[str, Any], spec: MoESpec) -> NDArray[np.int64]:
+    """Tokens of each logical expert ``[L, E]`` in one rank's record of one pass."""
+    where = f"{record['where']}: global_physical_count"
+    count = _array(where, record.get("global_physical_count"), 2)
+    mapping = record["map"]
+    if count.shape != mapping.shape:
+        raise UserError(f"{where} has shape {count.shape}, the map has {mapping.shape}")
+    if (count < 0).any():
+        raise UserError(f"{where} holds negative counts")
+    layers = _moe_rows(where, count.shape[0], spec)
+    load = [np.bincount(mapping[layer], weights=count[layer], minlength=spec.E) for layer in layers]
+    return np.asarray(load, np.int64)
