@@ -16,25 +16,27 @@ from moeless.predictors import PREDICTORS
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import Replay, SimulationSettings, resolve, simulate
 from moeless.spec import MoESpec, preset
-from moeless.traces.synthetic import SyntheticParams, route
+from moeless.traces.synthetic import SyntheticParams, synthetic_model
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
 
 #: Made-up tokens that requests replay, and as many again that are the history.
 TOKENS = 2048
+#: Made-up requests of those tokens.
+PARTS = 64
 
 
 def some_layers(name: str, layers: int) -> MoESpec:
-    """A model's shapes with fewer layers, all of them MoE layers: layers are independent of each other here."""
+    """A model's shapes with fewer layers, all of them MoE layers."""
     spec = preset(name)
     return dataclasses.replace(spec, num_layers=layers, moe_layers=tuple(range(layers)))
 
 
 def routing(spec: MoESpec, seed: int) -> NDArray[np.uint16]:
     """Made-up expert ids of 2 TOKENS tokens, in the statistics of ``moeless.traces.synthetic``'s defaults."""
-    random, params = np.random.default_rng([seed, 5]), SyntheticParams()
-    popularity_LE = random.normal(0.0, params.popularity, (spec.L, spec.E))
-    return route(2 * TOKENS, popularity_LE, spec.K, params, random)
+    model = synthetic_model(spec, SyntheticParams(), seed=seed)
+    parts = [model.request(2 * TOKENS // PARTS, np.random.default_rng([seed, 5, part]))[1] for part in range(PARTS)]
+    return np.concatenate(parts)
 
 
 def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:

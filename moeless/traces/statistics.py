@@ -158,25 +158,25 @@ def persistence_L(trace: TokenTrace, topk_TLK: NDArray[np.uint16], lag: int, lim
     return overlap_L(topk_TLK[rows], topk_TLK[rows + lag])
 
 
-def next_layer_gain_L(topk_TLK: NDArray[np.uint16], experts: int) -> FloatArray:
-    """Predictability of the next layer's load from this layer's ids, per source layer ``[L-1]``.
+def next_layer_gain_L(topk_TLK: NDArray[np.uint16], experts: int, distance: int = 1) -> FloatArray:
+    """Predictability of a later layer's ids from this layer's, per source layer ``[L-distance]``.
 
-    Half of the tokens fit P(expert at l+1 | first expert at l); on the others, the part of top-K assignments
+    Half of the tokens fit P(expert at l+distance | first expert at l); on the others, the part of top-K assignments
     in the K most likely experts given the token's first expert, minus that of the K most popular ones.
     """
     half = len(topk_TLK) // 2
     fit, test = topk_TLK[:half], topk_TLK[half:]
     layers, top = topk_TLK.shape[1], topk_TLK.shape[2]
-    gain = np.full(max(layers - 1, 0), np.nan)
+    gain = np.full(max(layers - distance, 0), np.nan)
     if half == 0:
         return gain
-    for layer in range(layers - 1):
+    for layer in range(layers - distance):
         pair = np.zeros((experts, experts), np.int64)
         for k in range(top):
-            np.add.at(pair, (fit[:, layer, 0], fit[:, layer + 1, k]), 1)
+            np.add.at(pair, (fit[:, layer, 0], fit[:, layer + distance, k]), 1)
         given = np.argsort(-pair, axis=1, kind="stable")[:, :top]
         popular = np.argsort(-pair.sum(axis=0), kind="stable")[:top]
-        target = test[:, layer + 1]
+        target = test[:, layer + distance]
         known = (target[:, :, None] == given[test[:, layer, 0]][:, None, :]).any(axis=-1).mean()
         blind = np.isin(target, popular).mean()
         gain[layer] = known - blind

@@ -1,12 +1,15 @@
 """Made-up routing with the statistics of real routing, for models whose weights are out of reach.
 
-A token's score for an expert is ``popularity + category + request + u + noise``: logits of the layer's popularity,
-deviations of its category and request, a deviation ``u`` that persists from token to token and is shared in part
-with the layer above, and Gumbel noise; the K largest scores are its experts. Every spread is a parameter, so that a
-generator can be calibrated from a real trace (:func:`calibrate`) or from a popularity histogram
-(:func:`popularity_from_histogram`). What comes out is always labelled synthetic.
+A router scores a token by the product of its weights with the token's hidden state, and a hidden state changes little
+from one layer to the next. So here: a token has a state of few dimensions, the sum of its category's, its request's and
+its own; the own part persists in part from token to token; all parts change a little from layer to layer. A layer's
+scores are ``popularity + W_l state + noise`` with Gumbel noise and weights ``W_l`` drawn once per model; the K largest
+are the token's experts. Since the state persists, the experts of one layer tell about those of the next, as in real
+models. Every spread is a parameter, so that a generator can be calibrated from a real trace
+(:mod:`moeless.traces.calibration`) or from a popularity histogram (:func:`popularity_from_histogram`). What comes out
+is always labelled synthetic.
 
-Axes: C categories, L layers, E experts, T tokens, K experts per token.
+Axes: C categories, L layers, E experts, D dimensions of the state, T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -27,28 +30,33 @@ from moeless.spec import MoESpec
 from moeless.traces.info import TraceInfo
 from moeless.traces.writers import RequestRows, TokenTraceWriter
 
+#: Tokens whose noise is drawn at once.
+_BLOCK = 256
+
 
 @dataclass(frozen=True)
 class SyntheticParams:
-    """Standard deviations in units of the Gumbel noise's scale.
+    """Standard deviations of scores, in units of the Gumbel noise's scale.
 
-    The defaults are of the order of real models'; ``moeless.traces.calibration.calibrate`` fits them to a trace.
+    The defaults are those that ``moeless.traces.calibration.calibrate`` finds for gpt-oss-20b.
 
     Attributes:
         popularity: of the layer's expert logits, where they are not given.
-        category, request, token: of the deviations of a category, a request, and a token.
-        persistence: part of a token's deviation that stays to the next token, in [0, 1).
-        neighbour: part of a layer's token deviation that comes from the layer below, in [0, 1).
+        category, request, token: of what the category's, the request's and the token's own state add to a score.
+        persistence: correlation of a token's own state with that of the token before, in [0, 1).
+        neighbour: correlation of a state with itself one layer up, in [0, 1).
+        latent: dimensions of the state; fewer tie experts of different layers closer together.
         categories: number of categories.
         prompt_tokens, output_tokens: means of the geometric lengths.
     """
 
-    popularity: float = 0.55
-    category: float = 0.35
-    request: float = 0.45
-    token: float = 1.6
-    persistence: float = 0.8
-    neighbour: float = 0.3
+    popularity: float = 0.8
+    category: float = 1.15
+    request: float = 2.6
+    token: float = 3.7
+    persistence: float = 0.47
+    neighbour: float = 0.99
+    latent: int = 4
     categories: int = 8
     prompt_tokens: float = 256.0
     output_tokens: float = 128.0
@@ -60,35 +68,39 @@ class SyntheticParams:
         for name in ("persistence", "neighbour"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"synthetic routing: {name} must lie between 0 and 1, 1 excluded")
+        if not 1 <= self.latent <= 256:
+            raise UserError(f"synthetic routing: the state has 1 to 256 dimensions, got {self.latent}")
         if self.categories < 1 or self.prompt_tokens < 1 or self.output_tokens < 1:
             raise UserError("synthetic routing needs a category and lengths of at least one token")
 
 
 @njit(
-    "void(float64[:,::1], float64[:,:,::1], float64[:,:,::1], float64, float64, float64, uint16[:,:,::1])",
+    "void(float64[:,::1], float64[:,:,::1], float64[:,::1], float64[:,::1], boolean, float64[:,:,::1],"
+    "float64[:,:,::1], float64, float64, float64, uint16[:,:,::1])",
     cache=True,
     nogil=True,
 )
-def _route(base_LE, fresh_TLE, noise_TLE, spread, persistence, neighbour, topk_TLK):  # type: ignore[no-untyped-def]
-    tokens, layers, experts = fresh_TLE.shape
-    top = topk_TLK.shape[2]
-    keep, renew = persistence, np.sqrt(1.0 - persistence * persistence)
-    below, own = neighbour, np.sqrt(1.0 - neighbour * neighbour)
-    state = np.zeros((layers, experts))
-    seen = np.zeros(experts)
-    score = np.zeros(experts)
+def _route(
+    logit_LE, weight_LED, slow_LD, own_LD, fresh_start, fresh_TLD, noise_TLE, spread, persistence, neighbour, topk_TLK
+):  # type: ignore[no-untyped-def]
+    """Fill ``topk_TLK``; ``own_LD`` carries the last token's own state from block to block."""
+    tokens, layers, dimensions = fresh_TLD.shape
+    experts, top = logit_LE.shape[1], topk_TLK.shape[2]
+    renew, change = np.sqrt(1.0 - persistence * persistence), np.sqrt(1.0 - neighbour * neighbour)
+    new, state, score = np.zeros(dimensions), np.zeros(dimensions), np.zeros(experts)
     for token in range(tokens):
+        first = fresh_start and token == 0
         for layer in range(layers):
+            for d in range(dimensions):
+                value = fresh_TLD[token, layer, d]
+                new[d] = value if layer == 0 else neighbour * new[d] + change * value
+                own_LD[layer, d] = new[d] if first else persistence * own_LD[layer, d] + renew * new[d]
+                state[d] = slow_LD[layer, d] + spread * own_LD[layer, d]
             for expert in range(experts):
-                value = fresh_TLE[token, layer, expert]
-                if token > 0:
-                    value = keep * state[layer, expert] + renew * value
-                state[layer, expert] = value
-            # the deviation that scores is shared in part with the layer below, and through it with all below
-            for expert in range(experts):
-                value = state[layer, expert]
-                seen[expert] = value if layer == 0 else below * seen[expert] + own * value
-                score[expert] = base_LE[layer, expert] + spread * seen[expert] + noise_TLE[token, layer, expert]
+                value = logit_LE[layer, expert] + noise_TLE[token, layer, expert]
+                for d in range(dimensions):
+                    value += weight_LED[layer, expert, d] * state[d]
+                score[expert] = value
             for k in range(top):
                 best = 0
                 for expert in range(1, experts):
@@ -98,16 +110,74 @@ def _route(base_LE, fresh_TLE, noise_TLE, spread, persistence, neighbour, topk_T
                 score[best] = -np.inf
 
 
-def route(
-    tokens: int, base_LE: FloatArray, top_k: int, params: SyntheticParams, rng: np.random.Generator
-) -> NDArray[np.uint16]:
-    """Expert ids of one request's consecutive tokens, u16 ``[T, L, K]``."""
-    shape = (tokens, *base_LE.shape)
-    topk = np.empty((tokens, base_LE.shape[0], top_k), np.uint16)
-    fresh, noise = rng.standard_normal(shape), rng.gumbel(size=shape)
-    base = np.ascontiguousarray(base_LE, np.float64)
-    _route(base, fresh, noise, params.token, params.persistence, params.neighbour, topk)
-    return topk
+def state_LD(layers: int, params: SyntheticParams, rng: np.random.Generator) -> FloatArray:
+    """A standard normal state whose neighbouring layers are correlated, ``[L, D]``."""
+    made = rng.standard_normal((layers, params.latent))
+    change = np.sqrt(1.0 - params.neighbour**2)
+    for layer in range(1, layers):
+        made[layer] = params.neighbour * made[layer - 1] + change * made[layer]
+    return made
+
+
+@dataclass(frozen=True)
+class SyntheticModel:
+    """What all requests share.
+
+    Attributes:
+        weight_LED: router weights; rows have a length of 1 on average.
+        logit_CLE: popularity of each category's experts. state_CLD: state of each category.
+        names: of the categories.
+    """
+
+    params: SyntheticParams
+    top_k: int
+    weight_LED: FloatArray
+    logit_CLE: FloatArray
+    state_CLD: FloatArray
+    names: tuple[str, ...]
+
+    def request(
+        self, tokens: int, rng: np.random.Generator, category: int | None = None
+    ) -> tuple[int, NDArray[np.uint16]]:
+        """Category and expert ids ``[T, L, K]`` of one request's consecutive tokens."""
+        params, (layers, experts, dimensions) = self.params, self.weight_LED.shape
+        chosen = int(rng.integers(len(self.names))) if category is None else category
+        slow = params.category * self.state_CLD[chosen] + params.request * state_LD(layers, params, rng)
+        topk, own = np.empty((tokens, layers, self.top_k), np.uint16), np.zeros((layers, dimensions))
+        for start in range(0, tokens, _BLOCK):
+            part = topk[start : start + _BLOCK]
+            fresh = rng.standard_normal((len(part), layers, dimensions))
+            noise = rng.gumbel(size=(len(part), layers, experts))
+            _route(
+                self.logit_CLE[chosen], self.weight_LED, slow, own, start == 0, fresh, noise,
+                params.token, params.persistence, params.neighbour, part,
+            )  # fmt: skip
+        return chosen, topk
+
+
+def synthetic_model(
+    spec: MoESpec,
+    params: SyntheticParams,
+    *,
+    share_CLE: Mapping[str, FloatArray] | None = None,
+    seed: int = 0,
+) -> SyntheticModel:
+    """Draw a model's router weights and its categories.
+
+    Args:
+        share_CLE: popularity ``[L, E]`` of each category by name; without it all categories share one that is drawn.
+    """
+    rng = np.random.default_rng([seed, 1])
+    weight = rng.normal(0.0, 1.0 / np.sqrt(params.latent), (spec.L, spec.E, params.latent))
+    if share_CLE is None:
+        names = tuple(f"category-{index}" for index in range(params.categories))
+        logit = rng.normal(0.0, params.popularity, (spec.L, spec.E))
+        state = np.stack([state_LD(spec.L, params, rng) for _ in names])
+        return SyntheticModel(params, spec.K, weight, np.stack([logit] * len(names)), state, names)
+    # what is given includes what the category's state would add
+    logits = [fit_logits(np.asarray(share), spec.K, params, weight, rng) for share in share_CLE.values()]
+    none = np.zeros((len(logits), spec.L, params.latent))
+    return SyntheticModel(params, spec.K, weight, np.stack(logits), none, tuple(share_CLE))
 
 
 def popularity_from_histogram(path: Path, spec: MoESpec) -> tuple[dict[str, FloatArray], str]:
@@ -133,21 +203,24 @@ def popularity_from_histogram(path: Path, spec: MoESpec) -> tuple[dict[str, Floa
     return found, path.name
 
 
-def fit_logits(share_LE: FloatArray, top_k: int, params: SyntheticParams, rng: np.random.Generator) -> FloatArray:
+def fit_logits(
+    share_LE: FloatArray, top_k: int, params: SyntheticParams, weight_LED: FloatArray, rng: np.random.Generator
+) -> FloatArray:
     """Logits ``[L, E]`` under which top-K choice yields the given expert shares (sum 1 a layer).
 
-    Fixed-point iteration on simulated tokens: the deviations around the logits make the observed shares flatter
-    than softmax would, so that the logarithm alone misses.
+    Fixed-point iteration on simulated tokens: what requests and tokens add to the scores makes the observed shares
+    flatter than softmax would, so that the logarithm alone misses.
     """
     layers, experts = share_LE.shape
     target = np.maximum(share_LE, 0.02 / experts)
     target = target / target.sum(axis=1, keepdims=True)
     logits = np.log(target * experts)
-    spread = float(np.sqrt(params.category**2 + params.request**2 + params.token**2))
-    noise = rng.gumbel(size=(2000, layers, experts)) + rng.normal(0.0, spread, (2000, layers, experts))
-    for _ in range(15):
+    state = float(np.hypot(params.request, params.token)) * rng.standard_normal((2000, layers, params.latent))
+    noise = rng.gumbel(size=(2000, layers, experts)) + np.einsum("tld,led->tle", state, weight_LED)
+    offset = experts * np.arange(layers)[:, None]
+    for _ in range(20):
         chosen = np.argpartition(-(logits + noise), top_k - 1, axis=2)[..., :top_k]
-        used = np.stack([np.bincount(chosen[:, layer].ravel(), minlength=experts) for layer in range(layers)])
+        used = np.bincount((chosen + offset).ravel(), minlength=layers * experts).reshape(layers, experts)
         logits += np.clip(np.log(target / np.maximum(used / used.sum(axis=1, keepdims=True), 0.005 / experts)), -1, 1)
         logits -= logits.mean(axis=1, keepdims=True)
     return np.asarray(logits, np.float64)
@@ -177,13 +250,7 @@ def write_synthetic(
         raise UserError(f"the number of requests must be at least 1, got {requests}")
     if share_CLE is not None and not share_CLE:
         raise UserError("no category's popularity is given")
-    shape = (spec.L, spec.E)
-    rng = np.random.default_rng([seed, 1])
-    if share_CLE is None:
-        common = rng.normal(0.0, params.popularity, shape)
-        bases = {f"category-{c}": common + rng.normal(0.0, params.category, shape) for c in range(params.categories)}
-    else:
-        bases = {name: fit_logits(np.asarray(share), spec.K, params, rng) for name, share in share_CLE.items()}
+    model = synthetic_model(spec, params, share_CLE=share_CLE, seed=seed)
     info = TraceInfo(
         kind="tokens",
         spec=spec,
@@ -194,20 +261,17 @@ def write_synthetic(
         settings={"requests": requests, **dataclasses.asdict(params)},
         notes=("synthetic: generated from statistics, not recorded from a model",),
     )
-    names = list(bases)
     with folder_atomic(out) as folder:
         writer = TokenTraceWriter(folder, info)
         for request in range(requests):
             mine = np.random.default_rng([seed, 2, request])
-            name = names[int(mine.integers(len(names)))]
-            base = bases[name] + mine.normal(0.0, params.request, shape)
             prompt, output = (
                 int(np.clip(mine.geometric(1.0 / mean), 1, 8 * mean))
                 for mean in (params.prompt_tokens, params.output_tokens)
             )
             # the last generated token is never fed back
-            topk = route(prompt + output - 1, base, spec.K, params, mine)
-            writer.append([_rows(request, topk, prompt, output, name)])
+            category, topk = model.request(prompt + output - 1, mine)
+            writer.append([_rows(request, topk, prompt, output, model.names[category])])
         return writer.close()
 
 

@@ -16,7 +16,7 @@ from moeless.traces.calibration import calibrate, measures
 from moeless.traces.compose import total_load
 from moeless.traces.edit import merge_traces, slice_trace
 from moeless.traces.importers.histogram import import_histogram
-from moeless.traces.synthetic import SyntheticParams, fit_logits, route, write_synthetic
+from moeless.traces.synthetic import SyntheticParams, synthetic_model, write_synthetic
 
 
 def made(path: Path, spec: MoESpec, **changes: object) -> TokenTrace:
@@ -49,23 +49,31 @@ def test_parameters_move_what_they_are_named_for(tmp_path: Path, spec: MoESpec) 
         trace = made(tmp_path / name, spec, **changes)
         return measures(trace, np.arange(trace.num_requests), gpus=3)
 
-    plain = measured("plain", request=0.0, category=0.0, token=1.0, persistence=0.0, neighbour=0.0, popularity=0.1)
-    steady = measured("steady", request=0.0, category=0.0, token=2.0, persistence=0.9, neighbour=0.0, popularity=0.1)
-    skewed = measured("skewed", request=0.0, category=0.0, token=1.0, persistence=0.0, neighbour=0.0, popularity=1.5)
-    linked = measured("linked", request=0.0, category=0.0, token=3.0, persistence=0.0, neighbour=0.9, popularity=0.1)
+    base = {"request": 0.0, "category": 0.0, "persistence": 0.0, "neighbour": 0.0, "popularity": 0.1}
+    plain = measured("plain", **base, token=1.0)
+    steady = measured("steady", **(base | {"persistence": 0.9}), token=2.0)
+    skewed = measured("skewed", **(base | {"popularity": 1.5}), token=1.0)
+    linked = measured("linked", **(base | {"neighbour": 0.95}), token=3.0)
     assert steady["overlap of tokens 1 apart"] > plain["overlap of tokens 1 apart"] + 0.1
     assert skewed["imbalance of 16 requests"] > plain["imbalance of 16 requests"] + 0.1
     assert linked["next layer known better by"] > plain["next layer known better by"] + 0.1
 
 
-def test_fitted_logits_reproduce_a_popularity() -> None:
+def test_a_given_popularity_is_reproduced(spec: MoESpec) -> None:
     rng = np.random.default_rng(0)
-    share = rng.dirichlet(np.full(8, 3.0), size=2)
-    share = np.minimum(share, 0.4) / np.minimum(share, 0.4).sum(axis=1, keepdims=True)
-    params = SyntheticParams(category=0.0, request=0.0, persistence=0.0, neighbour=0.0)
-    logits = fit_logits(share, 2, params, rng)
-    topk = route(20_000, logits, 2, params, rng)
-    np.testing.assert_allclose(st.shares(total_load(topk, 8)), share, atol=0.015)
+    share = np.minimum(rng.dirichlet(np.full(spec.E, 3.0), size=spec.L), 0.4)
+    share = share / share.sum(axis=1, keepdims=True)
+    params = SyntheticParams(request=0.0, token=2.0, persistence=0.0)
+    model = synthetic_model(spec, params, share_CLE={"only": share})
+    _, topk = model.request(20_000, rng)
+    np.testing.assert_allclose(st.shares(total_load(topk, spec.E)), share, atol=0.015)
+
+
+def test_a_request_continues_from_block_to_block(spec: MoESpec) -> None:
+    params = SyntheticParams(popularity=0.0, category=0.0, request=0.0, token=8.0, persistence=0.999, neighbour=0.0)
+    _, topk = synthetic_model(spec, params).request(600, np.random.default_rng(1))
+    overlap = [float(st.overlap_L(topk[i : i + 1], topk[i + 1 : i + 2]).mean()) for i in (255, 511)]
+    assert min(overlap) > 0.6
 
 
 def test_histogram_of_mixtral_becomes_a_trace_with_its_popularity(shared_data: Path, tmp_path: Path) -> None:
@@ -97,7 +105,7 @@ def test_malformed_histograms_are_refused(tmp_path: Path, spec: MoESpec, content
 
 def test_calibration_finds_the_imbalance_of_a_known_generator(tmp_path: Path, spec: MoESpec) -> None:
     trace = made(tmp_path / "known", spec, request=0.9, popularity=0.8, token=1.2)
-    found = calibrate(trace, gpus=3, sample_requests=30, rounds=1)
+    found = calibrate(trace, gpus=3, sample_requests=30, trials=30)
     for name, real, other in found.report:
         if name.startswith("imbalance"):
             assert other == pytest.approx(real, abs=0.2), name
