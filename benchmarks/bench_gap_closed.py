@@ -116,7 +116,10 @@ def write(out: Path, cells: list[Cell], found: list[str], head: dict[str, Any]) 
     """JSON with everything, CSV with the cells."""
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [cell.to_json() for cell in cells]
-    out.write_text(json.dumps(head | {"misses": found, "cells": rows}, indent=1) + "\n")
+    # one cell a line: a person can read it, and a difference shows what changed
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = json.dumps(head | {"misses": found, "cells": []}, indent=1).removesuffix("[]\n}")
+    out.write_text(f"{text}[\n{lines}\n]}}\n")
     with out.with_suffix(".csv").open("w", newline="") as handle:
         writer = csv.DictWriter(handle, rows[0])
         writer.writeheader()

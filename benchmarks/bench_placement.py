@@ -1,6 +1,6 @@
-"""Speed of planning and dispatch, and the heuristics' distance from the exact plan.
+"""Speed of planning and dispatch; how far the plans are from the best ones is in ``bench_distance.py``.
 
-    python benchmarks/bench_placement.py [--instances N]
+    python benchmarks/bench_placement.py
 
 Times are the best of several runs on one core, compilation left out. Loads are synthetic (Dirichlet).
 """
@@ -22,9 +22,7 @@ from moeless.placement import PLANNERS
 from moeless.placement.dispatch import even_dispatch
 from moeless.placement.elastic import ElasticParams
 from moeless.placement.eplb import rebalance_experts
-from moeless.placement.exact import terms_seconds
-from moeless.placement.milp import MilpParams, best_plan
-from moeless.spec import Attention, MoESpec, preset
+from moeless.spec import preset
 
 
 def best_seconds(call: Callable[[], object], repeats: int = 20) -> float:
@@ -75,44 +73,13 @@ def speeds() -> None:
               f"(target 20), even {even * 1e6:.1f} us")  # fmt: skip
 
 
-def distances(instances: int) -> None:
-    """Excess over the exact plan's proven lower bound, loads known, 6 experts on 3 GPUs, one extra slot each."""
-    spec = MoESpec("six", 2880, 1, (0,), 6, 1, 2880, Attention(8, 8, 64), 1000)
-    costs = protocol_costs(3, spec)
-    budget = Budget.even(6, 3, 1, spec.expert_bytes)
-    names = [name for name in PLANNERS.names() if name != "milp"]
-    excess: dict[str, list[float]] = {name: [] for name in names}
-    for seed in range(instances):
-        rng = np.random.default_rng(seed)
-        load_E = rng.multinomial(int(10 ** rng.uniform(1, 4.5)), rng.dirichlet(np.full(6, 0.7)))
-        shared = {"spec": spec, "cluster": costs.cluster, "costs": costs}
-        exact = best_plan(load_E, layer=0, budget=budget, params=MilpParams(), **shared)
-        for name in names:
-            planner = PLANNERS.get(name)
-            forecast = Forecast(load_E.astype(float), np.zeros(6), int(load_E.sum()), "true")
-            plan = planner.plan_layer(
-                PlanInput(0, Phase.PREFILL, forecast), budget=budget, params=planner.params(), **shared
-            )
-            load_SE = np.zeros((3, 6), np.int64)
-            load_SE[0] = load_E
-            quota = planner.dispatch(load_SE, plan, np.ones(plan.R, np.bool_), params=planner.params(), **shared)
-            seconds = terms_seconds(quota.sum(0), plan.gpu_R, costs.terms(), 3)
-            excess[name].append(100 * (seconds / exact.lower_bound - 1))
-    print(f"\ntime above the exact plan, {instances} random instances (6 experts, 3 GPUs, +1 slot), per cent")
-    print(f"{'planner':<20}{'median':>10}{'worst':>10}")
-    for name, values in excess.items():
-        print(f"{name:<20}{np.median(values):>10.2f}{np.max(values):>10.2f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instances", type=int, default=200)
-    options = parser.parse_args()
+    parser.parse_args()
     print("command:", " ".join(sys.argv))
     print(f"moeless {moeless.__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
           f"{platform.processor() or platform.machine()}")  # fmt: skip
     speeds()
-    distances(options.instances)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from moeless.predictors.base import WEIGHTS_FILE, LoadPredictor
 KNOWLEDGE = ("history", "predicted", "noisy", "true")
 NOISE = 0.3
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "gap-closed"
-METHOD, FIT_TOKENS = "transition", 150_000
+METHOD, FIT_TOKENS = "blend", 150_000
 
 
 def fitted_predictor(folder: Path | None) -> tuple[LoadPredictor, Path]:
-    """The predictor in ``folder``; without one, ``transition`` fitted on the training requests and kept for later."""
+    """The predictor in ``folder``; without one, ``blend`` fitted on the training requests and kept for later."""
     made = folder or CACHE / METHOD
     if folder is None and not made.exists():
         from moeless.predictors.job import FitJob, run_fit
