@@ -9,6 +9,7 @@ Axes: I iterations, B (iteration, layer) pairs, L layers, E experts, K experts p
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from moeless.contracts import FloatArray, IntArray, Phase
 from moeless.costs.kernels import KernelTerms
 from moeless.costs.roofline import RooflineCosts
 from moeless.spec import MoESpec, preset
-from moeless.traces.synthetic import SyntheticParams, route
+from moeless.traces.synthetic import SyntheticParams, synthetic_model
 
 SEED = 0
 PAIRS = 216
@@ -90,17 +91,17 @@ def load_routing() -> Routing:
 
 
 def synthetic_routing(name: str, layers: int = 12, requests: int = 150) -> Routing:
-    """Made-up routing with a preset's experts and top-k, bf16 weights; some of its layers stand for all."""
-    spec = preset(name).with_expert_dtype("bfloat16")
-    params, rng = SyntheticParams(), np.random.default_rng([SEED, 1])
-    shape = (layers, spec.E)
-    common = rng.normal(0.0, params.popularity, shape)
-    bases = common + rng.normal(0.0, params.category, (params.categories, *shape))
+    """Made-up routing with a preset's experts and top-k, bf16 weights; so many of its layers stand for all.
+
+    The generator's spreads are those found for gpt-oss-20b.
+    """
+    full = preset(name).with_expert_dtype("bfloat16")
+    spec = dataclasses.replace(full, num_layers=layers, moe_layers=tuple(range(layers)))
+    model = synthetic_model(spec, SyntheticParams(), seed=SEED)
     parts = []
     for request in range(requests):
-        mine = np.random.default_rng([SEED, 2, request])
-        base = bases[int(mine.integers(params.categories))] + mine.normal(0.0, params.request, shape)
-        parts.append(route(int(np.clip(mine.geometric(1 / 256), 64, 1024)), base, spec.K, params, mine))
+        rng = np.random.default_rng([SEED, 2, request])
+        parts.append(model.request(int(np.clip(rng.geometric(1 / 256), 64, 1024)), rng)[1])
     offsets = np.cumsum([0, *map(len, parts)])
     return Routing(name, np.concatenate(parts), offsets, *_split(requests), spec, synthetic=True)
 
