@@ -15,7 +15,15 @@ def command(
     full: Annotated[bool, typer.Option("--full/--quick", help="The paper's sizes, or minutes on two cores.")] = False,
     model: Annotated[list[str] | None, typer.Option("--model", help="Model preset; repeatable.")] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="DIR", help="Your routing trace, in place of every other source.")
+        list[Path] | None,
+        typer.Option("--trace", metavar="DIR", help="Your routing trace, in place of every other source; repeatable."),
+    ] = None,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Show your traces next to the other sources, not in their place.")
+    ] = False,
+    live: Annotated[
+        Path | None,
+        typer.Option("--live", metavar="RUN", help="Live serve-bench run for the live column; default: make one."),
     ] = None,
     cluster: Annotated[str, typer.Option("--cluster", help="Cluster that is simulated.")] = "a6000x8",
     costs: Annotated[
@@ -45,7 +53,9 @@ def command(
     options = Options(
         full=full,
         models=tuple(model or ()),
-        trace=trace,
+        traces=tuple(trace or ()),
+        beside=beside,
+        live=live,
         cluster=cluster,
         costs=tuple(costs or ("paper", "roofline")),
         billing=billing,
@@ -79,6 +89,6 @@ def command(
             [[c["statement"], c["paper"], c["paper_rules"], c["physical"], c["live"], c["kind"]] for c in claims],
         )
         common.show(made)
-    for problem in plan.cache.problems:
+    for problem in (*plan.left_out, *plan.cache.problems):
         common.remarks.print(f"! {problem}")
     common.remarks.print(f"page: {page}")

@@ -22,14 +22,18 @@ class Options:
     Attributes:
         full: the paper's sizes; otherwise sizes that finish in minutes on two cores.
         models: presets to study; empty means the paper's three.
-        trace: the reader's own routing trace, in place of every other source.
+        traces: the reader's own routing traces, in place of every other source; with ``beside``, next to them, except
+            that no stand-in is made for a model whose real trace is there.
+        live: folder of a live ``serve-bench`` run that fills the live column; None: the bundled model runs live here.
         cluster, costs: as in ``serve-bench``.
         billing: the rule that cost figures show first.
     """
 
     full: bool = False
     models: tuple[str, ...] = ()
-    trace: Path | None = None
+    traces: tuple[Path, ...] = ()
+    beside: bool = False
+    live: Path | None = None
     cluster: str = "a6000x8"
     costs: tuple[str, ...] = ("paper", "roofline")
     billing: str = "paper"
@@ -51,7 +55,7 @@ class Job:
         needs: jobs whose results it reads: data of cells, folders of artefacts.
         artefact: whether the result is a folder.
         given: a folder that the user supplied, with its hash in ``params``; nothing is computed.
-        timed: the result holds wall-clock measurements, which differ from run to run.
+        timed: the result is a wall-clock measurement: it runs alone, and is the one kind that differs from run to run.
     """
 
     label: str
@@ -93,6 +97,7 @@ class Claim:
         paper_rules: ours under the paper's assumptions; ``physical`` ours under physical costs; ``live`` measured.
         kind: on what evidence ours stands.
         note: why they differ, where they do.
+        verdict: how ours compares, see ``moeless.experiments.verdicts``.
     """
 
     statement: str
@@ -103,6 +108,24 @@ class Claim:
     kind: Kind
     command: str
     note: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the paper states in words, and whether our data show the same.
+
+    Attributes:
+        statement: the paper's, for example ``layer time rises with the distance``.
+        ours: what the data show, with the figures.
+        holds: None where the data cannot tell.
+        kind: on what evidence ours stands.
+    """
+
+    statement: str
+    ours: str
+    holds: bool | None
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -112,6 +135,7 @@ class Drawn:
     plots: Mapping[str, Plot] = field(default_factory=dict)
     data: Mapping[str, Data] = field(default_factory=dict)
     claims: Sequence[Claim] = ()
+    findings: Sequence[Finding] = ()
     text: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
@@ -122,7 +146,9 @@ class Experiment:
 
     Attributes:
         question: what it asks.
-        stated: what the paper shows or states.
+        stated: what the paper shows or states; empty for a study beyond it.
+        jobs: the work, by short name; ``draw`` gets the results under the same names.
+        lacks: why it cannot be drawn under some options, in a sentence; None where it can.
         jobs: the work, by short name; ``draw`` gets the results under the same names.
     """
 
@@ -132,6 +158,7 @@ class Experiment:
     stated: str
     jobs: Callable[[Options], Mapping[str, Job]]
     draw: Callable[[Options, Mapping[str, Any]], Drawn]
+    lacks: Callable[[Options], str | None] = lambda _: None
 
 
 def no_jobs(options: Options) -> Mapping[str, Job]:

@@ -21,6 +21,8 @@ from moeless.files import folder_atomic, read_json, sha256, write_text
 
 #: Default place, relative to the working folder.
 CACHE = Path("results/.cache")
+#: An artefact's file of wall-clock measurements: it must be there, its content differs from run to run.
+TIMING = "timing.json"
 #: Parts of the package that present results and do not change them.
 _PRESENTATION = ("report", "cli", "tracking", "experiments", "doctor.py", "__main__.py")
 
@@ -132,7 +134,7 @@ class Cache:
 
 def _files(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    return {path.relative_to(folder).as_posix(): "timed" if path.name == TIMING else sha256(path) for path in files}
 
 
 def compute(job: Job, needs: list[Any], folder: Path | None) -> Any:

@@ -7,8 +7,8 @@ import importlib
 from moeless.errors import UserError
 from moeless.experiments.base import Experiment
 
-#: Each is a module of this package with an ``EXPERIMENT``.
-NAMES = (
+#: The paper's tables and figures; each is a module of this package with an ``EXPERIMENT``.
+PAPER = (
     "table1",
     "table2",
     "fig1",
@@ -33,6 +33,9 @@ NAMES = (
     "scale",
     "sharing",
 )
+#: Beyond the paper.
+STUDIES: tuple[str, ...] = ("live",)
+NAMES = (*PAPER, *STUDIES)
 
 
 def find(name: str) -> list[Experiment]:

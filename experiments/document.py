@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeless.experiments.publish import CLAIM_COLUMNS, FINDING_COLUMNS, claim_rows, finding_rows
+from moeless.experiments.recipes import Recipe, recipes
 from moeless.files import read_json, write_json, write_text
 from moeless.report.page import cell_text
 
@@ -29,16 +31,34 @@ routing; **derived** is arithmetic on published shapes; **stated** is the paper'
 
 """
 
-_REAL = """## The real thing, on 8 GPUs with hub access
+_CLAIM_WORDS = """
+Verdicts: *agrees* is within 5 points or 15 % of the stated change, *same direction* and *opposite* speak of the sign,
+*no change* is below 1 %. "Its rules" are the paper's linear costs and own-layer billing; "physical" are roofline costs
+with control charged; "live" is the bundled model served by expert-parallel ranks on processor cores.
 
-These commands are the same ones that run here on synthetic routing and the bundled model; they need the models'
-weights, which are not at hand here, so their figures are not among the ones above.
+"""
+_WHY = """
+Where we differ, and why:
 
-```
-moeless trace mistralai/Mixtral-8x7B-Instruct-v0.1 lmsys/lmsys-chat-1m --max-requests 1000 \\
-    --router-inputs --device-map auto --out traces/mixtral-lmsys
-moeless reproduce all --full --trace traces/mixtral-lmsys --cluster a6000x8
-```
+- **Time.** The paper's cost model makes an expert's time proportional to its tokens, so every copy that splits a hot
+  expert pays. Physically an expert's weights are read once per use whatever its tokens are: in decode a copy costs as
+  much as it saves, and layers get slower with more copies, not faster. Under such costs a planner must know when not to
+  copy; the paper's Algorithm 1 does not.
+- **Cost.** Billed by one rule for all, copies make MoEless dearer, not cheaper. Savings of the stated size appear only
+  where MoEless pays for a layer's experts while that layer runs and the others pay for all layers' experts all the
+  time. By memory held, or by GPUs held, there is no such saving: a freed expert frees no GPU.
+- **EPLB.** Ours re-plans from the history of the same workload and is as good as forecasts are here; the paper's is
+  further behind MoEless. Its redundancy and plan period are not stated.
+- **Routing.** The paper's three models are served with made-up routing (their weights are out of reach here): figures
+  marked synthetic say what the systems do under skew of real size, not what those models' routing is.
+
+"""
+#: Longer tables are in the CSV files only.
+LONGEST = 60
+_REAL = """## The real thing
+
+What the figures above stand on stand-ins for: the paper's models with their own weights, prompts and GPUs. These are
+the same commands that run here; without the weights each ends in a sentence that says what is missing.
 """
 
 
@@ -51,46 +71,67 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def render(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The document's text."""
-    hardware = facts["hardware"]
-    size = "full" if record["full"] else "quick"
+    experiments = record["experiments"]
+    claims = [claim for entry in experiments for claim in entry["claims"]]
     parts = [
         _HEAD,
-        f"Made on {facts['start'][:10]} by `moeless reproduce all` at {size} size in {facts['seconds'] / 60:.0f} "
-        f"minutes on {hardware['cores']} cores ({hardware['cpu']}), seed {facts['seed']}, "
-        f"Python {facts['versions']['python']}, "
-        f"torch {facts['versions']['torch']}.\n\n## Claims\n\n",
+        _made(record, facts),
+        "## Claims\n\n",
+        _table(CLAIM_COLUMNS, claim_rows(claims)),
+        _CLAIM_WORDS,
+        "## What the paper says in words\n\n",
+        _table(FINDING_COLUMNS, finding_rows(experiments)),
+        _WHY,
+        "## How long each takes\n\n",
+        _durations(experiments),
+        "\n## Figures and tables of the paper\n",
+        *(_section(entry) for entry in experiments if entry["stated"]),
+        "\n## Beyond the paper\n",
+        *(_section(entry) for entry in experiments if not entry["stated"]),
+        "\n" + _REAL,
+        *(_recipe(one) for one in recipes()),
     ]
-    claims = [claim for entry in record["experiments"] for claim in entry["claims"]]
-    rows = [
-        [
-            c["statement"],
-            c["paper"],
-            c["paper_rules"],
-            c["physical"],
-            c["live"],
-            c["kind"],
-            c["note"],
-            f"`{c['command']}`",
-        ]
-        for c in claims
-    ]
-    columns = ["claim", "paper", "ours, its rules", "ours, physical", "live", "evidence", "note", "command"]
-    parts += [_table(columns, rows), "\n", "## Figures and tables\n"]
-    for entry in record["experiments"]:
-        parts.append(f"\n### {entry['title']}\n\n{entry['question']} The paper: {entry['stated']}\n\n")
-        parts.append(f"`moeless reproduce {entry['name']}`, {entry['seconds']:.0f} s of that run.\n")
-        parts += [f"\n{text}\n" for text in entry["text"]]
-        for figure in entry["figures"]:
-            mark = figure["kind"] + (f", {figure['label']}" if figure["label"] else "")
-            parts.append(f"\n- Figure `{figure['name']}` ({mark}): {figure['caption']}")
-        if entry["figures"]:
-            parts.append("\n")
-        for shown in entry["shown"].values():
-            if len(shown["rows"]) <= 40:
-                parts.append(f"\n{shown['caption']}:\n\n{_table(shown['columns'], shown['rows'])}")
-        parts += [f"\n> {warning}\n" for warning in entry["warnings"]]
-    parts.append("\n" + _REAL)
     return "".join(parts)
+
+
+def _made(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    hardware = facts["hardware"]
+    size = "full" if record["full"] else "quick"
+    return (
+        f"Made on {facts['start'][:10]} by `{facts['command_line']}` at {size} size in {facts['seconds'] / 60:.0f} "
+        f"minutes on {hardware['cores']} cores ({hardware['cpu']}), seed {facts['seed']}, "
+        f"Python {facts['versions']['python']}, torch {facts['versions']['torch']}.\n\n"
+    )
+
+
+def _durations(experiments: Sequence[Mapping[str, Any]]) -> str:
+    """Results that several experiments share count where they were first needed."""
+    rows = [
+        [f"`moeless reproduce {entry['name']}`", entry["title"], round(entry["seconds"], 1), entry["jobs"]["computed"]]
+        for entry in experiments
+    ]
+    return _table(["command", "what", "seconds in that run", "results computed"], rows)
+
+
+def _section(entry: Mapping[str, Any]) -> str:
+    paper = f" The paper: {entry['stated']}" if entry["stated"] else ""
+    parts = [f"\n### {entry['title']}\n\n{entry['question']}{paper}\n"]
+    parts += [f"\n{text}\n" for text in entry["text"]]
+    for figure in entry["figures"]:
+        mark = figure["kind"] + (f", {figure['label']}" if figure["label"] else "")
+        parts.append(f"\n- Figure `{figure['name']}` ({mark}): {figure['caption']}")
+    if entry["figures"]:
+        parts.append("\n")
+    for shown in entry["shown"].values():
+        if len(shown["rows"]) <= LONGEST:
+            parts.append(f"\n{shown['caption']}:\n\n{_table(shown['columns'], shown['rows'])}")
+    parts += [f"\n> {warning}\n" for warning in entry["warnings"]]
+    return "".join(parts)
+
+
+def _recipe(recipe: Recipe) -> str:
+    lines = "\n".join(command.replace(" --", " \\\n    --") for command in recipe.commands)
+    return f"\n### {recipe.title[:1].upper()}{recipe.title[1:]}\n\nNeeds {recipe.needs}.\n\n```\n{lines}\n```\n"
 
 
 def keep(run: Path) -> None:

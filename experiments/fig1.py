@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.experiments.sources import routing_sources
 from moeless.report import routing_figures
 
+#: The busiest expert at so many times the even share is strong skew: its GPU then works that much longer.
+SKEWED = 1.5
 _CELLS = "moeless.experiments.cells.routing"
 
 
@@ -24,7 +26,7 @@ def _jobs(options: Options) -> Mapping[str, Job]:
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     plots: dict[str, Plot] = {}
     rows: list[list[Any]] = []
-    text = []
+    findings = []
     for source in routing_sources(options):
         found = results[source.title]
         load_LE = np.array(found["load_LE"], np.float64)
@@ -51,12 +53,17 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             for layer, load_E in enumerate(load_LE)
             for expert, load in enumerate(load_E)
         ]
-        text.append(
-            f"{source.title}: the busiest expert of a layer gets {skew_L.mean():.2f} times the even share, averaged "
-            f"over layers (from {skew_L.min():.2f} to {skew_L.max():.2f})."
+        findings.append(
+            Finding(
+                "Experts of a layer are loaded very unevenly",
+                f"{source.title}: the busiest expert of a layer gets {skew_L.mean():.2f} times the even share, mean "
+                f"over layers (from {skew_L.min():.2f} to {skew_L.max():.2f})",
+                bool(skew_L.mean() >= SKEWED),
+                source.routing,
+            )
         )
     data = {"loads": Data(["model", "layer", "expert", "assignments"], rows, "Assignments per layer and expert")}
-    return Drawn(plots, data, text=text)
+    return Drawn(plots, data, findings=findings)
 
 
 EXPERIMENT = Experiment(

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeless.experiments import prediction
-from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.experiments.sources import fitted_predictor
 from moeless.report import style
 
 SIZE = 128
+#: A correlation from here on is strong.
+STRONG = 0.9
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
@@ -61,8 +63,14 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         for true, predicted in zip(results[method]["true"], results[method]["predicted"], strict=True)
     ]
     shown = ", ".join(f"{name} {results[method]['pearson']:.3f}" for method, name in prediction.METHODS.items())
-    text = [f"Correlation: {shown}."]
-    return Drawn({"main": plot}, {"loads": Data(["method", "true", "predicted"], rows)}, text=text)
+    finding = Finding(
+        "Predicted and true loads correlate strongly",
+        f"Pearson correlation: {shown}",
+        found["pearson"] >= STRONG,
+        source.routing,
+    )
+    data = {"loads": Data(["method", "true", "predicted"], rows)}
+    return Drawn({"main": plot}, data, findings=[finding])
 
 
 EXPERIMENT = Experiment(
@@ -72,4 +80,5 @@ EXPERIMENT = Experiment(
     stated="Strong correlation.",
     jobs=_jobs,
     draw=_draw,
+    lacks=prediction.lacks,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, sweep_sources
 from moeless.report import style
 
@@ -37,6 +37,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     sources = sweep_sources(options)
     plots: dict[str, Plot] = {}
     rows: list[list[Any]] = []
+    findings = []
     for costs in options.costs:
         for source in sources:
             for variant in VARIANTS:
@@ -44,6 +45,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
                 layer, bill = one.layer, one.billing
                 figures = (layer.mean_ms, layer.replicas, bill.paper, bill.resident, layer.samples)
                 rows.append([source.title, costs, variant, *figures])
+        findings.append(_finding(results, sources, costs))
         plots[costs] = Plot(
             _figure(results, sources, costs),
             f"Mean MoE-layer time with one component taken away or replaced, relative to the full system; "
@@ -53,7 +55,22 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         )
     columns = ["source", "costs", "variant", "mean layer (ms)", "replicas per layer", "paper bill (GB·s)"]
     columns += ["resident bill (GB·s)", "layer runs"]
-    return Drawn(plots, {"variants": Data(columns, rows, "Each variant", show=True)})
+    return Drawn(plots, {"variants": Data(columns, rows, "Each variant", show=True)}, findings=findings)
+
+
+def _finding(results: Mapping[str, Any], sources: list[Source], costs: str) -> Finding:
+    slower = {}
+    for source in sources:
+        full, none = (
+            serving.cell(results[f"{source.key}|{costs}|{name}"]).layer.mean_ms
+            for name in ("full system", "none of them")
+        )
+        slower[source.title] = -serving.reduction(none, full)
+    told = ", ".join(f"{name} {serving.signed(change)}" for name, change in slower.items())
+    agree = [change >= 1.0 for change in slower.values()]
+    holds = True if all(agree) else False if not any(agree) else None
+    ours = f"{costs} costs, layer time without prediction, scaling and placement: {told}"
+    return Finding("Without prediction, scaling and placement a layer is slower", ours, holds, common_kind(sources))
 
 
 def _figure(results: Mapping[str, Any], sources: list[Source], costs: str) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.experiments.sources import Source, routing_sources
 from moeless.report import style
 
+#: A standard deviation of so much of the mean is strong variation.
+VARIES = 0.25
 _CELLS = "moeless.experiments.cells.routing"
 
 
@@ -28,7 +30,7 @@ def _jobs(options: Options) -> Mapping[str, Job]:
 
 
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
-    plots, rows = {}, []
+    plots, rows, findings = {}, [], []
     for source in routing_sources(options):
         found = results[source.title]
         plots[source.title] = Plot(
@@ -40,8 +42,22 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             source.label,
         )
         rows += [[source.title, *row] for row in found["rows"]]
+        findings.append(_finding(source, found["rows"]))
     columns = ["model", "second", "requests", "tokens", "active experts in prefill", "active experts in decode"]
-    return Drawn(plots, {"seconds": Data(columns, rows, "Each second of the workload")})
+    return Drawn(plots, {"seconds": Data(columns, rows, "Each second of the workload")}, findings=findings)
+
+
+def _finding(source: Source, rows: list[list[Any]]) -> Finding:
+    """Standard deviation over mean of each series, seconds without requests left out of the last."""
+    spreads = {}
+    for column, name in ((1, "requests"), (2, "tokens"), (4, "active experts in decode")):
+        value = np.array([row[column] for row in rows if row[column] is not None], np.float64)
+        spreads[name] = float(value.std() / value.mean()) if value.size and value.mean() else 0.0
+    told = ", ".join(f"{name} {value:.2f}" for name, value in spreads.items())
+    vary = [value >= VARIES for value in spreads.values()]
+    holds = True if all(vary) else False if not any(vary) else None
+    ours = f"{source.title}, standard deviation over mean from second to second: {told}"
+    return Finding("Arrivals, tokens and active experts vary strongly over time", ours, holds, source.routing)
 
 
 def _figure(source: Source, found: Mapping[str, Any]) -> Any:

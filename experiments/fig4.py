@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.experiments.sources import Source, serving_sources
+from moeless.metrics.result import Cell
 from moeless.report import result_figures
 
 
@@ -26,6 +27,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     source = _source(options)
     plots: dict[str, Plot] = {}
     rows = []
+    findings = []
     for costs in options.costs:
         found = serving.cells(results, source, costs)
         rows += [serving.row(source, one) for one in found]
@@ -44,7 +46,31 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             source.label,
             wide=True,
         )
-    return Drawn(plots, {"results": Data(serving.COLUMNS, rows, "Three kinds of serving", show=True)})
+        findings += _findings(found, costs)
+    data = {"results": Data(serving.COLUMNS, rows, "Three kinds of serving", show=True)}
+    return Drawn(plots, data, findings=findings)
+
+
+def _findings(found: list[Cell], costs: str) -> list[Finding]:
+    static, balanced, serverless = (serving.of(found, name) for name in ("static", "eplb", "moeless"))
+    tail = -serving.reduction(balanced.layer.p99_ms, static.layer.p99_ms)
+    bill = -serving.reduction(serverless.billing.paper, static.billing.paper)
+    whole = -serving.reduction(serverless.billing.paper, static.billing.paper_whole or 0.0)
+    return [
+        Finding(
+            "Balancing shortens the tail of layer time",
+            f"{costs} costs: p99 of EPLB {serving.signed(tail)} against static",
+            tail <= -1.0,
+            static.evidence,
+        ),
+        Finding(
+            "Serverless experts cut the cost",
+            f"{costs} costs, the paper's rule: {serving.signed(bill)} with one rule for both, {serving.signed(whole)} "
+            "where static pays for all layers all the time",
+            bill <= -1.0 if bill * whole > 0 else None,
+            static.evidence,
+        ),
+    ]
 
 
 EXPERIMENT = Experiment(

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from moeless.experiments import prediction
-from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.report import line_figures
 
 SHOWN = (1, 2, 3, 4)
+#: A mean cosine from here on is called alike.
+ALIKE = 0.7
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
@@ -59,6 +61,30 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             source.label,
         ),
     }
+    nearest = np.asarray(cosine["1"], np.float64)
+    by_distance = [float(np.mean(np.asarray(line.y))) for line in recall.values()]
+    first = np.asarray(recall["d = 1"].y, np.float64)
+    early, late = first[: len(first) // 2].mean(), first[len(first) // 2 :].mean()
+    findings = [
+        Finding(
+            "Gate inputs of neighbouring layers are alike",
+            f"mean cosine similarity {nearest.mean():.2f} at d = 1 (lowest layer {nearest.min():.2f})",
+            bool(nearest.mean() >= ALIKE),
+            source.routing,
+        ),
+        Finding(
+            "Accuracy falls with the distance",
+            "raw gates, mean recall at d = 1, 2, …: " + ", ".join(f"{value:.2f}" for value in by_distance),
+            bool((np.diff(by_distance) < 0).all()),
+            source.routing,
+        ),
+        Finding(
+            "Early layers are predicted worse",
+            f"raw gates, d = 1: mean recall {early:.2f} in the lower half of the layers, {late:.2f} in the upper",
+            bool(early < late),
+            source.routing,
+        ),
+    ]
     rows = [
         ["cosine", int(d), layer, value, None, None]
         for d, values in cosine.items()
@@ -69,7 +95,8 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         for row in raw["rows"]
         if row["metric"] == "topk_recall"
     ]
-    return Drawn(plots, {"layers": Data(["metric", "distance", "layer", "value", "low", "high"], rows)})
+    data = {"layers": Data(["metric", "distance", "layer", "value", "low", "high"], rows)}
+    return Drawn(plots, data, findings=findings)
 
 
 EXPERIMENT = Experiment(
@@ -79,4 +106,5 @@ EXPERIMENT = Experiment(
     stated="High cosine similarity; accuracy is worse in early layers and at larger distances (d = 1 to 4).",
     jobs=_jobs,
     draw=_draw,
+    lacks=prediction.lacks,
 )

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moeless.errors import UserError
 from moeless.experiments.base import Job, Options
-from moeless.experiments.sources import DISTANCES, Source, bundled, fitted_predictor, given
+from moeless.experiments.sources import DISTANCES, Source, fitted_predictor, input_sources
 from moeless.report.line_figures import Line
 
 _PREDICTION = "moeless.experiments.cells.prediction"
@@ -18,32 +17,18 @@ METHODS = {"gate_reuse": "raw next gates", "layer_aware": "fine-tuned gates"}
 
 
 def source(options: Options) -> Source:
-    """A trace with gate inputs: the reader's, or the bundled model's.
-
-    Raises:
-        UserError: the reader's trace holds no gate inputs.
-    """
-    mine = given(options)
-    if mine is None:
-        return bundled(options)
-    from moeless.traces import TokenTrace, open_trace
-
-    opened = open_trace(options.trace) if options.trace is not None else None
-    if not isinstance(opened, TokenTrace) or not opened.has_router_inputs:
-        raise UserError(
-            f"{options.trace} holds no gate inputs, which this figure is about; record them with "
-            "`moeless trace --router-inputs`"
-        )
-    return mine
+    """A trace with gate inputs: the first of the reader's that holds them, or the bundled model's."""
+    return input_sources(options)[0]
 
 
-def usable(options: Options) -> bool:
-    """Whether gate inputs are at hand."""
-    try:
-        source(options)
-    except UserError:
-        return False
-    return True
+def lacks(options: Options) -> str | None:
+    """Why figures about gate inputs cannot be drawn."""
+    if input_sources(options):
+        return None
+    return (
+        "no trace given holds gate inputs, which it is about; record them with `moeless trace --router-inputs`, or add "
+        "--beside for the bundled model's"
+    )
 
 
 def measured_jobs(options: Options) -> dict[str, Job]:
@@ -55,10 +40,17 @@ def measured_jobs(options: Options) -> dict[str, Job]:
             f"{_PREDICTION}:measured",
             {},
             (fitted_predictor(options, where, method),),
-            timed=True,
         )
         for method in METHODS
     }
+
+
+def timing_job(options: Options, method: str) -> Job:
+    """How long a method's fit and forecasts take."""
+    where = source(options)
+    params = {"distance": 1, "batch_tokens": [32, 512]}
+    fitted = fitted_predictor(options, where, method)
+    return Job(f"time {method} on {where.title}", f"{_PREDICTION}:timing", params, (fitted,), timed=True)
 
 
 def per_layer(found: Mapping[str, Any], metric: str, distance: int, batch_tokens: int = 1) -> Line | None:

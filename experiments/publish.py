@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moeless.experiments.base import Claim, Data, Drawn, Experiment, Options
+from moeless.experiments.base import Data, Drawn, Experiment, Options
 from moeless.files import write_json, write_text
 from moeless.report import page
 from moeless.tracking.run import Run
 
 #: What the page and ``docs/reproduction.md`` are made from.
 RECORD = "reproduction.json"
-CLAIM_COLUMNS = ("claim", "paper", "ours, its rules", "ours, physical", "live", "evidence", "note", "command")
+CLAIM_COLUMNS = (
+    "claim",
+    "paper",
+    "ours, its rules",
+    "ours, physical",
+    "live",
+    "verdict",
+    "evidence",
+    "note",
+    "command",
+)
+FINDING_COLUMNS = ("the paper says", "here", "holds", "evidence", "command")
 
 
 def csv_text(data: Data) -> str:
@@ -28,12 +39,29 @@ def csv_text(data: Data) -> str:
     return buffer.getvalue()
 
 
-def claim_rows(claims: Sequence[Claim]) -> list[list[Any]]:
-    """Claims as rows of CLAIM_COLUMNS."""
+def claim_rows(claims: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """Recorded claims as rows of CLAIM_COLUMNS."""
+    names = ("statement", "paper", "paper_rules", "physical", "live", "verdict", "kind", "note")
+    return [[*(claim[name] or None for name in names), f"`{claim['command']}`"] for claim in claims]
+
+
+def finding_rows(record: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """What experiments' records found of the paper's statements in words, as rows of FINDING_COLUMNS."""
     return [
-        [c.statement, c.paper, c.paper_rules, c.physical, c.live, c.kind, c.note or None, f"`{c.command}`"]
-        for c in claims
+        [
+            finding["statement"],
+            finding["ours"],
+            HOLDS[finding["holds"]],
+            finding["kind"],
+            f"`moeless reproduce {entry['name']}`",
+        ]
+        for entry in record
+        for finding in entry["findings"]
     ]
+
+
+#: How a finding's three values are told.
+HOLDS = {True: "yes", False: "no", None: "in part"}
 
 
 class Publisher:
@@ -44,13 +72,13 @@ class Publisher:
         self.options = options
         self.record: list[dict[str, Any]] = []
         self._sections: list[page.Section] = []
-        self._claims: list[Claim] = []
 
     def add(self, experiment: Experiment, drawn: Drawn, seconds: float, counts: Mapping[str, int]) -> None:
         """Write an experiment's figures and tables; remember its claims."""
         blocks: list[page.Text | page.Table | page.Figure] = [
             page.Text(f"**Question.** {experiment.question}"),
-            page.Text(f"**The paper.** {experiment.stated}"),
+            page.Text(f"**The paper.** {experiment.stated}" if experiment.stated else "**Beyond the paper.**"),
+            *(page.Text(f"**Here: {HOLDS[one.holds]}.** {one.statement}: {one.ours}.") for one in drawn.findings),
             *map(page.Text, drawn.text),
         ]
         figures = []
@@ -63,13 +91,14 @@ class Publisher:
         for name, data in drawn.data.items():
             path = self.run.path / "data" / f"{experiment.name}-{name}.csv"
             write_text(path, csv_text(data))
+            if data.show:
+                self.run.table(f"tables/{path.stem}", data.columns, data.rows)
             tables.append({"name": path.stem, "caption": data.caption, "rows": len(data.rows)})
             if data.show:
                 blocks.append(page.Table(data.columns, data.rows, f"{data.caption}." if data.caption else ""))
         for warning in drawn.warnings:
             self.run.warn(f"{experiment.title}: {warning}")
         self._sections.append(page.Section(experiment.title, blocks))
-        self._claims += drawn.claims
         self.record.append(
             {
                 "name": experiment.name,
@@ -89,6 +118,7 @@ class Publisher:
                     if data.show
                 },
                 "claims": [asdict(claim) for claim in drawn.claims],
+                "findings": [asdict(finding) for finding in drawn.findings],
                 "warnings": list(drawn.warnings),
                 "seconds": round(seconds, 2),
                 "jobs": dict(counts),
@@ -99,36 +129,72 @@ class Publisher:
     def finish(self) -> Path:
         """Write the record, the claims and the page; returns the page's path."""
         write_json(self.run.path / RECORD, {"format": 1, "full": self.options.full, "experiments": self.record})
-        sections = list(self._sections)
-        if self._claims:
-            table = page.Table(
-                CLAIM_COLUMNS,
-                claim_rows(self._claims),
-                "What the paper states beside ours: under its own rules (linear costs, own-layer billing), under "
-                "physical costs, and live.",
+        self.run.produced(self.run.path / RECORD, "reproduction")
+        claims = [claim for entry in self.record for claim in entry["claims"]]
+        first = []
+        if claims:
+            data = Data(CLAIM_COLUMNS, claim_rows(claims))
+            caption = (
+                "What the paper states in figures beside ours: under its own rules (linear costs, own-layer billing), "
+                "under physical costs, and live."
             )
-            sections.insert(0, page.Section("Claims", [table]))
-            data = Data(CLAIM_COLUMNS, claim_rows(self._claims))
+            first.append(page.Section("Claims", [page.Table(data.columns, data.rows, caption)]))
             write_text(self.run.path / "data" / "claims.csv", csv_text(data))
-        return page.write(self.run.path, self._title(), self._summary(), sections, manifest=self.run.snapshot())
+            self.run.table("claims", data.columns, data.rows)
+        found = finding_rows(self.record)
+        if found:
+            caption = "What the paper states in words, and whether our data show the same."
+            first.append(page.Section("Findings", [page.Table(FINDING_COLUMNS, found, caption)]))
+            write_text(self.run.path / "data" / "findings.csv", csv_text(Data(FINDING_COLUMNS, found)))
+            self.run.table("findings", FINDING_COLUMNS, found)
+        sections = [*first, *self._sections]
+        return page.write(self.run.path, self._title(), self._summary(claims), sections, manifest=self.run.snapshot())
 
     def _title(self) -> str:
         only = self.record[0]["title"] if len(self.record) == 1 else "The paper, figure by figure"
         return f"MoEless reproduced: {only}"
 
-    def _summary(self) -> list[str]:
+    def _summary(self, claims: list[dict[str, Any]]) -> list[str]:
+        """What ran, what holds, and the headline."""
         figures = sum(len(entry["figures"]) for entry in self.record)
         size = "full" if self.options.full else "quick"
-        kinds: dict[str, int] = {}
-        for claim in self._claims:
-            kinds[claim.kind] = kinds.get(claim.kind, 0) + 1
         computed = sum(entry["jobs"].get("computed", 0) for entry in self.record)
         cached = sum(entry["jobs"].get("cached", 0) for entry in self.record)
-        plural = "experiments" if len(self.record) != 1 else "experiment"
-        first = f"{len(self.record)} {plural} of arXiv 2603.06350 at {size} size gave {figures} figures"
-        second = f"{computed} results were computed and {cached} came from the cache"
-        if not self._claims:
-            return [f"{first}.", f"{second}."]
-        marks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        third = f"{len(self._claims)} of the paper's claims stand beside ours ({marks}), with the command behind each"
-        return [f"{first}.", f"{second}.", f"{third}."]
+        studies = sum(not entry["stated"] for entry in self.record)
+        paper = len(self.record) - studies
+        what = " and ".join(
+            text
+            for text in (
+                f"{_counted(paper, 'table or figure', 'tables and figures')} of arXiv 2603.06350" if paper else "",
+                f"{_counted(studies, 'study', 'studies')} beyond it" if studies else "",
+            )
+            if text
+        )
+        made = f"{what} at {size} size gave {figures} figures ({computed} results computed, {cached} from the cache)."
+        return [made, *_held(self.record), *_headline(claims)]
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _held(record: list[dict[str, Any]]) -> list[str]:
+    every = [finding["holds"] for entry in record if entry["stated"] for finding in entry["findings"]]
+    if not every:
+        return []
+    yes, no, part = (every.count(value) for value in (True, False, None))
+    return [
+        f"Of {_counted(len(every), 'check', 'checks')} of what it says in words, {yes} hold here, {no} do not and "
+        f"{part} hold in part."
+    ]
+
+
+def _headline(claims: list[dict[str, Any]]) -> list[str]:
+    """The first claim that has a figure under both cost models."""
+    for claim in claims:
+        if claim["paper_rules"] and claim["physical"] and claim["kind"] != "derived":
+            return [
+                f"{claim['statement']}: **{claim['paper_rules']}** under the paper's costs, **{claim['physical']}** "
+                f"under physical ones, {claim['live'] or 'not run'} live; the paper states {claim['paper']}."
+            ]
+    return []

@@ -10,11 +10,13 @@ from typing import Any
 from moeless.cluster import cluster
 from moeless.costs import COSTS
 from moeless.errors import UserError
+from moeless.experiments import live
 from moeless.experiments.base import Experiment, Options
 from moeless.experiments.cache import Cache
 from moeless.experiments.catalogue import find
 from moeless.experiments.publish import RECORD, Publisher
 from moeless.experiments.runner import Progress, closure, run_jobs
+from moeless.experiments.sources import given
 from moeless.files import check_writable, read_json
 from moeless.report.result_figures import BILLS
 from moeless.spec import preset
@@ -23,12 +25,13 @@ from moeless.tracking import start_run
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What will be run: checked options, experiments, cache."""
+    """What will be run: checked options, experiments, cache; and in sentences, what cannot be."""
 
     what: str
     options: Options
     experiments: list[Experiment]
     cache: Cache
+    left_out: tuple[str, ...] = ()
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration, JSON-ready."""
@@ -38,7 +41,9 @@ class Reproduction:
             "experiments": [experiment.name for experiment in self.experiments],
             "size": "full" if options.full else "quick",
             "models": list(options.models),
-            "trace": None if options.trace is None else str(options.trace),
+            "traces": [str(path) for path in options.traces],
+            "beside": options.beside,
+            "live": None if options.live is None else str(options.live),
             "cluster": options.cluster,
             "costs": list(options.costs),
             "billing": options.billing,
@@ -62,7 +67,7 @@ class Reproduction:
         Raises:
             RunFailed: a worker died or the disk is full; what was finished is kept in the cache.
         """
-        inputs = [] if self.options.trace is None else [self.options.trace]
+        inputs = [*self.options.traces, *([] if self.options.live is None else [self.options.live / "result.json"])]
         with start_run("reproduce", self.what, self.config(), self.options.seed, inputs, out, wandb) as run:
             publisher = Publisher(run, self.options)
             for experiment in self.experiments:
@@ -71,7 +76,7 @@ class Reproduction:
                 results, counts = run_jobs(jobs, self.cache, workers=workers, progress=progress)
                 drawn = experiment.draw(self.options, results)
                 publisher.add(experiment, drawn, time.perf_counter() - started, counts)
-            for problem in self.cache.problems:
+            for problem in (*self.left_out, *self.cache.problems):
                 run.warn(problem)
             page = publisher.finish()
             return page, read_json(run.path / RECORD)
@@ -91,9 +96,20 @@ def prepare(what: str, options: Options, cache: Path) -> Reproduction:
         COSTS.get(name)
     if options.billing not in BILLS:
         raise UserError(f"--billing is {options.billing!r}, it must be one of {', '.join(BILLS)}")
-    if options.trace is not None:
-        from moeless.traces import open_trace
-
-        open_trace(options.trace)
+    if options.beside and not options.traces:
+        raise UserError("--beside puts your traces next to the default sources; name one with --trace")
+    given(options)
+    if options.live is not None:
+        live.check(options.live)
+    experiments, left_out = _possible(what, options, experiments)
     check_writable(cache)
-    return Reproduction(what, options, experiments, Cache(cache))
+    return Reproduction(what, options, experiments, Cache(cache), left_out)
+
+
+def _possible(what: str, options: Options, experiments: list[Experiment]) -> tuple[list[Experiment], tuple[str, ...]]:
+    """Leave out what cannot be drawn from what is given; refuse one asked for by name."""
+    lacking = {experiment.name: experiment.lacks(options) for experiment in experiments}
+    sentences = tuple(f"{name} is left out: {sentence}" for name, sentence in lacking.items() if sentence)
+    if what != "all" and sentences:
+        raise UserError(f"{what} cannot be drawn: {lacking[what]}")
+    return [experiment for experiment in experiments if not lacking[experiment.name]], sentences

@@ -90,6 +90,19 @@ def reduction(mine: float, theirs: float) -> float:
     return 100.0 * (1.0 - mine / theirs) if theirs else 0.0
 
 
+def signed(percent: float) -> str:
+    """A change in per cent with its sign."""
+    return f"{percent:+.1f} %".replace("-", "−")
+
+
+def spread(changes: Sequence[float]) -> str | None:
+    """The mean of changes in per cent, with their range where they are several; None without any."""
+    if not changes:
+        return None
+    mean = signed(sum(changes) / len(changes))
+    return mean if len(changes) == 1 else f"{mean} ({signed(min(changes))[:-2]} to {signed(max(changes))[:-2]})"
+
+
 COLUMNS = (
     "source",
     "costs",

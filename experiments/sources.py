@@ -1,12 +1,14 @@
-"""Where routing comes from: the reader's trace, or what is at hand without it."""
+"""Where routing comes from: the reader's traces, or what is at hand without them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moeless.experiments.base import Job, Kind, Options
+from moeless.spec import preset
 from moeless.tracking.environment import fingerprint
 
 _RECORDING = "moeless.experiments.cells.recording"
@@ -24,10 +26,14 @@ class Source:
         routing: evidence of figures that show the routing itself.
         label: shown on every figure, ``bundled model`` for the bundled one.
         key: tells sources apart in the names of jobs.
-        predictor: the load predictor that the paper's system uses on it.
+        model: the preset that it stands for.
+        predictor: the load predictor that the paper's system uses on it: copies of gates where gate inputs are
+            there, otherwise what expert ids of this layer say about the next ones.
         fitted: artefacts of fitted predictors, by name.
         cluster: where it is served, where that is not the cluster that was asked for.
         quick_requests: how many requests a quick serving run takes; the paper's planner is simulated layer by layer.
+        layers: MoE layers.
+        inputs: whether it holds what gates see.
     """
 
     title: str
@@ -36,25 +42,52 @@ class Source:
     routing: Kind
     label: str = ""
     key: str = ""
+    model: str = ""
     predictor: str = "history"
     fitted: Mapping[str, Job] = field(default_factory=dict)
     quick_requests: int = 8
     cluster: str | None = None
+    layers: int = 0
+    inputs: bool = False
 
 
-def given(options: Options) -> Source | None:
-    """The reader's own trace."""
-    if options.trace is None:
-        return None
-    from moeless.traces import open_trace
+def given(options: Options) -> list[Source]:
+    """The reader's own traces."""
+    found: list[Source] = []
+    for path in options.traces:
+        made = _given(options, path)
+        same = sum(other.title == made.title for other in found)
+        found.append(replace(made, title=f"{made.title} ({same + 1})") if same else made)
+    return found
 
-    info = open_trace(options.trace).info
-    mark = fingerprint(options.trace)
-    job = Job(f"the trace {options.trace.name}", "", {"sha256": mark["sha256"]}, given=options.trace)
-    if info.synthetic:
-        return Source(info.spec.name, job, "synthetic", "synthetic", key="given")
-    label = "bundled model" if info.spec.name == "bundled" else ""
-    return Source(info.spec.name, job, "simulated", "measured", label, key="given")
+
+def _given(options: Options, path: Path) -> Source:
+    from moeless.traces import TokenTrace, open_trace, require_kind
+
+    trace = open_trace(path)
+    require_kind(trace, "tokens", command="reproduce")
+    assert isinstance(trace, TokenTrace)
+    spec, mark = trace.spec, fingerprint(path)
+    job = Job(f"the trace {path.name}", "", {"sha256": mark["sha256"]}, given=path)
+    output = max(1.0, trace.num_tokens / max(1, trace.num_requests))
+    source = Source(
+        spec.name,
+        job,
+        "synthetic" if trace.info.synthetic else "simulated",
+        "synthetic" if trace.info.synthetic else "measured",
+        "synthetic routing" if trace.info.synthetic else "bundled model" if spec.name == "bundled" else "real routing",
+        f"given-{mark['sha256'][:8]}",
+        spec.name,
+        quick_requests=min(60, max(4, int(4000 / output))),
+        layers=spec.L,
+        inputs=trace.has_router_inputs,
+    )
+    return _with_predictor(options, source)
+
+
+def _with_predictor(options: Options, source: Source, evaluate: bool = True) -> Source:
+    method = "layer_aware" if source.inputs else "transition"
+    return replace(source, predictor=method, fitted={method: fitted_predictor(options, source, method, evaluate)})
 
 
 def bundled(options: Options, router_inputs: bool = True) -> Source:
@@ -66,33 +99,40 @@ def bundled(options: Options, router_inputs: bool = True) -> Source:
         "seed": options.seed,
     }
     job = Job("record the bundled model", f"{_RECORDING}:bundled", params, artefact=True)
-    source = Source("bundled", job, "simulated", "measured", "bundled model", key="bundled", quick_requests=60)
-    if not router_inputs:
-        return source
-    fitted = {"layer_aware": fitted_predictor(options, source, "layer_aware")}
-    return replace(source, predictor="layer_aware", fitted=fitted)
+    source = Source("bundled", job, "simulated", "measured", "bundled model", "bundled", "bundled", quick_requests=60)
+    return _with_predictor(options, replace(source, layers=preset("bundled").L, inputs=router_inputs))
 
 
 #: Distances that predictors are fitted and measured at.
 DISTANCES = (1, 2, 3, 4, 5)
 
 
-def fitted_predictor(options: Options, source: Source, method: str) -> Job:
+def distances(source: Source) -> tuple[int, ...]:
+    """Those that the model has layers for."""
+    return tuple(d for d in DISTANCES if d < source.layers)
+
+
+def fitted_predictor(options: Options, source: Source, method: str, evaluate: bool = True) -> Job:
     """A load predictor fitted on the source's training requests and measured on its test requests."""
     params = {
         "method": method,
-        "distances": list(DISTANCES),
+        "distances": list(distances(source)),
         "max_tokens": options.pick(6000, 50_000),
         "batch_tokens": [32, 512],
+        "evaluate": evaluate,
         "seed": options.seed,
     }
     label = f"fit {method} on {source.title}"
-    return Job(label, f"{_PREDICTION}:fit", params, (source.job,), artefact=True, timed=True)
+    return Job(label, f"{_PREDICTION}:fit", params, (source.job,), artefact=True)
+
+
+#: Mean prompt and output tokens of the two data sets' stand-ins, at quick size; a quarter of the full size.
+_LENGTHS = {"lmsys": (200, 40), "sharegpt": (300, 60)}
 
 
 def synthetic(options: Options, model: str, dataset: str) -> Source:
     """Made-up routing with the model's shapes; the two data sets differ in popularity and lengths."""
-    prompt, output = {"lmsys": (200, 40), "sharegpt": (300, 60)}[dataset]
+    prompt, output = _LENGTHS[dataset]
     params = {
         "model": model,
         "dataset": dataset,
@@ -102,7 +142,10 @@ def synthetic(options: Options, model: str, dataset: str) -> Source:
         "seed": options.seed,
     }
     job = Job(f"make up routing of {model}, {dataset}", f"{_SYNTHETIC}:trace", params, artefact=True)
-    source = Source(model, job, "synthetic", "synthetic", "synthetic routing", f"{model}-{dataset}", quick_requests=12)
+    key = f"{model}-{dataset}"
+    source = Source(model, job, "synthetic", "synthetic", "synthetic routing", key, model, quick_requests=12)
+    # how well made-up routing is predicted says nothing about a model: fitted, not measured
+    source = _with_predictor(options, replace(source, layers=preset(model).L), evaluate=False)
     if model == "llama-4-scout" and options.cluster == "a6000x8":
         # in 16 bits, one extra copy per GPU and layer beside the KV cache is more than 48 GB
         return replace(source, title="llama-4-scout (h100x8)", cluster="h100x8")
@@ -111,36 +154,41 @@ def synthetic(options: Options, model: str, dataset: str) -> Source:
 
 #: The paper's three models.
 PAPER_MODELS = ("mixtral-8x7b", "phi-3.5-moe", "llama-4-scout")
-
-
-def routing_sources(options: Options) -> list[Source]:
-    """What the routing figures show: the reader's trace, or the bundled model and the paper's models of the figure."""
-    mine = given(options)
-    if mine is not None:
-        return [mine]
-    models = options.models or ("mixtral-8x7b", "phi-3.5-moe")
-    shown = [synthetic(options, name, "lmsys" if name.startswith("phi") else "sharegpt") for name in models]
-    return [bundled(options), *shown]
-
-
 #: The paper's two prompt sets, and how their stand-ins are called.
 DATASETS = ("lmsys", "sharegpt")
 
 
-def serving_sources(options: Options, dataset: str) -> list[Source]:
-    """What the serving figures run on: the reader's trace, or everything at hand for that data set."""
+def _at_hand(options: Options, defaults: Sequence[Source]) -> list[Source]:
+    """The reader's traces; with ``beside`` also the defaults, but no stand-in for a model whose real trace is there."""
     mine = given(options)
-    if mine is not None:
-        return [mine]
-    return [synthetic(options, name, dataset) for name in options.models or PAPER_MODELS]
+    if mine and not options.beside:
+        return mine
+    real = {source.model for source in mine}
+    return [*mine, *(source for source in defaults if source.model not in real)]
+
+
+def routing_sources(options: Options) -> list[Source]:
+    """What the routing figures show: the reader's traces, or the bundled model and the paper's models of the figure."""
+    models = options.models or ("mixtral-8x7b", "phi-3.5-moe")
+    shown = [synthetic(options, name, "lmsys" if name.startswith("phi") else "sharegpt") for name in models]
+    return _at_hand(options, [bundled(options), *shown])
+
+
+def serving_sources(options: Options, dataset: str) -> list[Source]:
+    """What the serving figures run on: the reader's traces, or everything at hand for that data set."""
+    return _at_hand(options, [synthetic(options, name, dataset) for name in options.models or PAPER_MODELS])
 
 
 def sweep_sources(options: Options) -> list[Source]:
     """What the sweeps run on: one synthetic model, and the bundled one, whose gate inputs allow real prediction."""
-    mine = given(options)
-    if mine is not None:
-        return [mine]
-    return [bundled(options), synthetic(options, (options.models or PAPER_MODELS)[0], "lmsys")]
+    first = (options.models or PAPER_MODELS)[0]
+    return _at_hand(options, [bundled(options), synthetic(options, first, "lmsys")])
+
+
+def input_sources(options: Options) -> list[Source]:
+    """What the figures about gate inputs show: the reader's traces that hold them, or the bundled model."""
+    mine = [source for source in given(options) if source.inputs]
+    return mine if options.traces and not options.beside else [*mine, bundled(options)]
 
 
 def common_kind(sources: Sequence[Source]) -> Kind:
@@ -149,5 +197,5 @@ def common_kind(sources: Sequence[Source]) -> Kind:
 
 
 def common_label(sources: Sequence[Source]) -> str:
-    """The label of a figure that shows all of them."""
-    return next((source.label for source in sources if source.label), "")
+    """The labels of a figure that shows all of them."""
+    return ", ".join(dict.fromkeys(source.label for source in sources if source.label))

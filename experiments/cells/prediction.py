@@ -1,4 +1,7 @@
-"""Load predictors: fitted and measured ones as artefacts, and what is read from them."""
+"""Load predictors: fitted and measured ones as artefacts, and what is read from them.
+
+Fits are repeatable to the byte; how long one took is not, and is kept beside it in ``timing.json``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from moeless.files import read_json
+from moeless.experiments.cache import TIMING
+from moeless.files import read_json, write_json
+
+#: Notes of ``metrics.json`` that are wall-clock time, or name the folder that the cache happens to lie in.
+_CLOCK = ("fit_seconds", "predict_microseconds")
+_PLACE = ("trace",)
 
 
 def fit(params: dict[str, Any], needs: list[Any], folder: Path) -> None:
     """Fit a predictor on the training requests of ``needs[0]`` and measure it on the test requests.
 
-    Params: ``method``, ``distances``, ``max_tokens``, ``batch_tokens``, ``seed``.
+    Params: ``method``, ``distances``, ``max_tokens``, ``batch_tokens``, ``evaluate``, ``seed``.
     """
     import moeless
     from moeless.predictors.job import FitJob, run_fit
@@ -28,18 +36,43 @@ def fit(params: dict[str, Any], needs: list[Any], folder: Path) -> None:
         model=model,
         max_tokens=params["max_tokens"],
         device="cpu",
-        evaluate=True,
+        evaluate=params["evaluate"],
         batch_tokens=tuple(params["batch_tokens"]),
         seed=params["seed"],
     )
     run_fit(job, folder)
+    clock: dict[str, Any] = {}
+    for name in ("predictor.json", "metrics.json"):
+        if not (folder / name).exists():
+            continue
+        data = read_json(folder / name)
+        notes = data.get("notes", {})
+        clock |= {key: notes[key] for key in _CLOCK if key in notes}
+        data["notes"] = {key: value for key, value in notes.items() if key not in (*_CLOCK, *_PLACE)}
+        write_json(folder / name, data)
+    write_json(folder / TIMING, clock)
 
 
 def measured(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
-    """The rows and notes of a fitted predictor's ``metrics.json``."""
+    """The rows and the size of a fitted predictor, from its ``metrics.json``."""
     data = read_json(Path(needs[0]) / "metrics.json")
-    kept = ("memory_bytes", "parameters", "predict_microseconds", "fit_seconds")
+    kept = ("memory_bytes", "parameters")
     return {"rows": data["rows"], "notes": {name: data["notes"].get(name) for name in kept}}
+
+
+def timing(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
+    """Seconds that the fit took, and microseconds of one layer's forecast by tokens of the iteration, timed now.
+
+    Params: ``distance``, ``batch_tokens``.
+    """
+    from moeless.predictors import load_predictor
+    from moeless.predictors.timing import predict_microseconds
+
+    predictor = load_predictor(Path(needs[0]))
+    return {
+        "fit_seconds": read_json(Path(needs[0]) / TIMING)["fit_seconds"],
+        "predict_microseconds": predict_microseconds(predictor, params["distance"], params["batch_tokens"]),
+    }
 
 
 def similarity(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:

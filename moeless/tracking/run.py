@@ -64,6 +64,10 @@ class Run:
         self.produced(path)
         return path
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table in the mirror; the run folder holds it already."""
+        self.mirror.table(name, columns, rows)
+
     def figure(
         self, name: str, figure: Any, title: str = "", caption: str = "", formats: Sequence[str] = ("svg", "png")
     ) -> Path:

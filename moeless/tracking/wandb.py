@@ -10,7 +10,7 @@ from __future__ import annotations
 import netrc
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlparse
@@ -101,18 +101,8 @@ class Mirror:
     def summary(self, result: Mapping[str, Any]) -> None:
         """The result's cells as a table."""
         cells = [_flat(cell) for cell in result.get("cells", [])]
-        if self._run is None or not cells:
-            return
         columns = sorted({key for cell in cells for key in cell})
-
-        def send() -> None:
-            import wandb
-
-            # text in every column: a column that is null in some rows has no one type
-            rows = [[None if cell.get(key) is None else str(cell[key]) for key in columns] for cell in cells]
-            self._run.log({"result": wandb.Table(columns=columns, data=rows)})
-
-        self._attempt("log the result table", send)
+        self.table("result", columns, [[cell.get(key) for key in columns] for cell in cells])
 
     def image(self, name: str, png: Path, caption: str) -> None:
         """A figure."""
@@ -125,34 +115,42 @@ class Mirror:
         if self._run is not None:
             self._attempt(f"log the figure {name}", send)
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table of the run, text in every column: a column that is null in some rows has no one type."""
+
+        def send() -> None:
+            import wandb
+
+            texts = [[None if cell is None else str(cell) for cell in row] for row in rows]
+            self._run.log({name: wandb.Table(columns=list(columns), data=texts)})
+
+        if self._run is not None and rows:
+            self._attempt(f"log the table {name}", send)
+
     def produced(self, path: Path, entry: Mapping[str, Any]) -> None:
         """An artefact that this run made."""
-
-        def send() -> None:
-            import wandb
-
-            artifact = wandb.Artifact(artifact_name(entry), type=str(entry["kind"]), metadata=_metadata(entry))
-            if entry["bytes"] <= MAX_UPLOAD_BYTES:
-                # immutable: upload from where it lies, no second copy in the home folder
-                add = artifact.add_dir if path.is_dir() else artifact.add_file
-                add(str(path), policy="immutable")
-            self._run.log_artifact(artifact)
-
         if self._run is not None:
-            self._attempt("log an artefact", send)
+            self._attempt("log an artefact", lambda: self._run.log_artifact(_artifact(entry, path)))
 
     def _use(self, entry: Mapping[str, Any]) -> None:
-        """An artefact that this run reads; offline W&B refuses links, then its config alone holds the hash."""
-        if self._run is None or getattr(self._run, "offline", False):
+        """An artefact that this run reads, so that W&B draws the line from the run that made it.
+
+        W&B's public call refuses to work offline, although an offline log can carry the same record; where this
+        version of W&B has no way to write it, the hashes in the run's configuration are what remains.
+        """
+        if self._run is None:
             return
-
-        def send() -> None:
-            import wandb
-
-            kind = str(entry["kind"])
-            self._run.use_artifact(wandb.Artifact(artifact_name(entry), type=kind, metadata=_metadata(entry)))
-
-        self._attempt("link an input", send)
+        if not getattr(self._run, "offline", False):
+            self._attempt("link an input", lambda: self._run.use_artifact(_artifact(entry, Path(str(entry["path"])))))
+            return
+        record = getattr(self._run, "_log_artifact", None)
+        try:
+            if record is not None:
+                record(_artifact(entry, Path(str(entry["path"]))), is_user_created=True, use_after_commit=True)
+        except TypeError:
+            return
+        except Exception as error:
+            self._give_up("link an input", error)
 
     def finish(self, status: str) -> list[str]:
         """End the mirror, waiting at most a minute; returns what went wrong, one sentence each."""
@@ -183,6 +181,20 @@ class Mirror:
         run, self._run = self._run, None
         if run is not None:
             threading.Thread(target=_quietly, args=(run.finish,), daemon=True).start()
+
+
+def _artifact(entry: Mapping[str, Any], path: Path) -> Any:
+    """The same bytes give the same artefact, whether a run made them or reads them."""
+    import wandb
+
+    artifact = wandb.Artifact(artifact_name(entry), type=str(entry["kind"]), metadata=_metadata(entry))
+    if entry["bytes"] <= MAX_UPLOAD_BYTES:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            # immutable: upload from where it lies, no second copy in the home folder
+            artifact.add_file(str(file), name=name, policy="immutable")
+    return artifact
 
 
 def artifact_name(entry: Mapping[str, Any]) -> str:
