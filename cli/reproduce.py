@@ -76,7 +76,7 @@ def command(
         common.print_json(record)
         return
     rows = [
-        [entry["name"], entry["title"], len(entry["figures"]), entry["jobs"].get("computed", 0), entry["seconds"]]
+        [entry["name"], entry["title"], len(entry["figures"]), entry["computed"], entry["seconds"]]
         for entry in record["experiments"]
     ]
     columns = ["name", "experiment", "figures", "computed", "seconds"]

@@ -1,4 +1,4 @@
-"""The experiments by name, in the order of the paper; studies beyond it follow."""
+"""The experiments by name: the paper's in its order, then the studies beyond it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,9 @@ PAPER = (
     "fig15",
     "fig16",
     "fig17",
-    # beyond the paper
-    "components",
-    "coldstart",
-    "burstiness",
-    "drift",
-    "scale",
-    "sharing",
 )
 #: Beyond the paper.
-STUDIES: tuple[str, ...] = ("live",)
+STUDIES = ("live", "components", "coldstart", "burstiness", "drift", "scale", "sharing")
 NAMES = (*PAPER, *STUDIES)
 
 

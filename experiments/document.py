@@ -85,9 +85,9 @@ def render(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "## How long each takes\n\n",
         _durations(experiments),
         "\n## Figures and tables of the paper\n",
-        *(_section(entry) for entry in experiments if entry["stated"]),
+        *(_section(entry) for entry in experiments if not entry["study"]),
         "\n## Beyond the paper\n",
-        *(_section(entry) for entry in experiments if not entry["stated"]),
+        *(_section(entry) for entry in experiments if entry["study"]),
         "\n" + _REAL,
         *(_recipe(one) for one in recipes()),
     ]
@@ -107,7 +107,7 @@ def _made(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _durations(experiments: Sequence[Mapping[str, Any]]) -> str:
     """Results that several experiments share count where they were first needed."""
     rows = [
-        [f"`moeless reproduce {entry['name']}`", entry["title"], round(entry["seconds"], 1), entry["jobs"]["computed"]]
+        [f"`moeless reproduce {entry['name']}`", entry["title"], round(entry["seconds"], 1), entry["computed"]]
         for entry in experiments
     ]
     return _table(["command", "what", "seconds in that run", "results computed"], rows)

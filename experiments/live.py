@@ -135,7 +135,7 @@ def _warnings(rows: list[Cell]) -> list[str]:
 
 EXPERIMENT = Experiment(
     name="live",
-    title="Live: the bundled model on expert-parallel ranks",
+    title="Beyond the paper: the bundled model served live",
     question="What remains of the savings when a model is really served, control time included?",
     stated="",
     jobs=jobs,

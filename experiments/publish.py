@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moeless.experiments.base import Data, Drawn, Experiment, Options
+from moeless.experiments.catalogue import STUDIES
 from moeless.files import write_json, write_text
 from moeless.report import page
 from moeless.tracking.run import Run
@@ -64,6 +65,21 @@ def finding_rows(record: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
 HOLDS = {True: "yes", False: "no", None: "in part"}
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What an experiment's own results took: those that no experiment before it had needed."""
+
+    seconds: float
+    computed: int
+    cached: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float | None]) -> Spent:
+        """From the seconds of each result; None where it was read from the cache."""
+        known = [value for value in seconds if value is not None]
+        return cls(sum(known), len(known), len(seconds) - len(known))
+
+
 class Publisher:
     """Collects experiments as they finish and writes each one's files at once."""
 
@@ -73,11 +89,11 @@ class Publisher:
         self.record: list[dict[str, Any]] = []
         self._sections: list[page.Section] = []
 
-    def add(self, experiment: Experiment, drawn: Drawn, seconds: float, counts: Mapping[str, int]) -> None:
+    def add(self, experiment: Experiment, drawn: Drawn, spent: Spent) -> None:
         """Write an experiment's figures and tables; remember its claims."""
         blocks: list[page.Text | page.Table | page.Figure] = [
             page.Text(f"**Question.** {experiment.question}"),
-            page.Text(f"**The paper.** {experiment.stated}" if experiment.stated else "**Beyond the paper.**"),
+            *([page.Text(f"**The paper.** {experiment.stated}")] if experiment.stated else []),
             *(page.Text(f"**Here: {HOLDS[one.holds]}.** {one.statement}: {one.ours}.") for one in drawn.findings),
             *map(page.Text, drawn.text),
         ]
@@ -120,11 +136,13 @@ class Publisher:
                 "claims": [asdict(claim) for claim in drawn.claims],
                 "findings": [asdict(finding) for finding in drawn.findings],
                 "warnings": list(drawn.warnings),
-                "seconds": round(seconds, 2),
-                "jobs": dict(counts),
+                "study": experiment.name in STUDIES,
+                "seconds": round(spent.seconds, 2),
+                "computed": spent.computed,
+                "cached": spent.cached,
             }
         )
-        self.run.log({"experiment": experiment.name, "seconds_taken": round(seconds, 3), **counts})
+        self.run.log({"experiment": experiment.name, **asdict(spent)})
 
     def finish(self) -> Path:
         """Write the record, the claims and the page; returns the page's path."""
@@ -158,9 +176,8 @@ class Publisher:
         """What ran, what holds, and the headline."""
         figures = sum(len(entry["figures"]) for entry in self.record)
         size = "full" if self.options.full else "quick"
-        computed = sum(entry["jobs"].get("computed", 0) for entry in self.record)
-        cached = sum(entry["jobs"].get("cached", 0) for entry in self.record)
-        studies = sum(not entry["stated"] for entry in self.record)
+        computed, cached = (sum(entry[name] for entry in self.record) for name in ("computed", "cached"))
+        studies = sum(entry["study"] for entry in self.record)
         paper = len(self.record) - studies
         what = " and ".join(
             text
@@ -179,7 +196,7 @@ def _counted(number: int, one: str, many: str) -> str:
 
 
 def _held(record: list[dict[str, Any]]) -> list[str]:
-    every = [finding["holds"] for entry in record if entry["stated"] for finding in entry["findings"]]
+    every = [finding["holds"] for entry in record if not entry["study"] for finding in entry["findings"]]
     if not every:
         return []
     yes, no, part = (every.count(value) for value in (True, False, None))

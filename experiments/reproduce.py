@@ -1,8 +1,7 @@
-"""Runs experiments one after the other into one run folder."""
+"""Runs experiments into one run folder: all their work first, each result once, then the drawing."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from moeless.experiments import live
 from moeless.experiments.base import Experiment, Options
 from moeless.experiments.cache import Cache
 from moeless.experiments.catalogue import find
-from moeless.experiments.publish import RECORD, Publisher
+from moeless.experiments.publish import RECORD, Publisher, Spent
 from moeless.experiments.runner import Progress, closure, run_jobs
 from moeless.experiments.sources import given
 from moeless.files import check_writable, read_json
@@ -70,12 +69,18 @@ class Reproduction:
         inputs = [*self.options.traces, *([] if self.options.live is None else [self.options.live / "result.json"])]
         with start_run("reproduce", self.what, self.config(), self.options.seed, inputs, out, wandb) as run:
             publisher = Publisher(run, self.options)
+            jobs = {experiment.name: experiment.jobs(self.options) for experiment in self.experiments}
+            every = {f"{name} {short}": job for name, mine in jobs.items() for short, job in mine.items()}
+            results, ran = run_jobs(every, self.cache, workers=workers, progress=progress)
+            told: set[str] = set()
             for experiment in self.experiments:
-                started = time.perf_counter()
-                jobs = experiment.jobs(self.options)
-                results, counts = run_jobs(jobs, self.cache, workers=workers, progress=progress)
-                drawn = experiment.draw(self.options, results)
-                publisher.add(experiment, drawn, time.perf_counter() - started, counts)
+                mine = jobs[experiment.name]
+                # what several experiments need counts where it is first needed
+                fresh = closure(mine.values()).keys() - told
+                told |= fresh
+                spent = Spent.of([ran.computed.get(key) for key in fresh])
+                found = {short: results[f"{experiment.name} {short}"] for short in mine}
+                publisher.add(experiment, experiment.draw(self.options, found), spent)
             for problem in (*self.left_out, *self.cache.problems):
                 run.warn(problem)
             page = publisher.finish()

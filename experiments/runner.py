@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moeless.errors import RunFailed, UserError
@@ -31,10 +34,23 @@ def closure(jobs: Iterable[Job]) -> dict[str, Job]:
     return ordered
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a run of jobs did.
+
+    Attributes:
+        computed: seconds that each job took, by key.
+        cached: how many were read from the cache, or were not needed.
+    """
+
+    computed: Mapping[str, float]
+    cached: int
+
+
 def run_jobs(
     jobs: Mapping[str, Job], cache: Cache, *, workers: int = 1, progress: Progress | None = None
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Results by the names given, and how many jobs were ``computed`` and ``cached``.
+) -> tuple[dict[str, Any], Ran]:
+    """Results by the names given, and what had to be computed for them.
 
     An interrupt or a failure keeps every result that was finished; running again continues from there.
 
@@ -56,23 +72,28 @@ def run_jobs(
     for job in jobs.values():
         require(job)
     total, done = len(wanted), len(wanted) - len(pending)
-    counts = {"computed": len(pending), "cached": done}
+    computed: dict[str, float] = {}
     tell = progress or (lambda *_: None)
     tell(done, total, "")
     if pending:
-        _work(pending, cache, max(1, workers), lambda label, finished: tell(done + finished, total, label))
-    return {name: cache.read(job) for name, job in jobs.items()}, counts
+
+        def told(label: str) -> None:
+            tell(done + len(computed), total, label)
+
+        _work(pending, cache, max(1, workers), computed, told)
+    return {name: cache.read(job) for name, job in jobs.items()}, Ran(computed, done)
 
 
 def _needs(cache: Cache, job: Job) -> list[Any]:
     return [cache.read(need) for need in job.needs]
 
 
-def _work(pending: Mapping[str, Job], cache: Cache, workers: int, tell: Callable[[str, int], None]) -> None:
+def _work(
+    pending: Mapping[str, Job], cache: Cache, workers: int, computed: dict[str, float], tell: Callable[[str], None]
+) -> None:
     """Run every pending job in worker processes, one thread each: a result has the same bytes whatever else ran."""
     waiting = dict(pending)
     running: dict[Future[Any], str] = {}
-    finished = 0
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=context, initializer=_quiet_worker)
     try:
@@ -80,13 +101,14 @@ def _work(pending: Mapping[str, Job], cache: Cache, workers: int, tell: Callable
             for key in _startable(waiting, {*waiting, *running.values()}, workers - len(running)):
                 job = waiting.pop(key)
                 folder = cache.folder(job) if job.artefact else None
-                tell(job.label, finished)
-                running[pool.submit(compute, job, _needs(cache, job), folder)] = key
+                tell(job.label)
+                running[pool.submit(_timed, job, _needs(cache, job), folder)] = key
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = pending[running.pop(future)]
-                cache.write(job, future.result())
-                finished += 1
-                tell(job.label, finished)
+                key = running.pop(future)
+                data, seconds = future.result()
+                cache.write(pending[key], data)
+                computed[key] = seconds
+                tell(pending[key].label)
     except (UserError, RunFailed, KeyboardInterrupt, OSError):
         raise
     except Exception as error:
@@ -98,6 +120,11 @@ def _work(pending: Mapping[str, Job], cache: Cache, workers: int, tell: Callable
         for process in list(getattr(pool, "_processes", {}).values()) if running else []:
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _timed(job: Job, needs: list[Any], folder: Path | None) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return compute(job, needs, folder), time.perf_counter() - started
 
 
 def _startable(waiting: Mapping[str, Job], unfinished: Set[str], free: int) -> list[str]:

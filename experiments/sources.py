@@ -158,7 +158,7 @@ PAPER_MODELS = ("mixtral-8x7b", "phi-3.5-moe", "llama-4-scout")
 DATASETS = ("lmsys", "sharegpt")
 
 
-def _at_hand(options: Options, defaults: Sequence[Source]) -> list[Source]:
+def at_hand(options: Options, defaults: Sequence[Source]) -> list[Source]:
     """The reader's traces; with ``beside`` also the defaults, but no stand-in for a model whose real trace is there."""
     mine = given(options)
     if mine and not options.beside:
@@ -171,18 +171,18 @@ def routing_sources(options: Options) -> list[Source]:
     """What the routing figures show: the reader's traces, or the bundled model and the paper's models of the figure."""
     models = options.models or ("mixtral-8x7b", "phi-3.5-moe")
     shown = [synthetic(options, name, "lmsys" if name.startswith("phi") else "sharegpt") for name in models]
-    return _at_hand(options, [bundled(options), *shown])
+    return at_hand(options, [bundled(options), *shown])
 
 
 def serving_sources(options: Options, dataset: str) -> list[Source]:
     """What the serving figures run on: the reader's traces, or everything at hand for that data set."""
-    return _at_hand(options, [synthetic(options, name, dataset) for name in options.models or PAPER_MODELS])
+    return at_hand(options, [synthetic(options, name, dataset) for name in options.models or PAPER_MODELS])
 
 
 def sweep_sources(options: Options) -> list[Source]:
     """What the sweeps run on: one synthetic model, and the bundled one, whose gate inputs allow real prediction."""
     first = (options.models or PAPER_MODELS)[0]
-    return _at_hand(options, [bundled(options), synthetic(options, first, "lmsys")])
+    return at_hand(options, [bundled(options), synthetic(options, first, "lmsys")])
 
 
 def input_sources(options: Options) -> list[Source]:

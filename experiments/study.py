@@ -7,7 +7,7 @@ from typing import Any
 
 from moeless.experiments import serving
 from moeless.experiments.base import Data, Job, Options, Plot
-from moeless.experiments.sources import Source, common_kind, common_label, given, synthetic
+from moeless.experiments.sources import Source, at_hand, common_kind, common_label, synthetic
 from moeless.metrics.result import Cell
 from moeless.report import line_figures
 
@@ -37,8 +37,8 @@ COLUMNS = (
 
 
 def source_of(options: Options) -> Source:
-    """The reader's trace, or made-up routing of the first model asked for."""
-    return given(options) or synthetic(options, (options.models or ("phi-3.5-moe",))[0], "lmsys")
+    """The reader's first trace, or made-up routing of the first model asked for."""
+    return at_hand(options, [synthetic(options, (options.models or ("phi-3.5-moe",))[0], "lmsys")])[0]
 
 
 def physical(options: Options) -> str:

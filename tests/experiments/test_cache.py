@@ -38,11 +38,11 @@ def cache(tmp_path: Path) -> Cache:
 
 def test_a_second_run_computes_nothing(cache: Cache, log: Path) -> None:
     jobs = {str(x): _square(x, log) for x in (2, 3)}
-    first, counts = run_jobs(jobs, cache)
+    first, ran = run_jobs(jobs, cache)
     again, later = run_jobs(jobs, cache)
     assert first == again
     assert first["3"]["value"] == 9
-    assert (counts["computed"], later["computed"], later["cached"]) == (2, 0, 2)
+    assert (len(ran.computed), len(later.computed), later.cached) == (2, 0, 2)
     assert _calls(log) == ["2", "3"]
 
 
@@ -52,8 +52,8 @@ def test_deleting_one_entry_rebuilds_that_one_to_the_same_bytes(cache: Cache, lo
     path = cache.entry(jobs["3"])
     before = path.read_bytes()
     path.unlink()
-    _, counts = run_jobs(jobs, cache)
-    assert counts["computed"] == 1
+    _, ran = run_jobs(jobs, cache)
+    assert len(ran.computed) == 1
     assert path.read_bytes() == before
     assert _calls(log) == ["2", "3", "3", "4"]
 
@@ -72,9 +72,9 @@ def test_a_corrupt_entry_is_reported_in_a_sentence_and_made_again(cache: Cache, 
             "other json": "[1, 2]",
         }[damage]
     )
-    again, counts = run_jobs({"a": job}, cache)
+    again, ran = run_jobs({"a": job}, cache)
     assert again == results
-    assert counts["computed"] == 1
+    assert len(ran.computed) == 1
     assert len(cache.problems) == 1
     assert "'square 5' is damaged" in cache.problems[0]
 
@@ -135,8 +135,8 @@ def test_an_interrupt_keeps_what_was_finished(cache: Cache, log: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_jobs(jobs, cache)
     jobs.pop("b")
-    _, counts = run_jobs(jobs, cache)
-    assert (counts["cached"], counts["computed"]) == (1, 1)
+    _, ran = run_jobs(jobs, cache)
+    assert (ran.cached, len(ran.computed)) == (1, 1)
 
 
 def test_a_dead_worker_ends_in_a_sentence(cache: Cache, log: Path) -> None:
@@ -172,5 +172,5 @@ except RunFailed as error:
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
     leftovers = [path for path in (tmp_path / "cache").rglob("*") if "partial" in path.name]
     assert leftovers == []
-    _, counts = run_jobs({"small": _square(2, log)}, Cache(tmp_path / "cache"))
-    assert counts["cached"] == 1
+    _, ran = run_jobs({"small": _square(2, log)}, Cache(tmp_path / "cache"))
+    assert ran.cached == 1
