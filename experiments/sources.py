@@ -78,7 +78,7 @@ def _given(options: Options, path: Path) -> Source:
         "synthetic routing" if trace.info.synthetic else "bundled model" if spec.name == "bundled" else "real routing",
         f"given-{mark['sha256'][:8]}",
         spec.name,
-        quick_requests=min(60, max(4, int(4000 / output))),
+        quick_requests=min(60, max(4, int(2000 / output))),
         layers=spec.L,
         inputs=trace.has_router_inputs,
     )
