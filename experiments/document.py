@@ -139,7 +139,9 @@ def keep(run: Path) -> None:
     REFERENCE.mkdir(parents=True, exist_ok=True)
     manifest = read_json(run / "manifest.json")
     facts = {name: manifest[name] for name in _FACTS}
-    facts["command_line"] = "moeless reproduce all"
+    config = manifest["config"]
+    traces = "".join(f" --trace {Path(path).name}" for path in config["traces"])
+    facts["command_line"] = f"moeless reproduce all{traces}{' --beside' if config['beside'] else ''}"
     write_json(REFERENCE / "reproduction.json", read_json(run / "reproduction.json"))
     write_json(REFERENCE / "facts.json", facts)
     for path in sorted((run / "data").glob("*.csv")):

@@ -51,17 +51,44 @@ def result() -> Result:
     return Result("moeless serve-bench trace", tuple(cells))
 
 
-Browser = Callable[[Path, int], dict]
+Browser = Callable[..., dict]
+
+
+def chromium() -> str:
+    """The browser's program; skips the test where there is none."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium to lay the page out")
+    return program
+
+
+@pytest.fixture
+def printer(tmp_path: Path) -> Callable[[Path], bytes]:
+    """``printer(page) -> PDF``."""
+    program = chromium()
+
+    def to_pdf(page: Path) -> bytes:
+        target = tmp_path / "page.pdf"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        flags += [f"--user-data-dir={tmp_path / 'profile'}", "--no-pdf-header-footer", f"--print-to-pdf={target}"]
+        subprocess.run(
+            [program, *flags, page.as_uri()],
+            capture_output=True,
+            timeout=120,
+            check=True,
+            env={**os.environ, "HOME": str(tmp_path)},
+        )
+        return target.read_bytes()
+
+    return to_pdf
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
-    """``browser(page, width) -> {overflow, broken, console}`` of a page laid out that wide."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs Chromium to lay the page out")
+    """``browser(page, width, dark=False) -> {overflow, broken, console, ground, ink}`` of a page laid out that wide."""
+    program = chromium()
 
-    def look(page: Path, width: int) -> dict:
+    def look(page: Path, width: int, dark: bool = False) -> dict:
         folder = tmp_path_factory.mktemp("browser")
         # a window cannot be as narrow as a phone, a frame can
         probe = """<script>addEventListener("load", () => {
@@ -73,6 +100,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
           document.body.insertAdjacentHTML("beforeend", "<pre id=found></pre>");
           document.getElementById("found").textContent = JSON.stringify({
             overflow: root.scrollWidth - root.clientWidth, beyond: beyond, broken: broken, drawn: drawn,
+            ground: getComputedStyle(page.body).backgroundColor, ink: getComputedStyle(page.body).color,
             title: page.title});
         })</script>"""
         content = html.escape(page.read_text(encoding="utf-8"), quote=True)
@@ -81,6 +109,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
         wrapper.write_text(f"<!doctype html><meta charset=utf-8><body>{frame}{probe}</body>", encoding="utf-8")
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
         flags += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+        flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
         done = subprocess.run(
             [program, *flags, wrapper.as_uri()],
             capture_output=True,

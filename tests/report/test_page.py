@@ -131,12 +131,27 @@ def test_numbers_are_shown_to_four_digits(value: object, shown: str) -> None:
     assert page.cell_text(value) == shown
 
 
-@pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_fits_its_screen_in_a_browser(written: Path, browser, width: int) -> None:
-    seen = browser(written, width)
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1200, True)])
+def test_the_page_fits_its_screen_in_a_browser(written: Path, browser, width: int, dark: bool) -> None:
+    seen = browser(written, width, dark)
     assert seen["title"] == "A demo"
     assert seen["overflow"] <= 0
     assert seen["beyond"] == []
     assert seen["broken"] == 0
     assert seen["drawn"] == 8
     assert seen["console"] == []
+    ground, ink = (_brightness(seen[name]) for name in ("ground", "ink"))
+    assert (ground < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < ground)
+
+
+def _brightness(colour: str) -> float:
+    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
+    return (0.21 * red + 0.72 * green + 0.07 * blue) / 255
+
+
+def test_the_page_prints(written: Path, printer) -> None:
+    pdf = printer(written)
+    assert pdf[:5] == b"%PDF-"
+    pages = [int(count) for count in re.findall(rb"/Count (\d+)", pdf)]
+    # its sections, eight figures and the whole manifest
+    assert 3 <= max(pages) <= 12
