@@ -92,7 +92,8 @@ def reduction(mine: float, theirs: float) -> float:
 
 def signed(percent: float) -> str:
     """A change in per cent with its sign."""
-    return f"{percent:+.1f} %".replace("-", "−")
+    text = f"{percent:+.1f} %"
+    return "0.0 %" if float(text[:-2]) == 0 else text.replace("-", "−")
 
 
 def spread(changes: Sequence[float]) -> str | None:

@@ -159,4 +159,4 @@ def _finding(stated: Stated, changes: Mapping[str, float], costs: str, kind: Any
     agree = [change >= 1.0 if stated.rises else change <= -1.0 for change in changes.values()]
     told = ", ".join(f"{name} {serving.signed(change)}" for name, change in changes.items())
     holds = True if all(agree) else False if not any(agree) else None
-    return Finding(stated.text, f"{costs} costs, first point to last: {told}", holds, kind)
+    return Finding(stated.text.rstrip("."), f"{costs} costs, first point to last: {told}", holds, kind)
