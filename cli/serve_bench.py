@@ -139,6 +139,9 @@ def command(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="live: 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="live: probability to sample among.")] = 1.0,
     verify: Annotated[bool, typer.Option("--verify", help="live: compare outputs with the unmodified model.")] = False,
+    predict: Annotated[
+        bool, typer.Option("--predict/--no-predict", help="live: the simulator's figures for the same run beside.")
+    ] = True,
     record: Annotated[
         bool, typer.Option("--record", help="live: write the first policy's routing as a trace.")
     ] = False,
@@ -171,7 +174,7 @@ def command(
 
     arrivals_seconds = None if arrivals_window is None else parse_window(arrivals_window)
     if backend == "live":
-        from moeless.cli.serve_live import run_live, verification_table
+        from moeless.cli.serve_live import prediction_table, run_live, verification_table
         from moeless.engine.bench import LiveConfig
         from moeless.engine.workload import WorkloadSettings
 
@@ -223,14 +226,16 @@ def command(
             top_p=top_p,
             verify=verify,
             record=record,
+            predict=predict,
             seed=seed,
         )
-        cells, folder, command_line = run_live(live_config, out=out, wandb=wandb, dry_run=dry_run)
+        cells, folder, command_line = run_live(live_config, out=out, wandb=wandb, dry_run=dry_run, row=_row)
         if as_json:
             common.print_json(Result(command_line, tuple(cells)).to_json())
             return
         _show(cells)
         verification_table(cells)
+        prediction_table(cells)
         common.remarks.print(f"run folder: {folder}")
         return
     if trace is None:
@@ -323,6 +328,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     request = cell.request
     return {
         "policy": cell.policy,
+        "evidence": cell.evidence,
         "costs": cell.costs,
         "layer_mean_ms": cell.layer.mean_ms,
         "layer_p99_ms": cell.layer.p99_ms,

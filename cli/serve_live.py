@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ def verification_table(cells: Sequence[Cell]) -> None:
     """What was verified, and what the prompts' perplexity was under each policy."""
     rows = []
     for cell in cells:
+        if cell.evidence != "measured":
+            continue
         entry = cell.settings.get("verification") or {}
         copies = cell.settings["copies"]
         verdict = ("yes" if entry["passed"] else "NO") if entry else "not asked"
@@ -41,13 +43,40 @@ def verification_table(cells: Sequence[Cell]) -> None:
                 cell.settings["prompt_perplexity"],
                 f"{cell.layer.parts_ms['expert']:.3f}",
                 f"{cell.layer.parts_ms['control']:.3f}",
-                f"{copies['loads']:,}",
+                f"{copies['loads']:,} ({copies['peer_loads']:,})",
                 f"{cell.layer.moved_bytes / 1e6:,.1f}",
             ]
         )
     columns = ["policy", "verified", "identical tokens", "near ties", "max logit diff", "prompt perplexity"]
-    columns += ["expert ms", "control ms", "copies made", "moved MB"]
+    columns += ["expert ms", "control ms", "copies made (from peers)", "moved MB"]
     common.show(common.table("Outputs against the unmodified model, and copies", columns, rows))
+
+
+def prediction_table(cells: Sequence[Cell]) -> None:
+    """The simulator's figures for the same requests, routing and policies, beside what was measured."""
+    live = [cell for cell in cells if cell.evidence == "measured"]
+    simulated = [cell for cell in cells if cell.evidence != "measured"]
+    if len(live) != len(simulated):
+        return
+    rows = []
+    for real, said in zip(live, simulated, strict=True):
+        pairs = [(real.layer.parts_ms[name], said.layer.parts_ms[name]) for name in ("expert", "all_to_all", "control")]
+        rows.append(
+            [
+                real.policy,
+                *(f"{1e3 * measured:.0f} / {1e3 * predicted:.0f}" for measured, predicted in pairs),
+                f"{1e3 * real.layer.mean_ms:.0f} / {1e3 * said.layer.mean_ms:.0f}",
+                " / ".join(
+                    f"{cell.layer.mean_ms / first.layer.mean_ms:.2f}"
+                    for cell, first in ((real, live[0]), (said, simulated[0]))
+                ),
+                f"{real.layer.imbalance:.2f} / {said.layer.imbalance:.2f}",
+                f"{real.layer.replicas:.1f} / {said.layer.replicas:.1f}",
+            ]
+        )
+    columns = ["policy", "expert µs", "exchange µs", "control µs", "layer µs", "vs first", "imbalance", "replicas"]
+    title = f"Measured / simulated with {simulated[0].costs} costs, same requests and routing"
+    common.show(common.table(title, columns, rows))
 
 
 def run_live(
@@ -56,8 +85,12 @@ def run_live(
     out: Path | None,
     wandb: bool | None,
     dry_run: bool,
+    row: Callable[[Cell], dict[str, Any]],
 ) -> tuple[list[Cell], Path, str]:
     """Check, launch, serve, verify; cells, run folder and command line.
+
+    Args:
+        row: a cell's figures as they are logged.
 
     Raises:
         UserError, RunFailed: as the engine does.
@@ -80,8 +113,9 @@ def run_live(
         common.remarks.print(f"{config.ranks} {bench.device} ranks, {config.host} host, {len(bench.requests)} requests")
         cells = bench.run(run.path)
         for cell in cells:
+            run.log(row(cell))
             for warning in cell.warnings:
-                run.warn(f"{cell.policy}: {warning}")
+                run.warn(f"{cell.policy} ({cell.evidence}): {warning}")
         command_line = str(run.manifest["command_line"])
         run.write_result(Result(command_line, tuple(cells)))
         check_verified(cells)

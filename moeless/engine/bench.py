@@ -21,10 +21,11 @@ from moeless.contracts import ModelPlan
 from moeless.engine.checkpoint import Checkpoint
 from moeless.engine.hosts import HOSTS
 from moeless.engine.job import Job
-from moeless.engine.launch import raise_failure, run_forked
+from moeless.engine.launch import run_forked
 from moeless.engine.moves import COPY_SOURCES, CopySource
 from moeless.engine.results import CellRecords, cores, finished_requests, make_cell, read_records
-from moeless.engine.torchrun import Place, end_well_on_sigterm, failures, place, run_torchrun
+from moeless.engine.start import LAUNCHERS, launch, memory_folder, serve_at, shared_folder
+from moeless.engine.torchrun import Place, end_well_on_sigterm, place
 from moeless.engine.workload import WorkloadSettings, live_requests
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_json, write_text
@@ -33,8 +34,6 @@ from moeless.metrics.result import Cell
 from moeless.serverless import KeepAlive
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers
-
-LAUNCHERS = ("auto", "fork", "torchrun")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class LiveConfig:
         cluster: whose links and rates planners assume; None: ``cpu8``-like, or ``h100x8``-like on GPUs.
         warmup: first iterations that layer figures leave out.
         verify: compare outputs with the unmodified model; ``record`` writes a routing trace of the first policy.
+        predict: let the simulator serve the same requests with the same routing, and add its cells.
     """
 
     policies: tuple[str, ...]
@@ -81,6 +81,7 @@ class LiveConfig:
     warmup: int = 0
     verify: bool = False
     record: bool = False
+    predict: bool = False
     seed: int = 0
 
 
@@ -146,8 +147,8 @@ class LiveBench:
     @property
     def cluster(self) -> Cluster:
         """The cluster that planners plan for, with as many GPUs as there are ranks."""
-        name = self.config.cluster or ("cpu8" if self.device == "cpu" else "h100x8")
         ranks = self.config.ranks
+        name = self.config.cluster or ("h100x8" if self.device != "cpu" else "cpu2" if ranks <= 2 else "cpu8")
         found = cluster(name)
         return dataclasses.replace(
             found, num_gpus=ranks, island_size=min(found.island_size, ranks), gpus_per_node=max(found.gpus_per_node, 1)
@@ -156,8 +157,10 @@ class LiveBench:
     def _check_policies(self) -> None:
         from moeless.engine.worker import policies_of
 
+        self._reads_inputs = False
         job = self._job(Path(), Path())
         for policy in policies_of(job):
+            self._reads_inputs |= policy.predictor is not None and policy.predictor.reads == "router_inputs"
             plans = tuple(policy.first_plan(layer, None) for layer in range(job.spec.L))
             ModelPlan(job.spec.name, job.spec.E, job.ranks, policy.label, plans)
 
@@ -208,7 +211,8 @@ class LiveBench:
             top_p=c.top_p,
             seed=c.seed,
             verify=c.verify,
-            record=c.record,
+            record=c.record or c.predict,
+            record_inputs=self._reads_inputs,
         )
 
     def run(self, out: Path) -> list[Cell]:
@@ -224,11 +228,11 @@ class LiveBench:
             if self.place is not None:
                 job = self.job_at(self.place, out)
                 stack.callback(shutil.rmtree, job.folder, ignore_errors=True)
-                start = partial(_serve_at, job, self.place)
+                start = partial(serve_at, job, self.place)
                 end_well_on_sigterm()
             else:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moeless-"))
-                job = self._job(Path(scratch), Path(stack.enter_context(_shared_folder())))
+                job = self._job(Path(scratch), Path(stack.enter_context(shared_folder())))
                 start = partial(launch, job, self.config.launcher)
             try:
                 start()
@@ -240,7 +244,7 @@ class LiveBench:
 
     def job_at(self, at: Place, out: Path) -> Job:
         """The job of a rank that torchrun started; ``out`` must be one folder on all machines."""
-        shared = _memory_folder() / f"moeless-{at.run}"
+        shared = memory_folder() / f"moeless-{at.run}"
         shared.mkdir(parents=True, exist_ok=True)
         folder = out / "ranks"
         if at.rank == 0:
@@ -255,7 +259,7 @@ class LiveBench:
             UserError, RunFailed: as :meth:`run`.
         """
         assert self.place is not None
-        _serve_at(self.job_at(self.place, out), self.place)
+        serve_at(self.job_at(self.place, out), self.place)
 
     def _keep_finished(self, job: Job, out: Path) -> None:
         lines = [
@@ -284,9 +288,14 @@ class LiveBench:
                 cell = dataclasses.replace(cell, warnings=(*cell.warnings, checked[index]["sentence"]))
             cells.append(cell)
         if job.record:
-            from moeless.engine.recording import write_trace
+            from moeless.engine.predicted import predict
+            from moeless.engine.recording import read_routing, write_trace
 
-            write_trace(job, 0, out / "trace", self.config.workload)
+            routing = read_routing(job)
+            if self.config.record:
+                write_trace(job, routing, out / "trace", self.config.workload)
+            if self.config.predict:
+                cells += predict(job, policies, routing, warmup=self.config.warmup, objectives=self.config.objectives)
         return cells
 
     def _verify(self, job: Job, lossy: Sequence[bool], records: Sequence[CellRecords]) -> dict[int, dict[str, Any]]:
@@ -317,51 +326,6 @@ class LiveBench:
         return {int(cell): entry for cell, entry in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def _serve_at(job: Job, at: Place) -> None:
-    from moeless.engine import worker
-
-    try:
-        worker.serve_at(job, at)
-    except Exception:
-        failed = failures(job.folder, "")
-        if failed and at.rank == 0:
-            raise_failure(failed)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            # the last rank of a machine to leave removes it
-            job.shared.rmdir()
-
-
-def launch(job: Job, launcher: str = "auto") -> None:
-    """Run a job's ranks on this machine, forked or under ``torchrun``; ``auto`` forks on CPUs.
-
-    Raises:
-        UserError, RunFailed: see :mod:`moeless.engine.launch`.
-    """
-    if launcher == "torchrun" or (launcher == "auto" and job.device == "cuda"):
-        job.write(job.folder / "job.json")
-        run_torchrun(job.folder / "job.json", job.ranks)
-        return
-    # what the ranks need is imported once, before they are forked
-    import transformers  # noqa: F401
-
-    from moeless.engine import groups, worker
-
-    HOSTS.get(job.host)
-    # compiled here, the planners' kernels need not be compiled by every rank
-    for policy in worker.policies_of(job):
-        policy.warm_up()
-    init = f"file://{job.folder / 'rendezvous'}"
-
-    def work(rank: int) -> None:
-        ranks = groups.join(rank, job.ranks, init_method=init, timeout_seconds=job.timeout_seconds)
-        worker.serve(job, ranks)
-        groups.leave()
-
-    run_forked(work, job.ranks)
-
-
 def check_verified(cells: Sequence[Cell]) -> None:
     """Fail a run whose outputs are not the model's.
 
@@ -377,14 +341,3 @@ def check_verified(cells: Sequence[Cell]) -> None:
 def serve_live(config: LiveConfig, out: Path) -> list[Cell]:
     """Check, launch, serve, verify; see :class:`LiveBench`."""
     return LiveBench(config).run(out)
-
-
-def _shared_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder in the machine's memory file system, or among temporary files where there is none."""
-    return tempfile.TemporaryDirectory(prefix="moeless-", dir=_memory_folder())
-
-
-def _memory_folder() -> Path:
-    memory = Path("/dev/shm")
-    usable = memory.is_dir() and shutil.disk_usage(memory).free > 0
-    return memory if usable else Path(tempfile.gettempdir())

@@ -85,7 +85,9 @@ class Checkpoint:
             key.replace(".mlp.", ".block_sparse_moe."),
             key.replace(".mlp.router.", ".block_sparse_moe.gate."),
         )
-        return next((name for name in names if name in self._file_of), None)
+        # a text model inside a multimodal checkpoint
+        inside = (f"language_model.{name}" for name in names)
+        return next((name for name in (*names, *inside) if name in self._file_of), None)
 
     def read_row(self, key: str, row: int) -> torch.Tensor:
         """``tensor[row]`` without reading the rest; a copy, so that nothing else stays in memory."""
@@ -138,7 +140,8 @@ def read_expert(checkpoint: Checkpoint, experts_name: str, expert: int) -> dict[
             both = [checkpoint.read(f"{prefix}.{name}") for name in (gate, up)]
             return {"up": torch.cat(both), "down": checkpoint.read(f"{prefix}.{down}")}
     fused = {"up": "gate_up_proj", "down": "down_proj", "up_bias": "gate_up_proj_bias", "down_bias": "down_proj_bias"}
-    found = {name: f"{experts_name}.{key}" for name, key in fused.items() if f"{experts_name}.{key}" in checkpoint}
+    stored = {name: checkpoint.find(f"{experts_name}.{key}") for name, key in fused.items()}
+    found = {name: key for name, key in stored.items() if key is not None}
     if {"up", "down"} <= found.keys():
         return {name: checkpoint.read_row(key, expert) for name, key in found.items()}
     sample = next((key for key in checkpoint if "expert" in key), "no key that names experts")

@@ -93,7 +93,11 @@ def run_layer(
     receive_S = quota_Sr.sum(1).tolist()
 
     started = time.perf_counter()
-    arrived = exchange.all_to_all(hidden_TH.index_select(0, order_N // top_k), send_G, receive_S)
+    rows_NH = hidden_TH.index_select(0, order_N // top_k)
+    if ffn.weighs_input:
+        rows_NH = rows_NH * weights_TK.reshape(-1)[order_N, None].to(rows_NH.dtype)
+        weights_TK = torch.ones_like(weights_TK)
+    arrived = exchange.all_to_all(rows_NH, send_G, receive_S)
     times.exchange += time.perf_counter() - started
 
     started = _clock(hidden_TH)

@@ -25,14 +25,16 @@ class ElasticExperts:
 
     Attributes:
         rows: one record per layer call, see ``COLUMNS``.
-        routing: ids and weights of each layer of this iteration, kept where ``record`` is set.
+        routing: ids and weights (and gate inputs, where ``record_inputs`` is set) of each layer of this iteration,
+            kept where ``record`` is set.
     """
 
     controller: Controller
     ffn: ExpertFFN
     record: bool = False
+    record_inputs: bool = False
     rows: list[tuple[float, ...]] = field(default_factory=list)
-    routing: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # type: ignore[type-arg]
+    routing: list[tuple[np.ndarray, ...]] = field(default_factory=list)  # type: ignore[type-arg]
     first_token: int = 0
 
     def __call__(
@@ -71,7 +73,8 @@ class ElasticExperts:
             )
         )
         if self.record:
-            self.routing.append((topk_TK.cpu().numpy(), weights_TK.float().cpu().numpy()))
+            kept = [topk_TK, weights_TK.half()] + ([hidden_TH.half()] if self.record_inputs else [])
+            self.routing.append(tuple(value.cpu().numpy() for value in kept))
         return out
 
 

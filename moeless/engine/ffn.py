@@ -19,10 +19,12 @@ class ExpertFFN(Protocol):
     Attributes:
         shapes: name and shape of every weight of one expert.
         dtype: type in which they are kept and computed.
+        weighs_input: a token's weight scales its expert's input (Llama-4), not its output.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
+    weighs_input: bool
 
     def __call__(
         self, rows_NH: torch.Tensor, count_C: Sequence[int], slots: Mapping[str, torch.Tensor]
@@ -41,6 +43,7 @@ class GatedFFN:
         activate: from the up-projection's output to the down-projection's input (gating included).
         transposed: weights are stored input first.
         grouped: use the library's grouped matrix product; switched off where it refuses.
+        products: grouped products (or loops in their place) computed so far.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -48,12 +51,15 @@ class GatedFFN:
     activate: Callable[[torch.Tensor], torch.Tensor]
     transposed: bool = False
     grouped: bool = True
+    weighs_input: bool = False
+    products: int = 0
 
     def __call__(
         self, rows_NH: torch.Tensor, count_C: Sequence[int], slots: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         if not len(rows_NH):
             return rows_NH
+        self.products += 2
         if self.grouped:
             try:
                 return self._grouped(rows_NH, count_C, slots)

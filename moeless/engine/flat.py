@@ -83,6 +83,7 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
     sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -90,6 +91,7 @@ def attend(
 
     Args:
         window: positions that a token sees at most, itself included.
+        chunk: positions fall into chunks of so many, and a token sees its own chunk only (Llama-4).
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         sinks_H: one extra logit per head that takes part in the softmax and has no value (gpt-oss).
     """
@@ -100,7 +102,7 @@ def attend(
         keys, values = cache.append(layer, span, key_TGD[rows], value_TGD[rows])
         query = query_THD[rows].transpose(0, 1)
         keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-        mask = _mask(span, window, query.device)
+        mask = _mask(span, window, chunk, query.device)
         if softcap is None and sinks_H is None:
             out = functional.scaled_dot_product_attention(
                 query[None], keys[None], values[None], attn_mask=mask, scale=scale, enable_gqa=True
@@ -111,13 +113,16 @@ def attend(
     return torch.cat(outs)
 
 
-def _mask(span: FlatSpan, window: int | None, device: torch.device) -> torch.Tensor | None:
-    if span.tokens == 1 and (window is None or span.stop <= window):
+def _mask(span: FlatSpan, window: int | None, chunk: int | None, device: torch.device) -> torch.Tensor | None:
+    seen_at_least = min(span.stop if reach is None else reach for reach in (window, chunk))
+    if span.tokens == 1 and span.stop <= seen_at_least:
         return None
     query = torch.arange(span.start, span.stop, device=device)[:, None]
     key = torch.arange(span.stop, device=device)[None]
     seen = key <= query
-    return seen if window is None else seen & (key > query - window)
+    if window is not None:
+        seen &= key > query - window
+    return seen if chunk is None else seen & (key // chunk == query // chunk)
 
 
 def _explicit(

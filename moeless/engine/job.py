@@ -27,6 +27,7 @@ class Job:
         keep_alive: ``SECONDS``, ``lru`` or ``adaptive[:SECONDS]``; see :class:`moeless.serverless.KeepAlive`.
         copy_from: where copies come from, one of ``moeless.engine.moves.COPY_SOURCES``.
         temperature, top_p: of sampling; temperature 0 is greedy.
+        record, record_inputs: keep what the first policy that is not lossy routed, and what its gates saw.
         verify: keep the generated tokens' logits and score the prompts.
     """
 
@@ -59,7 +60,13 @@ class Job:
     seed: int = 0
     verify: bool = False
     record: bool = False
+    record_inputs: bool = False
     timeout_seconds: float = 120.0
+
+    @property
+    def recorded_cell(self) -> int:
+        """The policy whose routing is kept: the router's own, so never the oracle's where there is another."""
+        return next((index for index, text in enumerate(self.policies) if text != "oracle"), 0)
 
     @property
     def batching_options(self) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from moeless.engine.flat import FlatBatch, FlatSpan
 from moeless.engine.hosts.base import Host
 from moeless.workloads.scheduler import Scheduler
 
+#: What is kept of a layer's routing, and as what.
+_ROUTING = (("experts", np.uint16), ("weights", np.float16), ("inputs", np.float16))
+
 
 @dataclass(frozen=True)
 class LiveRequest:
@@ -215,8 +218,10 @@ class ServingLoop:
                 "position": np.array(positions),
                 "phase": np.array(phase, np.uint8),
                 "token": np.array(tokens),
-                "experts": np.stack([topk for topk, _ in self.experts.routing], 1).astype(np.uint16),
-                "weights": np.stack([weights for _, weights in self.experts.routing], 1).astype(np.float16),
+                **{
+                    name: np.stack(layers, 1).astype(kind)
+                    for (name, kind), layers in zip(_ROUTING, zip(*self.experts.routing, strict=True), strict=False)
+                },
             }
         )
         self.experts.routing.clear()

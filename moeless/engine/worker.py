@@ -112,7 +112,10 @@ def serve(job: Job, ranks: Ranks) -> None:
     )
     for cell, policy in enumerate(policies):
         policy.warm_up()
-        elastic = ElasticExperts(Controller(policy, exchange, store, settings), host.ffn, record=job.record)
+        elastic = ElasticExperts(
+            Controller(policy, exchange, store, settings), host.ffn, record=job.record and cell == job.recorded_cell
+        )
+        elastic.record_inputs = job.record_inputs
         scheduler = schedulers.build(
             job.batching, [live.request for live in job.requests], ranks.world, **job.batching_options
         )
@@ -126,6 +129,7 @@ def serve(job: Job, ranks: Ranks) -> None:
         elastic.rows.clear()
         elastic.routing.clear()
         exchange.calls.clear()
+        products = getattr(host.ffn, "products", 0)
         with (job.folder / f"finished-{cell}-{ranks.rank}.jsonl").open("w", encoding="utf-8") as finished:
             loop = ServingLoop(host, elastic, exchange, scheduler, job.requests, loop_settings, finished)
             served = loop.run()
@@ -144,6 +148,7 @@ def serve(job: Job, ranks: Ranks) -> None:
                 "collectives": dict(exchange.calls),
                 "piled_up": scheduler.queueing().piled_up,
                 "nll": served.nll,
+                "products": getattr(host.ffn, "products", 0) - products,
                 "grouped": getattr(host.ffn, "grouped", None),
             },
         )

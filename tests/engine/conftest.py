@@ -42,6 +42,21 @@ def _save(kind: str, folder: Path) -> Path:
     elif kind == "olmoe":
         config = transformers.OlmoeConfig(**SMALL, num_experts=6, num_experts_per_tok=2, norm_topk_prob=False)
         model = transformers.OlmoeForCausalLM(config)
+    elif kind == "llama4_text":
+        # chunked and full attention, a dense layer, weights that scale two experts' inputs, query scaling by position
+        config = transformers.Llama4TextConfig(
+            **SMALL | {"num_hidden_layers": 4},
+            intermediate_size_mlp=40,
+            head_dim=8,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            moe_layers=[0, 2, 3],
+            no_rope_layers=[1, 0, 1, 0],
+            attention_chunk_size=5,
+            floor_scale=4,
+            attn_scale=0.5,
+        )
+        model = transformers.Llama4ForCausalLM(config)
     else:
         config = transformers.GptOssConfig(
             **SMALL, head_dim=8, num_local_experts=6, num_experts_per_tok=2, sliding_window=8, layer_types=None

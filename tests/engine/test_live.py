@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from moeless.engine import groups, worker
-from moeless.engine.bench import launch
 from moeless.engine.elastic import COLUMNS
 from moeless.engine.job import Job
 from moeless.engine.launch import run_forked
 from moeless.engine.policy import resolve_live
-from moeless.engine.recording import write_trace
+from moeless.engine.recording import read_routing, write_trace
 from moeless.engine.results import finished_requests, make_cell, read_records
+from moeless.engine.start import launch
 from moeless.engine.store import ReplicaStore
 from moeless.engine.transfers import Transfers
 from moeless.engine.verify import Reference, Verification
@@ -55,6 +55,7 @@ def served(make_job: Callable[..., Job], shared_run: dict[str, Any]) -> Job:
             shared=shared_run["folder"],
             replan_seconds=1e-6,
             record=True,
+            record_inputs=True,
             copy_from="peer",
         )
         launch(job)
@@ -128,7 +129,7 @@ def test_a_cell_has_layer_request_and_billing_figures(served: Job) -> None:
 def test_the_recorded_trace_is_the_router_s_own_decisions(served: Job, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    write_trace(served, 2, tmp_path / "trace", WorkloadSettings())
+    write_trace(served, read_routing(served), tmp_path / "trace", WorkloadSettings())
     trace = open_trace(tmp_path / "trace")
     assert isinstance(trace, TokenTrace)
     assert trace.num_requests == len(served.requests)
@@ -136,7 +137,7 @@ def test_the_recorded_trace_is_the_router_s_own_decisions(served: Job, tmp_path:
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    outputs = {entry["request"]: entry["tokens"] for entry in finished_requests(served.folder, 2, 2)}
+    outputs = {entry["request"]: entry["tokens"] for entry in finished_requests(served.folder, 0, 2)}
     for live in served.requests:
         rows = trace.rows(live.request.id)
         sequence = [*live.token_P, *outputs[live.request.id][:-1]]
@@ -233,3 +234,101 @@ def test_a_job_survives_its_file(make_job: Callable[..., Job], tmp_path: Path) -
     job = make_job(policies=("static", "eplb:history"), planner_params={"eplb": {}})
     job.write(tmp_path / "job.json")
     assert Job.read(tmp_path / "job.json") == job
+
+
+def test_llama_4_is_served_by_its_own_adapter(make_job: Callable[..., Job]) -> None:
+    job = make_job("llama4_text", policies=("moeless:history",), copy_from="peer")
+    launch(job)
+    found = verify(job, 0)
+    assert found.passed, found.sentence()
+
+
+def test_without_replicas_elastic_makes_the_same_collectives_and_products_as_static(
+    make_job: Callable[..., Job],
+) -> None:
+    job = make_job(policies=("static", "elastic:history"), extra_slots=0, count=3, verify=False, batching="one-second")
+    requests = tuple(dataclasses.replace(r, request=dataclasses.replace(r.request, arrival=0.0)) for r in job.requests)
+    launch(dataclasses.replace(job, requests=requests))
+    static, elastic = (read_records(job, cell) for cell in range(2))
+    assert (elastic.column("replicas") == job.spec.E).all()
+    for mine, theirs in zip(elastic.facts, static.facts, strict=True):
+        for name in ("gather", "all_to_all"):
+            assert mine["collectives"][name] == theirs["collectives"][name] > 0
+        assert mine["products"] == theirs["products"] > 0
+    assert (elastic.column("tokens") == static.column("tokens")).all()
+
+
+def test_copies_that_find_no_memory_leave_the_work_to_those_that_exist(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy, fill, deployed = ReplicaStore.deploy, Transfers.fill, []
+
+    def mark(self: ReplicaStore, *args: Any) -> None:
+        deployed.clear()
+        deploy(self, *args)
+        deployed.append(True)
+
+    def no_memory(self: Transfers, layer: int, copy: Any) -> None:
+        if deployed:
+            raise MemoryError("out of memory")
+        fill(self, layer, copy)
+
+    monkeypatch.setattr(ReplicaStore, "deploy", mark)
+    monkeypatch.setattr(Transfers, "fill", no_memory)
+    eager = {"elastic": {"skip": False, "economy": 0.0, "patience_iterations": 10**9}}
+    job = make_job(policies=("elastic:history",), planner_params=eager, copy_from="host")
+    launch(job)
+    found = verify(job, 0)
+    assert found.passed, found.sentence()
+    facts = read_records(job, 0).facts
+    assert sum(fact["failed"] for fact in facts) > 0
+
+
+def test_no_rank_reads_the_whole_model_and_no_expert_is_read_twice(served: Job) -> None:
+    facts, spec = read_records(served, 0).facts, served.spec
+    experts = spec.L * spec.E * spec.expert_bytes
+    rest = {fact["read_bytes"] for fact in facts}
+    assert rest == {spec.non_expert_bytes + experts // served.ranks}
+    assert max(rest) < spec.non_expert_bytes + experts
+
+
+def test_a_broken_checkpoint_or_plan_is_refused_before_launch(
+    served: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from moeless.contracts import LayerPlan
+    from moeless.engine import bench
+    from moeless.engine.policy import LivePolicy
+
+    started: list[Any] = []
+    monkeypatch.setattr(bench, "launch", started.append)
+    shutil.copytree(served.model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="not an intact safetensors file"):
+        bench.LiveBench(bench.LiveConfig(("static",), model=tmp_path / "model"))
+    first = LivePolicy.first_plan
+
+    def without_a_primary(self: LivePolicy, layer: int, share_E: Any) -> LayerPlan:
+        plan = first(self, layer, share_E)
+        return dataclasses.replace(plan, primary_R=np.zeros(plan.R, np.bool_))
+
+    monkeypatch.setattr(LivePolicy, "first_plan", without_a_primary)
+    with pytest.raises(UserError, match="expert 0 has 0 primaries"):
+        bench.LiveBench(bench.LiveConfig(("static",), WorkloadSettings(requests=2)))
+    assert started == []
+
+
+def test_the_simulator_serves_what_the_live_run_served(served: Job) -> None:
+    from moeless.engine.predicted import predict
+    from moeless.engine.worker import policies_of
+
+    policies = policies_of(served)
+    cells = predict(served, policies, read_routing(served))
+    assert [cell.policy for cell in cells] == [policy.label for policy in policies]
+    positions = sum(live.request.prompt_tokens + live.request.output_tokens - 1 for live in served.requests)
+    for cell in cells:
+        assert cell.evidence == "simulated"
+        assert cell.request is not None
+        assert cell.request.total_input_tokens + cell.request.total_output_tokens == positions + len(served.requests)

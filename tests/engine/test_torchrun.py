@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moeless.engine.bench import launch
 from moeless.engine.job import Job
 from moeless.engine.launch import raise_failure
 from moeless.engine.results import finished_requests, read_records
+from moeless.engine.start import launch
 from moeless.engine.torchrun import failures, place, report_path
 from moeless.errors import RunFailed, UserError
 

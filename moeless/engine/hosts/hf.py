@@ -14,6 +14,7 @@ import torch
 from moeless.engine.checkpoint import Checkpoint, read_expert
 from moeless.engine.ffn import GatedFFN
 from moeless.engine.flat import FlatBatch, KVCache, attend
+from moeless.engine.hosts import llama4
 from moeless.engine.hosts.base import Host
 from moeless.errors import UserError
 from moeless.spec import MoESpec
@@ -36,6 +37,9 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention over ``[1, heads, T, D]`` under the signature that Transformers calls."""
     host: TransformersHost = module.moeless_host
+    scale_query = getattr(module, "moeless_query_scale", None)
+    if scale_query is not None:
+        query = (query * scale_query(host.batch.position_T)[:, None]).to(query.dtype)
     out = attend(
         module.layer_idx,
         host.cache,
@@ -45,6 +49,7 @@ def _attention(
         value[0].transpose(0, 1),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
+        chunk=getattr(module, "moeless_chunk", None),
         softcap=softcap,
         sinks_H=s_aux,
     )
@@ -74,21 +79,24 @@ class TransformersHost(Host):
         self.device, self.dtype, self.cache = device, dtype, KVCache()
         self.checkpoint = Checkpoint(folder)
         self.spec = spec
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder).get_text_config()
         if getattr(config, "quantization_config", None):
             raise UserError(f"{folder} is quantised; the live engine reads float32, float16 and bfloat16 checkpoints")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.set_attn_implementation(_ATTENTION)
-        try:
-            model.set_experts_implementation(_NAME)
-        except (ValueError, AttributeError, KeyError):
-            raise UserError(
-                f"{config.model_type} does not use Transformers' experts interface; the live engine cannot serve it"
-            ) from None
         self.model = model.eval()
         self.batch = FlatBatch((), *(torch.empty(0, dtype=torch.int64),) * 3)
-        self._experts = self._take_experts(config.model_type)
+        if llama4.is_llama4(model):
+            self._experts, self.ffn = llama4.adapt(self, model, dtype)
+        else:
+            try:
+                model.set_experts_implementation(_NAME)
+            except (ValueError, AttributeError, KeyError):
+                raise UserError(
+                    f"{config.model_type} does not use Transformers' experts interface; the live engine cannot serve it"
+                ) from None
+            self._experts = self._take_experts(config.model_type)
         self._load_rest()
         for module in model.modules():
             if hasattr(module, "layer_idx"):

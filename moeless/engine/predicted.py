@@ -1,0 +1,99 @@
+"""What the simulator says of a live run: the same requests, the routing that the live run had, the same policies.
+
+Copies take their time, control is charged, and the scheduler is the live one's; what differs is the clock. On CPU
+ranks of the model that was profiled the costs are measured ones, otherwise the run's own cost model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless.contracts import IntArray
+from moeless.costs import COSTS
+from moeless.engine.job import Job
+from moeless.engine.policy import LivePolicy
+from moeless.engine.recording import Routing
+from moeless.errors import UserError
+from moeless.metrics.requests import Objective
+from moeless.metrics.result import Cell
+from moeless.serverless import KeepAlive, PoolSettings
+from moeless.simulator.core import SimulationSettings, simulate
+from moeless.simulator.routing import Replay
+from moeless.simulator.runtime import PolicyRuntime
+from moeless.workloads import schedulers
+from moeless.workloads.lengths import Workload
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Gate inputs of the routing's rows, for predictors that read them."""
+
+    input_TLH: NDArray[Any]
+
+    def __call__(self, rows: IntArray) -> NDArray[np.float32]:
+        return np.asarray(self.input_TLH[rows], np.float32)
+
+
+def costs_name(job: Job) -> str:
+    """The cost model of the prediction: a profile that was measured on this kind of machine, where one fits."""
+    if job.device != "cpu":
+        return job.costs
+    try:
+        COSTS.get("measured")(job.spec, job.cluster)
+    except UserError:
+        return job.costs
+    return "measured"
+
+
+def predict(
+    job: Job,
+    policies: Sequence[LivePolicy],
+    routing: Routing,
+    *,
+    warmup: int = 0,
+    objectives: Sequence[Objective] = (),
+) -> list[Cell]:
+    """One simulated cell per policy, in their order.
+
+    Args:
+        routing: what the live run routed, every request's rows in order of request and position.
+    """
+    name = costs_name(job)
+    costs = COSTS.get(name)(job.spec, job.cluster)
+    requests = tuple(live.request for live in job.requests)
+    workload = Workload(requests, False, (), routing.first_row_N)
+    replay = Replay(routing.topk_TLK, workload, job.spec.E, job.ranks)
+    cells = []
+    for policy in policies:
+        runtime = PolicyRuntime(
+            policy.policy,
+            policy.planner,
+            policy.params,
+            policy.predictor,
+            job.spec,
+            job.cluster,
+            costs,
+            policy.budget,
+            policy.lossy,
+        )
+        serverful = policy.planner.cadence != "iteration"
+        keep_alive = KeepAlive("fixed", 0.0) if serverful else KeepAlive.parse(job.keep_alive)
+        reads_inputs = policy.predictor is not None and policy.predictor.reads == "router_inputs"
+        found = simulate(
+            replay,
+            requests,
+            schedulers.build(job.batching, list(requests), job.ranks, **job.batching_options),
+            runtime,
+            settings=SimulationSettings(PoolSettings(keep_alive), job.replan_seconds, job.plan_every, warmup),
+            objectives=objectives,
+            router_inputs=_Inputs(routing.input_TLH) if reads_inputs and routing.input_TLH is not None else None,
+            labels={"predicts": "the live run of this policy", "batching": job.batching, "seed": job.seed},
+        )
+        cells.append(dataclasses.replace(found.cell, cluster=f"{job.cluster.name}, {job.ranks} ranks"))
+    return cells
