@@ -166,9 +166,8 @@ def measure(name: str, model: Path, domain: str | None, tokens: int, count: int)
         step_PB = np.stack([f["step_BP"] for f in found]).max(0)[WARMUP:].T
     column = {part: rows_SPBLC[..., COLUMNS.index(part)] for part in COLUMNS}
     moe_PB = column["total"].max(0).sum(-1)
-    print(
-        f"\n{name}: {count} batches of {RANKS} x {tokens} tokens, {spec.L} layers, static {1e3 * moe_PB[0].mean():.1f} ms"
-    )
+    static_ms = 1e3 * float(moe_PB[0].mean())
+    print(f"\n{name}: {count} batches of {RANKS} x {tokens} tokens, {spec.L} layers, static {static_ms:.1f} ms")
     print(f"{'policy':20s} {'MoE time / static':>24s} {'step / static':>24s} imbal  copies  expert  control  wait ms")
     table = []
     for index, entry in enumerate(ENTRIES):
