@@ -26,6 +26,7 @@ from moeless.engine.moves import CopySource, Held, moves_to, num_words, pack
 from moeless.engine.planning import Planning
 from moeless.engine.policy import LONG_HORIZON, LivePolicy
 from moeless.engine.store import ReplicaStore
+from moeless.placement.keep_kernels import hardly_changed
 from moeless.serverless import KeepAlive
 
 
@@ -79,6 +80,9 @@ class Controller:
         self._next_replan = settings.replan_seconds
         self._phase, self._tokens, self._now, self._skip = Phase.MIXED, 0, 0.0, False
         self._plans_now, self._since_plan, self._carried = False, 0, 0.0
+        # what each layer's plan was made for; a forecast that hardly differs leaves it, as in the simulator
+        self._planned_LE = np.zeros((self.spec.L, self.spec.E))
+        self._tolerance = float(getattr(policy.params, "keep", 0.0))
         self.planning = Planning(policy)
         store.deploy([self._own(plan) for plan in self.plans], self.keep_alive, 0.0)
 
@@ -110,8 +114,13 @@ class Controller:
         self._carried += time.thread_time() - started
 
     def _plan(self, layer: int, forecast: Forecast, horizon: int = 1) -> None:
-        plan = self.plans[layer]
-        state_R = np.where(self._held_L[layer].ready_R(plan), InstanceState.WARM, InstanceState.LOADING)
+        plan, held = self.plans[layer], self._held_L[layer]
+        if self.ahead:
+            here_R = (held.ready_GE | held.busy_GE)[plan.gpu_R, plan.expert_R]
+            if here_R.all() and hardly_changed(forecast.mean_E, self._planned_LE[layer], self._tolerance):
+                return
+            self._planned_LE[layer] = forecast.mean_E
+        state_R = np.where(held.ready_R(plan), InstanceState.WARM, InstanceState.LOADING)
         phase = self._phase if self.ahead else Phase.MIXED
         self.planning.ask(layer, phase, forecast, plan, state_R.astype(np.uint8), horizon)
 
