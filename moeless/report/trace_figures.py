@@ -49,7 +49,7 @@ def bars(values: dict[str, float], title: str, xlabel: str) -> Any:
 def draw(made: Description, run: Run) -> list[page.Figure]:
     """Save every figure that the trace's kind allows; captions say what was counted."""
     model = made.facts["model"]
-    evidence = "synthetic" if made.facts["synthetic"] == "yes" else "measured"
+    evidence = "synthetic" if made.facts["made up (synthetic)"] == "yes" else "measured"
     label = "synthetic trace" if evidence == "synthetic" else "bundled model" if model == "bundled" else ""
     mark = f" ({label})" if label else ""
     drawn: list[page.Figure] = []

@@ -78,7 +78,7 @@ def describe(trace: AnyTrace, *, gpus: int = 8, seed: int = 0) -> Description:
         "MoE layers": spec.L,
         "experts": spec.E,
         "top-k": spec.K,
-        "synthetic": "yes" if trace.info.synthetic else "no",
+        "made up (synthetic)": "yes" if trace.info.synthetic else "no",
     }
     made = Description(facts, gpus, counts, None)
     rng = np.random.default_rng(seed)

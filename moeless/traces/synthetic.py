@@ -50,12 +50,12 @@ class SyntheticParams:
         prompt_tokens, output_tokens: means of the geometric lengths.
     """
 
-    popularity: float = 0.8
-    category: float = 1.15
+    popularity: float = 0.77
+    category: float = 0.39
     request: float = 2.6
     token: float = 3.7
-    persistence: float = 0.47
-    neighbour: float = 0.99
+    persistence: float = 0.54
+    neighbour: float = 0.991
     latent: int = 4
     categories: int = 8
     prompt_tokens: float = 256.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,50 @@ def test_a_truncated_npz_is_refused(tmp_path: Path, spec: MoESpec, random_topk: 
     with pytest.raises(UserError):
         import_npz(tmp_path / "r.npz", tmp_path / "out", spec)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_array_is_refused_while_it_streams(tmp_path: Path, spec: MoESpec, random_topk: Callable) -> None:
+    path = tmp_path / "r.npz"
+    np.savez(path, **_arrays(spec, random_topk))
+    content = bytearray(path.read_bytes())
+    # the last bytes of experts lie before the next member's head
+    at = content.index(b"PK\x03\x04", 4) - 3
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a whole NPZ archive"):
+        import_npz(path, tmp_path / "out", spec)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "sentence"),
+    [
+        ("{'descr': '<u2', 'fortran_order': False, 'shape': (10**15, 3, 2), }", "no plain header"),
+        ("{'descr': '<u2', 'fortran_order': False, 'shape': (1000000000000, 3, 2), }", "not the size"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (20, 3, 2), }", "pickled"),
+        ("__import__('os').abort()", "no plain header"),
+    ],
+)
+def test_an_array_is_not_believed_by_its_header(
+    tmp_path: Path, spec: MoESpec, random_topk: Callable, head: str, sentence: str
+) -> None:
+    arrays = _arrays(spec, random_topk)
+    del arrays["experts"]
+    np.savez(tmp_path / "r.npz", **arrays)
+    text = head.encode("latin1") + b"\n"
+    with zipfile.ZipFile(tmp_path / "r.npz", "a") as archive:
+        archive.writestr("experts.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 240)
+    with pytest.raises(UserError, match=sentence):
+        import_npz(tmp_path / "r.npz", tmp_path / "out", spec)
+
+
+def test_an_array_in_fortran_order_is_read_too(tmp_path: Path, spec: MoESpec, random_topk: Callable) -> None:
+    arrays = _arrays(spec, random_topk)
+    np.savez(tmp_path / "r.npz", **arrays | {"experts": np.asfortranarray(arrays["experts"])})
+    import_npz(tmp_path / "r.npz", tmp_path / "out", spec)
+    trace = open_trace(tmp_path / "out")
+    assert isinstance(trace, TokenTrace)
+    np.testing.assert_array_equal(trace.load_topk(), arrays["experts"])
 
 
 def test_command_imports_real_routing(tmp_path: Path, shared_data: Path, cli) -> None:

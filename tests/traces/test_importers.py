@@ -69,6 +69,8 @@ def test_parquet_rows_become_requests(tmp_path: Path, spec: MoESpec, random_topk
         ({"experts": pa.array([[1, 2, 3, 4, 5, 9]] * 10)}, "got 9"),
         ({"experts": pa.array([["a"] * 6] * 10)}, "must be numbers"),
         ({"request": pa.array([0.5] * 10)}, "whole numbers"),
+        ({"experts": pa.array([[1.0, 2, 3, 4, 5, 0]] * 10)}, "experts must be whole numbers"),
+        ({"probs": pa.array([[1, 2, 3, 4, 5, 0]] * 10)}, "probs must be floating-point"),
     ],
 )
 def test_malformed_parquet_is_refused(
@@ -79,6 +81,24 @@ def test_malformed_parquet_is_refused(
     refused("parquet", tmp_path / "r.parquet", spec, sentence)
     (tmp_path / "r.parquet").write_bytes((tmp_path / "r.parquet").read_bytes()[:100])
     refused("parquet", tmp_path / "r.parquet", spec, "not a whole Parquet file")
+
+
+def test_csv_requests_are_read_one_after_the_other(tmp_path: Path, spec: MoESpec, random_topk: Callable) -> None:
+    topk = random_topk(np.random.default_rng(1), 5, spec)
+    rows = [
+        f"{7 - token // 3},{token % 3},{layer},{' '.join(map(str, topk[token, layer]))}"
+        for token in range(5)
+        for layer in range(3)
+    ]
+    head = "request,token,layer,experts\n"
+    (tmp_path / "r.csv").write_text(head + "\n".join(rows) + "\n")
+    trace = load("csv", tmp_path / "r.csv", spec)
+    np.testing.assert_array_equal(trace.load_topk(), topk)
+    assert trace.rows_N.tolist() == [3, 2]
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "r.csv").write_text(head + "\n".join([*rows, rows[0]]) + "\n")
+    refused("csv", again / "r.csv", spec, "must be consecutive")
 
 
 def test_csv_rows_in_any_order_become_tokens(tmp_path: Path, spec: MoESpec, random_topk: Callable) -> None:
