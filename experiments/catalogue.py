@@ -19,6 +19,7 @@ PAPER = (
     "fig8",
     "fig9",
     "fig10",
+    "fig11",
     "fig12",
     "fig13",
     "fig14",

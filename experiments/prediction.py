@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from moeless.experiments.base import Job, Options
-from moeless.experiments.sources import DISTANCES, Source, fitted_predictor, input_sources
+from moeless.experiments.sources import DISTANCES, Source, fitted_predictor, given, input_sources
 from moeless.report.line_figures import Line
 
 _PREDICTION = "moeless.experiments.cells.prediction"
 #: Method to the name in figures.
 METHODS = {"gate_reuse": "raw next gates", "layer_aware": "fine-tuned gates"}
+#: The paper's three, then ours and what needs no fitting.
+COMPARED = METHODS | {"from_scratch": "networks from scratch"}
+LOADS = COMPARED | {"blend": "blend (ours)", "history": "history"}
+#: Methods that expert ids suffice for.
+IDS = {"transition": "expert ids alone", "blend": "blend (ours)", "last": "last iteration", "history": "history"}
 
 
 def source(options: Options) -> Source:
@@ -31,9 +36,18 @@ def lacks(options: Options) -> str | None:
     )
 
 
+def source_of_loads(options: Options) -> tuple[Source, dict[str, str]]:
+    """A trace with gate inputs, else the reader's first, and the methods whose load forecasts it allows to compare."""
+    return (source(options), LOADS) if input_sources(options) else (given(options)[0], IDS)
+
+
 def measured_jobs(options: Options) -> dict[str, Job]:
-    """What each method measured on the test requests."""
-    where = source(options)
+    """What the gates, raw and fine-tuned, measured on the test requests."""
+    return jobs_of(options, source(options), METHODS)
+
+
+def jobs_of(options: Options, where: Source, methods: Iterable[str]) -> dict[str, Job]:
+    """What methods measured on a source's test requests."""
     return {
         method: Job(
             f"read how {method} did on {where.title}",
@@ -41,7 +55,7 @@ def measured_jobs(options: Options) -> dict[str, Job]:
             {},
             (fitted_predictor(options, where, method),),
         )
-        for method in METHODS
+        for method in methods
     }
 
 
@@ -53,12 +67,16 @@ def timing_job(options: Options, method: str) -> Job:
     return Job(f"time {method} on {where.title}", f"{_PREDICTION}:timing", params, (fitted,), timed=True)
 
 
-def per_layer(found: Mapping[str, Any], metric: str, distance: int, batch_tokens: int = 1) -> Line | None:
+def per_layer(
+    found: Mapping[str, Any], metric: str, distance: int, batch_tokens: int = 1, phase: str = "all"
+) -> Line | None:
     """A metric over source layers, with its interval."""
     rows = [
         row
         for row in found["rows"]
         if (row["metric"], row["distance"], row["batch_tokens"]) == (metric, distance, batch_tokens)
+        and row["phase"] == phase
+        and row["layer"] >= 0
     ]
     if not rows:
         return None
@@ -66,11 +84,11 @@ def per_layer(found: Mapping[str, Any], metric: str, distance: int, batch_tokens
     return Line(*[[row[name] for row in rows] for name in ("layer", "value", "low", "high")])
 
 
-def over_distance(found: Mapping[str, Any], metric: str, batch_tokens: int = 1) -> Line:
+def over_distance(found: Mapping[str, Any], metric: str, batch_tokens: int = 1, phase: str = "all") -> Line:
     """A metric's mean over layers at every distance; the band is the mean of the layers' intervals."""
     kept: list[list[float]] = []
     for distance in DISTANCES:
-        line = per_layer(found, metric, distance, batch_tokens)
+        line = per_layer(found, metric, distance, batch_tokens, phase)
         if line is not None and line.low is not None and line.high is not None:
             bands = np.array([line.y, line.low, line.high], np.float64)
             kept.append([distance, *bands.mean(1).tolist()])

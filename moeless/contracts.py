@@ -79,6 +79,7 @@ class Context:
         last_load_E: load of the *target* layer in the previous iteration of this phase.
         tokens: tokens of this iteration.
         true_load_E: the target layer's true load; the ``oracle`` predictor alone reads it.
+        recent_E: load of the *target* layer summed over a window of recent iterations, None before there were any.
     """
 
     router_input_TH: NDArray[np.floating[Any]] | None
@@ -88,6 +89,7 @@ class Context:
     tokens: int
     phase: Phase
     true_load_E: NDArray[np.number[Any]] | None = None
+    recent_E: NDArray[np.number[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -324,9 +326,13 @@ class Iteration:
         return phases.pop() if len(phases) == 1 else Phase.MIXED
 
 
+#: The distance of a policy that chooses it layer by layer while it runs.
+AUTO = 0
+
+
 @dataclass(frozen=True)
 class Policy:
-    """``planner[:predictor[:distance]]`` of the command line."""
+    """``planner[:predictor[:distance]]`` of the command line; distance 0 is ``auto``, chosen per layer at run time."""
 
     planner: str
     predictor: str = "none"
@@ -343,14 +349,16 @@ class Policy:
         if not 1 <= len(parts) <= 3 or not all(parts):
             raise UserError(f"policy {text!r} is not of the form planner[:predictor[:distance]]")
         distance = parts[2] if len(parts) == 3 else "1"
+        if distance == "auto":
+            return cls(parts[0], parts[1], AUTO)
         if not distance.isdigit() or int(distance) < 1:
-            raise UserError(f"policy {text!r}: the distance must be a whole number of at least 1")
+            raise UserError(f"policy {text!r}: the distance must be a whole number of at least 1, or auto")
         return cls(parts[0], parts[1] if len(parts) > 1 else "none", int(distance))
 
     def __str__(self) -> str:
         if self.predictor == "none":
             return self.planner
-        return f"{self.planner}:{self.predictor}:{self.distance}"
+        return f"{self.planner}:{self.predictor}:{self.distance or 'auto'}"
 
 
 def check_load(load_SE: Sequence[Any] | NDArray[Any]) -> IntArray:

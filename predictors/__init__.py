@@ -13,6 +13,7 @@ PREDICTORS = Registry(
     {
         "none": "moeless.predictors.uniform:Uniform",
         "history": "moeless.predictors.history:History",
+        "window": "moeless.predictors.window:Window",
         "last": "moeless.predictors.last:Last",
         "oracle": "moeless.predictors.oracle:Oracle",
         "gate_reuse": "moeless.predictors.gate_reuse:GateReuse",

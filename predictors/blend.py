@@ -47,6 +47,8 @@ class Blend(LoadPredictor):
     """
 
     name = "blend"
+    #: Layers that nothing precedes have weights of their own.
+    forecasts_first = True
     reads: Reads = "topk"
 
     def __init__(

@@ -162,7 +162,10 @@ class Evaluator:
         for index, window in enumerate(windows):
             load_E = load(window.row_T)
             last_E = load(window.previous_T) if len(window.previous_T) else None
-            context = Context(None, None, self.history_LE[target], last_E, window.tokens, window.phase, load_E)
+            recent_E = load(window.recent_T) if len(window.recent_T) else None
+            context = Context(
+                None, None, self.history_LE[target], last_E, window.tokens, window.phase, load_E, recent_E
+            )  # fmt: skip
             if summed is not None:
                 forecast = predictor.from_tokens(summed[index], context, layer, distance)
             elif predictor.token_part is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from moeless.predictors.base import LoadPredictor
 from moeless.predictors.checkpoints import Checkpoint, Checkpoints
 from moeless.predictors.data import Rows, Sample
 from moeless.predictors.gates import Gates
+from moeless.predictors.metrics import relative_l1
 from moeless.predictors.split import Split
 from moeless.predictors.token_level import TokenLevel
 from moeless.predictors.token_loads import TokenLoads
@@ -132,10 +133,15 @@ def calibrate(predictor: TokenLevel, given: FitInput, pairs: Sequence[tuple[int,
             made += windows_of(rows, sample.requests, phase, size, 24, given.settings.seed)
     made = [window for window in made if tokens.has(window.row_T)]
     found = {}
+    share_LE = rows.share_LE(given.split.fit)
     for layer, distance in pairs:
         true = [np.bincount(rows.topk_TLK[w.row_T, layer + distance].ravel(), minlength=rows.spec.E) for w in made]
         mean = tokens.sums([w.row_T for w in made], layer, distance)
-        found[layer, distance] = fit_variance(mean, np.array(true))
+        load = np.array(true)
+        total = load.sum(1, keepdims=True)
+        past = relative_l1(share_LE[layer + distance] * total, load).mean()
+        skill = 1.0 - float(relative_l1(mean, load).mean() / past) if past > 0 else 0.0
+        found[layer, distance] = replace(fit_variance(mean, load), skill=skill)
     return found
 
 

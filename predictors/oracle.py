@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless.contracts import Context, Forecast
+from moeless.contracts import Context, Forecast, Phase
 from moeless.errors import UserError
 from moeless.predictors.base import LoadPredictor
 from moeless.predictors.shares import proportional, share_of
@@ -14,6 +14,10 @@ class Oracle(LoadPredictor):
     """The target layer's true load with no variance: only simulations and replays can know it."""
 
     name = "oracle"
+
+    def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
+        """Exact at any distance; before the iteration it would be exact as well, which no run can be."""
+        return 1.0 if layer >= 0 else 0.0
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
         """The truth.

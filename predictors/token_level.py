@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeless.contracts import Context, FloatArray, Forecast, IntArray
+from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
 from moeless.predictors.base import LoadPredictor, Reads
 from moeless.predictors.router import RouterRule
@@ -112,6 +112,12 @@ class TokenLevel(LoadPredictor):
         # a rank that sees a part of the iteration's tokens speaks for all of them
         return self.from_tokens(self.mean_load(inputs, layer, distance), context, layer, distance)
 
+    def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
+        """As calibrated, over sizes and phases; see :meth:`LoadPredictor.skill`."""
+        del phase, tokens
+        known = self.variance.get((layer, distance))
+        return None if known is None else known.skill
+
     def inputs_of(self, context: Context) -> NDArray[Any] | None:
         """What the method reads of a context, None where it is not there."""
         return context.router_input_TH if self.reads == "router_inputs" else context.topk_TK
@@ -144,14 +150,14 @@ class TokenLevel(LoadPredictor):
             raise UserError(f"the expert ids of layer {layer} must lie in 0..{self.spec.E - 1}")
         return given
 
-    def variance_json(self) -> list[list[float]]:
+    def variance_json(self) -> list[list[float | None]]:
         """The variance coefficients as ``predictor.json`` keeps them."""
-        return [[layer, d, v.scale, v.spread] for (layer, d), v in sorted(self.variance.items())]
+        return [[layer, d, v.scale, v.spread, v.skill] for (layer, d), v in sorted(self.variance.items())]
 
     @staticmethod
-    def variance_from_json(rows: list[list[float]]) -> dict[tuple[int, int], Variance]:
+    def variance_from_json(rows: list[list[Any]]) -> dict[tuple[int, int], Variance]:
         """The coefficients back."""
-        return {(int(row[0]), int(row[1])): Variance(float(row[2]), float(row[3])) for row in rows}
+        return {(int(row[0]), int(row[1])): Variance(float(row[2]), float(row[3]), *row[4:5]) for row in rows}
 
 
 def missing_inputs(name: str, reads: Reads) -> UserError:

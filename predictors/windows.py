@@ -16,14 +16,18 @@ import numpy as np
 from moeless.contracts import IntArray, Phase
 from moeless.predictors.data import Rows
 
+#: Iterations that a windowed mean looks back.
+RECENT = 8
+
 
 @dataclass(frozen=True)
 class Window:
-    """One iteration: its rows, and those of the iteration before it (empty where there was none)."""
+    """One iteration: its rows, those of the iteration before it, and of the last few (empty where there were none)."""
 
     row_T: IntArray
     previous_T: IntArray
     phase: Phase
+    recent_T: IntArray
 
     @property
     def tokens(self) -> int:
@@ -49,7 +53,10 @@ def prefill_windows(rows: Rows, requests: IntArray, tokens: int, limit: int | No
     count = max(1, len(row_T) // tokens)
     parts = [row_T[start : start + tokens] for start in range(0, count * tokens, tokens)][:limit]
     none = np.empty(0, np.int64)
-    return [Window(part, parts[i - 1] if i else none, Phase.PREFILL) for i, part in enumerate(parts)]
+    return [
+        Window(part, parts[i - 1] if i else none, Phase.PREFILL, np.concatenate([none, *parts[max(0, i - RECENT) : i]]))
+        for i, part in enumerate(parts)
+    ]
 
 
 def decode_windows(rows: Rows, requests: IntArray, tokens: int, limit: int, rng: np.random.Generator) -> list[Window]:
@@ -71,7 +78,8 @@ def decode_windows(rows: Rows, requests: IntArray, tokens: int, limit: int, rng:
     for _ in range(limit):
         drawn = rng.integers(0, len(first), tokens)
         at = first[drawn] + 1 + (rng.random(tokens) * (length[drawn] - 1)).astype(np.int64)
-        windows.append(Window(row_T[at], row_T[at - 1], Phase.DECODE))
+        back = at[:, None] - np.arange(1, RECENT + 1)
+        windows.append(Window(row_T[at], row_T[at - 1], Phase.DECODE, row_T[back[back >= first[drawn][:, None]]]))
     return windows
 
 

@@ -196,6 +196,7 @@ class Controller:
                 last_load_E=self.history.last(target, self._phase),
                 tokens=len(ids_TK),
                 phase=self._phase,
+                recent_E=self.history.recent(target),
             ),
             layer,
             target - layer,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 
 from moeless.contracts import FloatArray, IntArray, Phase
 
 #: Weight that past iterations keep per iteration: half is forgotten in about 700.
 DECAY = 0.999
+#: Iterations of the windowed mean.
+WINDOW = 64
 
 
 class LiveHistory:
@@ -16,6 +20,7 @@ class LiveHistory:
     def __init__(self, layers: int, experts: int) -> None:
         self._weight_LE = np.zeros((layers, experts))
         self._last: dict[tuple[int, Phase], IntArray] = {}
+        self._recent_L: list[deque[IntArray]] = [deque(maxlen=WINDOW) for _ in range(layers)]
         self._seen_L = np.zeros(layers)
         self._tokens_L = np.zeros(layers)
 
@@ -23,6 +28,7 @@ class LiveHistory:
         """Note one layer's true load."""
         self._weight_LE[layer] = DECAY * self._weight_LE[layer] + load_E
         self._last[layer, phase] = load_E
+        self._recent_L[layer].append(load_E)
         self._seen_L[layer] += 1
         self._tokens_L[layer] += tokens
 
@@ -30,6 +36,11 @@ class LiveHistory:
         """Mean load share, ``[E]``; None before anything was seen."""
         total = float(self._weight_LE[layer].sum())
         return self._weight_LE[layer] / total if total > 0 else None
+
+    def recent(self, layer: int) -> IntArray | None:
+        """Load summed over the last ``WINDOW`` iterations, ``[E]``; None before anything was seen."""
+        kept = self._recent_L[layer]
+        return np.sum(kept, 0) if kept else None
 
     def last(self, layer: int, phase: Phase) -> IntArray | None:
         """Load in the previous iteration of this phase."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import Budget, FloatArray, Forecast, InstanceState, LayerPlan, Phase, Policy
+from moeless.contracts import AUTO, Budget, FloatArray, Forecast, InstanceState, LayerPlan, Phase, Policy
 from moeless.costs import COSTS, CostModel
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
@@ -101,6 +101,8 @@ def resolve_live(
         raise UserError(f"policy {text}: {planner.name} plans at intervals from history; write {planner.name}:history")
     if planner.needs_forecast and planner.cadence == "iteration":
         predictor = _predictor(name, spec, model, predictors)
+        if policy.distance == AUTO:
+            raise UserError(f"policy {text}: the live engine takes a number as distance; auto is simulated only")
         if policy.distance >= spec.L:
             raise UserError(f"policy {text}: the distance must be below the model's {spec.L} MoE layers")
     try:

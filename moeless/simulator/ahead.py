@@ -1,8 +1,8 @@
 """Plans made before each iteration's layers: forecast, plan, load, in time or late.
 
-When layer l starts, the forecast for layer l + d starts beside it. The plan is there ``background_seconds`` later;
-its copies begin to load at that moment. A layer that starts before its plan is there runs under the plan before,
-and the new one follows.
+When layer l starts, the forecast for layer l + d starts beside it, with d given or chosen per layer
+(``predictors.distance``). The plan is there ``background_seconds`` later; its copies begin to load at that moment. A
+layer that starts before its plan is there runs under the plan before, and the new one follows.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.contracts import BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
+from moeless.contracts import AUTO, BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
+from moeless.predictors.distance import DistanceRule
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Outage
 from moeless.simulator.history import LoadHistory
 from moeless.simulator.keeping import Keeping
 from moeless.simulator.runtime import PolicyRuntime
+
+#: The largest distance that ``auto`` considers.
+LONGEST = 8
 
 
 @dataclass(frozen=True)
@@ -52,34 +56,53 @@ class AheadPlans:
         self.keeping = Keeping(runtime)
         self._kept_L = np.zeros(runtime.spec.L, np.bool_)
         self._coming: dict[int, tuple[LayerPlan, float]] = {}
+        self.rule: DistanceRule | None = None
+        if runtime.policy.distance == AUTO and runtime.predictor is not None:
+            prepare = self.delay + float(pool.tier_seconds.max())
+            self.rule = DistanceRule(runtime.predictor, prepare, LONGEST)
+        self._distance_L = np.full(runtime.spec.L, runtime.policy.distance)
 
     def start_iteration(self, work: Work, now: float, kept_L: BoolArray) -> None:
         """Layers that nothing precedes by the distance are planned as the iteration starts, from the past."""
         self._kept_L = kept_L
-        for layer in range(min(self.runtime.policy.distance, self.runtime.spec.L)):
-            if kept_L[layer]:
-                continue
-            mean_E = self.history.share_or_even(layer) * (work.tokens * self.runtime.spec.K)
-            # known since the last iteration: nothing has to be waited for
-            self._decide(layer, Forecast(mean_E, mean_E.copy(), work.tokens, "history"), work.phase, now, 0.0)
+        if self.rule is not None:
+            self._distance_L = self.rule.choose(work.phase, work.tokens)
+        for layer, distance in enumerate(self._distance_L.tolist()):
+            if layer < distance and not kept_L[layer]:
+                # known since the last iteration: nothing has to be waited for
+                self._decide(layer, self._first(layer, distance, work), work.phase, now, 0.0)
+
+    def _first(self, target: int, distance: int, work: Work) -> Forecast:
+        """From the past alone: history, or what the predictor found best for layers that nothing precedes."""
+        if getattr(self.runtime.predictor, "forecasts_first", False):
+            forecast: Forecast = self.runtime.predictor.predict(
+                self._context(target, work), target - distance, distance
+            )
+            return forecast
+        mean_E = self.history.share_or_even(target) * (work.tokens * self.runtime.spec.K)
+        return Forecast(mean_E, mean_E.copy(), work.tokens, "history")
 
     def start_layer(self, layer: int, work: Work, now: float) -> None:
-        """Layer ``layer`` starts: the layer ahead is forecast."""
-        distance = self.runtime.policy.distance
-        target = layer + distance
-        if target >= self.runtime.spec.L or self._kept_L[target]:
-            return
-        context = Context(
-            router_input_TH=None if work.router_input_TLH is None else work.router_input_TLH[:, layer],
-            topk_TK=None if work.topk_TLK is None else work.topk_TLK[:, layer],
+        """Layer ``layer`` starts: the layers that are forecast from it are."""
+        for target in range(layer + 1, self.runtime.spec.L):
+            distance = target - layer
+            if self._distance_L[target] == distance and not self._kept_L[target]:
+                forecast: Forecast = self.runtime.predictor.predict(self._context(target, work, layer), layer, distance)
+                self._decide(target, forecast, work.phase, now, self.delay)
+
+    def _context(self, target: int, work: Work, layer: int | None = None) -> Context:
+        """What is known of a target, with what ``layer`` sees of the iteration where one is given."""
+        inputs, topk = work.router_input_TLH, work.topk_TLK
+        return Context(
+            router_input_TH=None if inputs is None or layer is None else inputs[:, layer],
+            topk_TK=None if topk is None or layer is None else topk[:, layer],
             history_E=self.history.share(target),
             last_load_E=self.history.last(target, work.phase),
             tokens=work.tokens,
             phase=work.phase,
             true_load_E=work.load_LSE[target].sum(0),
+            recent_E=self.history.recent(target),
         )
-        forecast: Forecast = self.runtime.predictor.predict(context, layer, distance)
-        self._decide(target, forecast, work.phase, now, self.delay)
 
     def _decide(self, layer: int, forecast: Forecast, phase: Phase, now: float, delay: float) -> None:
         self.pool.expire(layer, now)
@@ -95,8 +118,10 @@ class AheadPlans:
             self._adopt(layer)
         return self.plans[layer]
 
-    def layer_ran(self, layer: int) -> None:
+    def layer_ran(self, layer: int, phase: Phase, seconds: float) -> None:
         """After a layer: a plan that came too late for it is the one in force from now on."""
+        if self.rule is not None:
+            self.rule.note(layer, phase, seconds)
         if layer in self._coming:
             self.late += 1
             self._adopt(layer)

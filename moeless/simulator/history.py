@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 
 from moeless.contracts import FloatArray, IntArray, Phase
 
 #: Weight that past iterations keep per iteration: half is forgotten in about 700.
 DECAY = 0.999
+#: Iterations of the windowed mean, and how many of them lie between its marks.
+WINDOW = 64
+MARK_EVERY = 8
 
 
 class LoadHistory:
@@ -35,6 +40,8 @@ class LoadHistory:
         self._last: dict[Phase, IntArray] = {}
         self._seen = 0
         self._tokens = 0
+        # sums as they were after so many iterations: what came since is the present sum less what is left of them
+        self._marks: deque[tuple[int, FloatArray]] = deque([(0, self.weight_LE.copy())])
 
     def add(self, load_LE: IntArray, phase: Phase, tokens: int) -> None:
         """Note an iteration's true loads, once it has run."""
@@ -51,12 +58,24 @@ class LoadHistory:
         """Note iterations whose loads ``weight_LE`` holds already."""
         self._seen += iterations
         self._tokens += tokens
+        if self._seen - self._marks[-1][0] >= MARK_EVERY:
+            self._marks.append((self._seen, self.weight_LE.copy()))
+            while len(self._marks) > 1 and self._seen - self._marks[1][0] >= WINDOW:
+                self._marks.popleft()
 
     def share(self, layer: int) -> FloatArray | None:
         """Mean load share of a layer, ``[E]``; None before anything is known."""
         weight_E = self.weight_LE[layer]
         total = float(weight_E.sum())
         return np.asarray(weight_E / total) if total > 0 else None
+
+    def recent(self, layer: int) -> FloatArray | None:
+        """Load of a layer over about the last ``WINDOW`` iterations, ``[E]``; None before any has run."""
+        seen, weight_LE = self._marks[0]
+        if self._seen == seen:
+            return None
+        left_E = weight_LE[layer] * DECAY ** (self._seen - seen)
+        return np.asarray(np.maximum(self.weight_LE[layer] - left_E, 0.0))
 
     def share_or_even(self, layer: int) -> FloatArray:
         """Mean load share of a layer, even shares before anything is known."""

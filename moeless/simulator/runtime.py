@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import Budget, FloatArray, Forecast, LayerPlan, Phase, Policy
+from moeless.contracts import AUTO, Budget, FloatArray, Forecast, LayerPlan, Phase, Policy
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
@@ -108,6 +108,11 @@ def resolve(
             known = ", ".join(sorted(predictors))
             raise UserError(f"policy {policy}: no predictor {name!r} is at hand; there are: {known}")
         predictor = predictors[name]
+        if policy.distance == AUTO and predictor.skill(0, 1, Phase.DECODE, 32) is None:
+            raise UserError(
+                f"policy {policy}: distance auto goes by what fitting measured, and {name} was not fitted at distance "
+                "1; write a number, or name a predictor made by train-predictor"
+            )
     try:
         chosen = planner.params(**(params or {}))
     except TypeError as error:

@@ -266,7 +266,7 @@ class Stage:
                 self.timeline.layer(layer, clock, other.per_moe_layer, parts, load_G)
             clock += time_IL[0, layer]
             if planned:
-                self.ahead.layer_ran(layer)
+                self.ahead.layer_ran(layer, work.phase, other.per_moe_layer + float(time_IL[0, layer]))
         self.record.append(time_IL)
         self._stale = self._stale or planned
         return clock

@@ -14,13 +14,14 @@ from moeless.predictors import PREDICTORS, load_predictor
 from moeless.predictors.data import Rows
 from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
 from moeless.predictors.fitting import FitSettings, fit
+from moeless.predictors.from_scratch import FromScratch
 from moeless.predictors.gate_reuse import GateReuse
 from moeless.predictors.gates import Gates, read_gates
 from moeless.predictors.split import split_requests
 from moeless.predictors.transition import Transition
 from moeless.spec import preset
 
-FITTED = ("gate_reuse", "layer_aware", "transition", "frequency")
+FITTED = ("gate_reuse", "layer_aware", "from_scratch", "transition", "frequency")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def world(made):
     gates = read_gates(made.model, made.spec)
     # enough passes for 1,000 tokens
     options = {"layer_aware": {"threshold": 0.99, "epochs": 40, "learning_rate": 0.02, "batch_tokens": 128},
-               "transition": {"epochs": 20, "batch_tokens": 64}}  # fmt: skip
+               "transition": {"epochs": 20, "batch_tokens": 64},
+               "from_scratch": {"hidden": 32, "epochs": 20, "patience": 5, "batch_tokens": 128}}  # fmt: skip
     fitted = {
         name: fit(name, rows, split, FitSettings((1, 2), options=options.get(name, {})), gates=gates)[0]
         for name in FITTED
@@ -79,7 +81,7 @@ def test_forecasts_sum_to_tokens_times_top_k(world, name):
         assert (made.var_E > 0).all()
 
 
-@pytest.mark.parametrize("name", ["gate_reuse", "layer_aware", "transition"])
+@pytest.mark.parametrize("name", ["gate_reuse", "layer_aware", "from_scratch", "transition"])
 def test_the_sum_over_tokens_is_the_forecast(world, name):
     rows, _, _, fitted = world
     predictor, row_T = fitted[name], np.arange(64)
@@ -118,7 +120,8 @@ def test_gates_that_pass_the_threshold_stay_raw(world):
 @pytest.mark.parametrize("name", FITTED)
 def test_fitting_again_gives_the_same(world, name):
     rows, split, gates, _fitted = world
-    options = {"layer_aware": {"epochs": 2}, "transition": {"epochs": 2}}.get(name, {})
+    options = {"layer_aware": {"epochs": 2}, "transition": {"epochs": 2}, "from_scratch": {"epochs": 2, "hidden": 8}}
+    options = options.get(name, {})
     again = [fit(name, rows, split, FitSettings((1,), options=options), gates=gates)[0].tensors() for _ in range(2)]
     assert all(np.array_equal(again[0][key], again[1][key]) for key in again[0])
 
@@ -134,7 +137,7 @@ def test_a_folder_brings_back_the_same_forecasts(world, name, tmp_path):
     assert np.array_equal(before.var_E, after.var_E)
 
 
-@pytest.mark.parametrize("name", ["gate_reuse", "layer_aware"])
+@pytest.mark.parametrize("name", ["gate_reuse", "layer_aware", "from_scratch"])
 def test_values_that_are_not_finite_are_refused(world, name):
     rows, _, _, fitted = world
     inputs = rows.inputs(np.arange(10))[:, 0]
@@ -208,6 +211,33 @@ def test_permuting_experts_permutes_the_transition_s_forecast(world):
     ids = rows.topk_TLK[:90, 0].astype(np.int64)
     renamed = np.argsort(order)[ids]
     assert other.mean_load(renamed, 0, 1) == pytest.approx(predictor.mean_load(ids, 0, 1)[order], rel=1e-3)
+
+
+def test_permuting_experts_permutes_the_forecast_of_networks_from_scratch(world):
+    rows, _, _, fitted = world
+    predictor = fitted["from_scratch"]
+    order = np.random.default_rng(2).permutation(rows.spec.E)
+    state = {name: array for name, array in predictor.tensors().items() if name != "temperature"}
+    moved = state | {"second": state["second"][:, :, order], "second_bias": state["second_bias"][:, :, order]}
+    other = FromScratch(rows.spec, moved, predictor.distances, predictor.tensors()["temperature"])
+    inputs = rows.inputs(np.arange(90))[:, 0]
+    assert np.array_equal(other.mean_load(inputs, 0, 1), predictor.mean_load(inputs, 0, 1)[order])
+
+
+def test_networks_from_scratch_learn_and_cost_what_table_2_says(world):
+    rows, split, _, fitted = world
+    evaluator = Evaluator(rows, split, EvaluationSettings((1,), (64,), resamples=4, per_resample=4))
+    assert mean_of(evaluator.evaluate(fitted["from_scratch"]), "l1_over_history", 1, "prefill", 64) < 0
+    E, H = rows.spec.E, rows.spec.hidden_size
+    pairs = 3 + 2
+    assert fitted["from_scratch"].memory_bytes == 2 * pairs * (32 * (H + E) + 32 + E)
+
+
+def test_skill_is_known_where_a_pair_was_calibrated(world):
+    _, _, _, fitted = world
+    for name in ("layer_aware", "transition", "from_scratch"):
+        assert fitted[name].skill(0, 1, Phase.PREFILL, 64) <= 1
+        assert fitted[name].skill(0, 3, Phase.PREFILL, 64) is None
 
 
 def test_unfitted_methods_say_how_to_fit_them():

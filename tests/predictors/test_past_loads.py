@@ -15,7 +15,7 @@ from moeless.predictors import PREDICTORS, load_predictor
 from moeless.spec import preset
 
 SPEC = preset("bundled")
-NAMES = ("none", "history", "last", "oracle")
+NAMES = ("none", "history", "last", "window", "oracle")
 
 
 def context(rng: np.random.Generator, tokens: int, **changes) -> Context:
@@ -27,6 +27,7 @@ def context(rng: np.random.Generator, tokens: int, **changes) -> Context:
         "tokens": tokens,
         "phase": Phase.DECODE,
         "true_load_E": rng.integers(0, 50, SPEC.E),
+        "recent_E": rng.integers(0, 50, SPEC.E),
     }
     return Context(**(known | changes))
 
@@ -46,8 +47,9 @@ def test_permuting_experts_permutes_the_forecast(seed, name):
     given_ = context(rng, 100)
     order = rng.permutation(SPEC.E)
     shuffled = Context(
-        None, None, given_.history_E[order], given_.last_load_E[order], 100, Phase.DECODE, given_.true_load_E[order]
-    )
+        None, None, given_.history_E[order], given_.last_load_E[order], 100, Phase.DECODE, given_.true_load_E[order],
+        given_.recent_E[order],
+    )  # fmt: skip
     predictor = PREDICTORS.get(name)(SPEC)
     before, after = predictor.predict(given_, 0, 1), predictor.predict(shuffled, 0, 1)
     assert np.allclose(before.mean_E[order], after.mean_E)
@@ -60,6 +62,7 @@ def test_each_follows_its_source():
     for name, source_E in (
         ("history", given_.history_E),
         ("last", given_.last_load_E),
+        ("window", given_.recent_E),
         ("oracle", given_.true_load_E),
         ("none", np.ones(SPEC.E)),
     ):
@@ -82,12 +85,13 @@ def test_an_iteration_that_routed_nothing_before_is_no_source():
     assert made.source == "history"
 
 
-@pytest.mark.parametrize("field", ["history_E", "last_load_E", "true_load_E"])
+@pytest.mark.parametrize("field", ["history_E", "last_load_E", "true_load_E", "recent_E"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
 def test_values_that_are_no_loads_are_refused(field, bad):
     values = np.ones(SPEC.E)
     values[3] = bad
-    name = {"history_E": "history", "last_load_E": "last", "true_load_E": "oracle"}[field]
+    names = {"history_E": "history", "last_load_E": "last", "true_load_E": "oracle", "recent_E": "window"}
+    name = names[field]
     with pytest.raises(UserError, match="finite"):
         PREDICTORS.get(name)(SPEC).predict(context(np.random.default_rng(0), 5, **{field: values}), 0, 1)
 
