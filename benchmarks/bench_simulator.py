@@ -1,8 +1,9 @@
 """Speed of the simulator: layer events per second by policy, and how it grows with GPUs, experts and requests.
 
-Run: python benchmarks/bench_simulator.py [--hour]
-With ``--hour``: the Azure conversation hour on gpt-oss-20b's routing, where ../shared/data or MOELESS_SHARED_DATA
-has them. Everything else runs on made-up skewed routing. One core; a layer event is one MoE layer of one iteration.
+Run: python benchmarks/bench_simulator.py [--hour | --growth]
+``--growth``: the curve to 1,024 GPUs, by experts and by requests, with memory. ``--hour``: the Azure conversation hour
+on gpt-oss-20b's routing, where ../shared/data or MOELESS_SHARED_DATA has them. Everything else runs on made-up skewed
+routing. One core; a layer event is one MoE layer of one iteration.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moeless import __version__
 from moeless.cluster import Cluster, cluster
 from moeless.contracts import Policy, Request
 from moeless.costs import COSTS
+from moeless.experiments.cells.scale import some_layers
 from moeless.predictors import PREDICTORS
 from moeless.simulator import Replay, SimulationSettings, resolve, simulate
 from moeless.simulator.bench import Bench, BenchConfig
@@ -110,27 +112,46 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hour", action="store_true")
+    parser.add_argument("--growth", action="store_true")
     arguments = parser.parse_args()
     print(f"moeless {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.processor()}")
     print(f"{os.cpu_count()} cores, one used; command: {' '.join(sys.argv)}\n")
     if arguments.hour:
         hour(Path(os.environ.get("MOELESS_SHARED_DATA", "../shared/data")))
         return
+    if arguments.growth:
+        growth()
+    else:
+        speed()
+
+
+def speed() -> None:
+    """Layer events per second by policy."""
     spec, eight = preset("gpt-oss-20b"), cluster("h100x8")
     print("gpt-oss-20b shapes, h100x8, made-up routing, 5.4 requests/s")
     for policy, plan_every in POLICIES:
         name = f"{policy}, plans every {plan_every}" if plan_every > 1 else policy
         show(name, *measure(spec, eight, policy, plan_every, 40, 300, 5.4))
     for policy, plan_every in EVERY_ITERATION:
-        show(f"{policy}, plans every iteration", *measure(spec, eight, policy, plan_every, 3, 40, 5.4))
-    print("\nstatic, by GPUs (nodes of eight), deepseek-v3 shapes")
-    deep = preset("deepseek-v3")
-    for nodes in (4, 16, 64, 128):
-        where = cluster(f"h100x8x{nodes}")
-        show(
-            f"  {where.G} GPUs", *measure(deep, where, "static", 1, 8 * nodes if nodes < 16 else 64, 32, 100.0 * nodes)
-        )
-    print("\nstatic, by experts, h100x8")
+        show(f"{policy}, plans every iteration", *measure(spec, eight, policy, plan_every, 20, 300, 5.4))
+    print("\nthe same at 500 requests/s: hundreds of running requests, prefill and decode in one iteration")
+    for policy, plan_every in (("static", 1), *EVERY_ITERATION):
+        show(f"{policy}, plans every iteration", *measure(spec, eight, policy, plan_every, 200, 40, 500.0))
+
+
+def growth() -> None:
+    """How speed and memory change with GPUs, experts and requests."""
+    spec, eight = preset("gpt-oss-20b"), cluster("h100x8")
+    deep = some_layers("deepseek-v3", 8)
+    print("deepseek-v3 shapes, 8 layers, 4 requests a GPU at once, by GPUs (nodes of eight)")
+    # beyond 128 GPUs planning one layer takes seconds: the copies to choose grow with the GPUs
+    for policy, largest in (("static", 128), ("elastic:history:1", 16)):
+        for nodes in [n for n in (1, 4, 16, 64, 128) if n <= largest]:
+            where = cluster("h100x8" if nodes == 1 else f"h100x8x{nodes}")
+            show(f"  {policy}, {where.G} GPUs", *measure(deep, where, policy, 1, 4 * where.G, 128, 1e4 * where.G))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"{'':<46} peak memory so far {peak:.2f} GiB")
+    print("\nstatic, by experts, h100x8x4")
     for name in ("mixtral-8x7b", "phi-3.5-moe", "gpt-oss-20b", "qwen3-30b-a3b", "deepseek-v3"):
         # the large ones do not fit beside each other on eight GPUs in any but their stored precision
         made = preset(name)
