@@ -1,6 +1,6 @@
 """Gap closed by every planner on real routing, by the protocol in ``gap_protocol.py``.
 
-    python benchmarks/bench_gap_closed.py [--pairs N] [--exact] [--know ...] [--gpus G ...] [--out FILE.json]
+    python benchmarks/bench_gap_closed.py [--pairs N] [--exact [KNOW ...]] [--know ...] [--gpus G ...] [--out FILE.json]
 
 ``--know`` is what placement knows (see ``gap_forecasts.py``); control time is counted as zero and charged. ``--exact``
 adds the MILP dispatch on elastic's plans. ``--model qwen3-30b-a3b`` or ``deepseek-v3`` takes made-up routing of that
@@ -130,7 +130,7 @@ def main() -> None:
     global _routing
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=216)
-    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--exact", nargs="*", choices=KNOWLEDGE, help="knowledge to solve for; all where none is named")
     parser.add_argument("--know", nargs="+", choices=KNOWLEDGE, default=list(KNOWLEDGE))
     parser.add_argument("--gpus", type=int, nargs="+", default=[8])
     parser.add_argument("--extra", type=int, nargs="+", default=[1, 2])
@@ -154,8 +154,9 @@ def main() -> None:
         used = predictor.name
         for regime in regimes:
             _predicted[regime.name] = cached_forecasts(_routing, regime, options.pairs, predictor, folder)
+    solved = () if options.exact is None else options.exact or KNOWLEDGE
     jobs = [
-        (Question(gpus, extra, regime, k, planner, options.exact and planner == "elastic"), options.pairs)
+        (Question(gpus, extra, regime, k, planner, k in solved and planner == "elastic"), options.pairs)
         for gpus in options.gpus
         for extra in options.extra
         for k in know

@@ -200,8 +200,8 @@ def show(points: list[Point]) -> None:
 def main() -> None:
     global _routing
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=24)
-    parser.add_argument("--caps", type=int, nargs="+", default=[1, 2, 4, 6, 8, 12, 16])
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--caps", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16])
     parser.add_argument("--extra", type=int, default=2, help="slots a GPU beyond the primaries")
     parser.add_argument(
         "--regimes", nargs="+", default=["prefill 16384", "prefill 4096", "decode 2048"], metavar="'decode 32'"

@@ -90,7 +90,7 @@ def load_routing() -> Routing:
     return Routing("gpt-oss-20b", topk, offsets, *_split(len(offsets) - 1), protocol_spec())
 
 
-def synthetic_routing(name: str, layers: int = 12, requests: int = 150) -> Routing:
+def synthetic_routing(name: str, layers: int = 12, requests: int = 240) -> Routing:
     """Made-up routing with a preset's experts and top-k, bf16 weights; so many of its layers stand for all.
 
     The generator's spreads are those found for gpt-oss-20b.

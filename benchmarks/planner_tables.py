@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "results" / "reference" / "planners", ROOT / "docs" / "planners.md"
 FIGURE = ROOT / "docs" / "planners-memory.svg"
 RUNS: dict[str, list[str]] = {
-    "gap": ["bench_gap_closed.py", "--exact"],
+    "gap": ["bench_gap_closed.py", "--exact", "history", "predicted"],
     "gpus": ["bench_gap_closed.py", "--gpus", "2", "16", "32", "64", "--extra", "1", "--know", "history", "true"],
     "qwen3": ["bench_gap_closed.py", "--model", "qwen3-30b-a3b", "--gpus", "8", "--extra", "1", "--know", "history"],
     "deepseek": ["bench_gap_closed.py", "--model", "deepseek-v3", "--gpus", "32", "--extra", "1", "--know", "history"],
