@@ -1,10 +1,12 @@
 """Every measurement that needs a device, in one command: profiles, kernels over their floors, emulated layers.
 
-On a GPU:  python benchmarks/bench_gpu.py --device cuda --routing gpt-oss-20b.npz --out DIR
-writes DIR/cuda-<model>.json for six models and DIR/bench.json, within eight minutes. Without one the same program runs
-on the CPU at the bundled model's shapes. Needs torch, numpy, numba and scipy; no network.
+    python benchmarks/bench_gpu.py --device cuda --routing gpt-oss-20b.npz --out DIR
 
-Axes: S source ranks, R replicas, E experts.
+writes DIR/cuda-<model>.json for six models, DIR/kernels.json, DIR/emulated.json, DIR/gap.json, and DIR/bench.txt with
+the tables, within eight minutes. Each is written as soon as it is there, and one that is there is not measured again:
+after an interruption, or where the time ran out, the same command goes on. Without a GPU the same program runs on the
+CPU at the bundled model's shapes. Needs torch, numpy and safetensors; no network. Where numba is absent planning runs
+in plain Python, and the control times of the profiles say so by being absent.
 """
 
 from __future__ import annotations
@@ -15,249 +17,193 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 # before torch: one thread per emulated rank
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
+import gpu_gap
+import gpu_layers
 import torch
-from gap_protocol import REGIMES, Regime, Routing, bound_seconds, history_share_LE, load_routing, sample_rows
+from gap_protocol import load_routing
 
 from moeless import __version__
-from moeless.cluster import Cluster, cluster
-from moeless.contracts import Budget, Forecast, LayerPlan, PlanInput
+from moeless.allocator import keep_freed_memory
+from moeless.cluster import cluster
 from moeless.costs.measured import MeasuredCosts
 from moeless.costs.profile_reader import find_profile, load_profile
 from moeless.errors import RunFailed, UserError
-from moeless.files import write_json
-from moeless.placement import PLANNERS, Planner
+from moeless.files import read_json, write_json
+from moeless.jit import COMPILED
 from moeless.profiling.busy import check_idle, resolve_device
-from moeless.profiling.ceilings import Ceilings, cache_bytes, measure_ceilings
-from moeless.profiling.control import measure_control
-from moeless.profiling.emulate import EmulatedLayer, RankWork, emulate_layer
+from moeless.profiling.ceilings import cache_bytes, measure_ceilings
+from moeless.profiling.emulate import RankWork
 from moeless.profiling.hotpath import HotPath
 from moeless.profiling.run import DTYPES, ProfileOptions, make_plan, profile_model
 from moeless.profiling.timing import QUICK, Effort
-from moeless.spec import MoESpec, preset
+from moeless.spec import preset
 
 PRESETS_CUDA = ("gpt-oss-20b", "mixtral-8x7b", "phi-3.5-moe", "llama-4-scout", "qwen3-30b-a3b", "deepseek-v3")
-POLICIES = ("static", "eplb", "moeless", "elastic")
-RANKS = 8
-SEED = 0
+#: Tokens of a rank in the kernels' table.
+KERNEL_TOKENS = {"cuda": (32, 256, 2048, 8192), "cpu": (32, 1024)}
+#: Seconds that a stage needs on a GPU; less left, and it waits for the next call.
+NEEDS = {"kernels": 25.0, "emulated": 60.0, "gap": 30.0 if COMPILED else 90.0}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One (regime, policy) of the emulated layers: means over its pairs, milliseconds, and errors."""
+class Bench:
+    """One run: what was asked, the device, the clock."""
 
-    regime: str
-    policy: str
-    pairs: int
-    measured_ms: float
-    predicted_ms: float
-    expert_measured_ms: float
-    expert_error_mean: float
-    expert_error_abs: float
-    total_error_mean: float
-    gap_measured: float | None
-    gap_predicted: float | None
-
-
-class Clock:
-    """Seconds left of the budget."""
-
-    def __init__(self, seconds: float) -> None:
-        self.stop = time.monotonic() + seconds
+    def __init__(self, asked: argparse.Namespace, device: torch.device, busy: list[str]) -> None:
+        self.asked, self.device, self.busy, self.out = asked, device, busy, asked.out
+        self.cuda = device.type == "cuda"
+        self.stop = time.monotonic() + asked.seconds
+        default = PRESETS_CUDA if self.cuda else ("bundled",)
+        self.models: tuple[str, ...] = tuple(asked.models or default)
+        self.dtype = DTYPES["bfloat16" if self.cuda else "float32"]
+        full = Effort(0.03, 7, 50) if self.cuda else Effort(0.1, 7, 40)
+        self.effort = full if self.cuda or asked.full else QUICK
+        self.waiting: list[str] = []
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
+        """Seconds left of the budget."""
         return self.stop - time.monotonic()
 
+    def say(self, text: str) -> None:
+        """Onto the screen and into the file of tables."""
+        print(text, flush=True)
+        with (self.out / "bench.txt").open("a", encoding="utf-8") as handle:
+            handle.write(text + "\n")
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def write_profiles(
-    models: tuple[str, ...], device: torch.device, options: ProfileOptions, out: Path, clock: Clock
-) -> None:
-    """One profile a model, as ``moeless profile`` makes it."""
-    for model in models:
-        spec = preset(model)
-        plan = make_plan(spec, str(device), options)
-        if plan.seconds > clock.left():
-            say(f"profile {model}: skipped, {plan.seconds:.0f} s needed and {clock.left():.0f} s left")
-            continue
+    def stage(self, name: str, needs: float, make: Callable[[], Any]) -> Any:
+        """A stage's result, from its file where there is one; None where the time does not suffice."""
+        path = self.out / f"{name}.json"
+        if path.is_file():
+            print(f"{name}: found in {path}", flush=True)
+            return read_json(path)
+        if needs > self.left():
+            self.say(f"{name}: {needs:.0f} s needed, {self.left():.0f} s left; the same command goes on here")
+            self.waiting.append(name)
+            return None
         start = time.monotonic()
-        document = profile_model(spec, plan, options, out)
-        write_json(out / f"{document['name']}.json", document)
-        grid = document["experts"][0]
-        share = grid["best_flops"] / document["ceilings"]["flops"][grid["dtype"]]
-        say(
-            f"profile {model}: {time.monotonic() - start:.1f} s; {grid['kernel']} "
-            f"{grid['best_flops'] / 1e12:.2f} TFLOP/s, {share:.0%} of the matrix product's; leave-one-out median "
-            f"{100 * grid['leave_one_out'].get('tokens_median', float('nan')):.1f} % over tokens"
-        )
-        if device.type == "cuda":
+        result = make()
+        write_json(path, result)
+        self.say(f"{name}: {time.monotonic() - start:.1f} s")
+        if self.cuda:
             torch.cuda.empty_cache()
+        return result
 
-
-def kernel_table(
-    spec: MoESpec, device: torch.device, dtype: torch.dtype, ceilings: Ceilings, effort: Effort, sizes: tuple[int, ...]
-) -> list[dict[str, object]]:
-    """Every kernel of the hot path over its floor."""
-    rows = []
-    for seed, tokens in enumerate(sizes):
-        for row in HotPath(spec, device, dtype, tokens, RANKS, ceilings, effort, seed).rows():
-            rows.append({"tokens": tokens, **asdict(row), "over_floor": row.over_floor})
-    say(f"\n{spec.name}, {dtype}: kernel | shape | µs | floor µs | over floor | error against float64")
-    for r in rows:
-        mark = "" if r["correct"] else "  WRONG"
-        say(
-            f"{r['kernel']} | {r['shape']} | {r['seconds'] * 1e6:.1f} | {r['floor'] * 1e6:.1f} | "
-            f"{r['over_floor']:.2f} | {r['error']:.1e}{mark}"
+    def profile(self, model: str) -> None:
+        """One profile, as ``moeless profile`` makes it."""
+        spec = preset(model)
+        # off a GPU this program shows that it runs: small grids unless asked otherwise
+        quick = not (self.cuda or self.asked.full)
+        options = ProfileOptions(
+            1 if self.cuda else 2, links="h100-dgx" if self.cuda else None, quick=quick, force=True
         )
-    return rows
-
-
-def loads_by_source(routing: Routing, rows: np.ndarray, layer: int, ranks: int) -> np.ndarray:
-    """Tokens of each source rank for each expert, ``[S, E]``: ranks own consecutive tokens."""
-    rank_T = np.arange(len(rows)) * ranks // len(rows)
-    chosen_TK = routing.topk_TLK[rows, layer].astype(np.int64)
-    flat = rank_T[:, None] * routing.spec.E + chosen_TK
-    return np.bincount(flat.reshape(-1), minlength=ranks * routing.spec.E).reshape(ranks, routing.spec.E)
-
-
-def plan_for(
-    planner: Planner, regime: Regime, layer: int, share_E: np.ndarray, costs: MeasuredCosts, budget: Budget
-) -> LayerPlan:
-    """A plan made ahead from the history's mean load."""
-    mean_E = share_E * regime.tokens * costs.spec.K
-    forecast = Forecast(mean_E, mean_E, regime.tokens, "history")
-    return planner.plan_layer(
-        PlanInput(layer, regime.phase, forecast),
-        spec=costs.spec,
-        cluster=costs.cluster,
-        costs=costs,
-        budget=budget,
-        params=planner.params(),
-    )
-
-
-def emulate(
-    routing: Routing,
-    costs: MeasuredCosts,
-    work: RankWork,
-    effort: Effort,
-    regimes: tuple[Regime, ...],
-    pairs: int,
-    clock: Clock,
-) -> list[Cell]:
-    """All policies on the same real loads, one slot of extras per GPU, plans from history."""
-    spec, share_LE = routing.spec, history_share_LE(routing)
-    budget = Budget.even(spec.E, RANKS, 1, spec.expert_bytes)
-    planners = {name: PLANNERS.get(name) for name in POLICIES if name in PLANNERS.names()}
-    cells: list[Cell] = []
-    for regime in regimes:
-        if clock.left() < 20:
-            say(f"emulated {regime.name}: skipped, the time is up")
-            continue
-        random = np.random.default_rng([SEED, int(regime.phase), regime.tokens])
-        layers = random.choice(spec.L, pairs, replace=pairs > spec.L)
-        drawn = [
-            (
-                int(layer),
-                loads_by_source(routing, sample_rows(routing, regime, random, routing.test), int(layer), RANKS),
+        plan = make_plan(spec, str(self.device), options)
+        needs = plan.seconds if self.cuda else 0.0
+        document = self.stage(
+            f"{self.device.type}-{model}", needs, lambda: profile_model(spec, plan, options, self.out)
+        )
+        if document is not None:
+            grid = document["experts"][0]
+            share = grid["best_flops"] / document["ceilings"]["flops"][grid["dtype"]]
+            median = 100 * grid["leave_one_out"].get("tokens_median", float("nan"))
+            self.say(
+                f"profile {model}: {grid['kernel']} {grid['best_flops'] / 1e12:.2f} TFLOP/s, {share:.0%} of the matrix "
+                f"product's; leave-one-out median {median:.1f} % over tokens"
             )
-            for layer in layers
-        ]
-        found: dict[str, list[EmulatedLayer]] = {}
-        for name, planner in planners.items():
-            found[name] = []
-            for layer, load_SE in drawn:
-                plan = plan_for(planner, regime, layer, share_LE[layer], costs, budget)
-                quota_SR = planner.dispatch(
-                    load_SE,
-                    plan,
-                    np.ones(plan.R, np.bool_),
-                    spec=spec,
-                    cluster=costs.cluster,
-                    costs=costs,
-                    params=planner.params(),
-                )
-                found[name].append(emulate_layer(quota_SR, plan, costs, work, effort))
-        bound = bound_seconds(np.stack([load_SE.sum(0) for _, load_SE in drawn]), costs).sum()
-        cells += [summarise(regime, name, found[name], found["static"], float(bound)) for name in found]
-    return cells
 
+    def kernels(self) -> dict[str, Any]:
+        """Every kernel of the hot path over its floor."""
+        spec = preset(self.models[0])
+        ceilings = measure_ceilings(self.device, [self.dtype], self.effort)
+        rows: list[dict[str, Any]] = []
+        for seed, tokens in enumerate(KERNEL_TOKENS[self.device.type]):
+            path = HotPath(
+                spec, self.device, self.dtype, tokens, gpu_layers.RANKS, ceilings, self.effort, seed + self.asked.seed
+            )
+            rows += [{"tokens": tokens, **asdict(row), "over_floor": row.over_floor} for row in path.rows()]
+        self.say(f"\n{spec.name}, {self.dtype}: kernel | shape | µs | floor µs | over floor | error against float64")
+        for r in rows:
+            mark = "" if r["correct"] else "  WRONG"
+            self.say(
+                f"{r['kernel']} | {r['shape']} | {r['seconds'] * 1e6:.1f} | {r['floor'] * 1e6:.2f} | "
+                f"{r['over_floor']:.2f} | {r['error']:.1e}{mark}"
+            )
+        return {"model": spec.name, "ceilings": ceilings.to_json(), "rows": rows}
 
-def summarise(
-    regime: Regime, policy: str, layers: list[EmulatedLayer], static: list[EmulatedLayer], bound: float
-) -> Cell:
-    """Means over the pairs; gap closed with the bound of the cost model's linear terms, where there is a gap."""
-    count = len(layers)
-    measured, predicted = sum(row.total for row in layers), sum(row.predicted.total for row in layers)
-    static_measured, static_predicted = sum(row.total for row in static), sum(row.predicted.total for row in static)
-    error = np.array([row.expert_error for row in layers])
+    def costs(self) -> tuple[Any, MeasuredCosts] | None:
+        """The real routing at the first model's shapes, and its measured costs; None where one is missing."""
+        source = self.asked.profile or str(self.out / f"{self.device.type}-{self.models[0]}.json")
+        try:
+            routing = gpu_layers.shapes_of(load_routing(self.asked.routing), self.models[0])
+            profile = load_profile(find_profile(source))
+        except (SystemExit, OSError, UserError) as missing:
+            self.say(f"emulated layers and gap: skipped, {missing}")
+            return None
+        machine = cluster("h100x8" if self.cuda else "cpu8")
+        return routing, MeasuredCosts(routing.spec, machine, profile=profile)
 
-    def gap(static_time: float, policy_time: float) -> float | None:
-        room = static_time - bound
-        return (static_time - policy_time) / room if room > 0.02 * static_time else None
+    def emulated(self, routing: Any, costs: MeasuredCosts) -> dict[str, Any]:
+        """Emulated layers beside the predictions."""
+        regimes = gpu_layers.REGIMES
+        if not self.cuda and not self.asked.full:
+            regimes = tuple(regime for regime in regimes if regime.tokens <= 1024)
+        pairs = self.asked.pairs or (8 if self.cuda else 2)
+        copies = -(-routing.spec.E // gpu_layers.RANKS) + 1
+        work = RankWork(routing.spec, costs.grid.kernel, self.dtype, self.device, copies, cache_bytes(self.device))
+        cells = gpu_layers.emulate(routing, costs, work, self.effort, pairs, self.left, regimes)
+        self.say("\n" + "\n".join(gpu_layers.lines(cells)))
+        return {"cells": [asdict(cell) for cell in cells], "warnings": list(costs.warnings)}
 
-    return Cell(
-        regime=regime.name,
-        policy=policy,
-        pairs=count,
-        measured_ms=1e3 * measured / count,
-        predicted_ms=1e3 * predicted / count,
-        expert_measured_ms=1e3 * sum(row.expert for row in layers) / count,
-        expert_error_mean=float(error.mean()),
-        expert_error_abs=float(np.abs(error).mean()),
-        total_error_mean=float(np.mean([row.total_error for row in layers])),
-        gap_measured=gap(static_measured, measured),
-        gap_predicted=gap(static_predicted, predicted),
-    )
+    def gap(self, routing: Any, costs: MeasuredCosts) -> dict[str, Any]:
+        """The planners' gap closed under the measured costs."""
+        cells = gpu_gap.gap_table(routing, costs, self.asked.gap_pairs, self.left, gpu_layers.REGIMES)
+        self.say("\n" + "\n".join(gpu_gap.lines(cells)))
+        return {"cells": [asdict(cell) for cell in cells], "warnings": list(costs.warnings)}
 
-
-def figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
-
-
-def show_cells(cells: list[Cell]) -> None:
-    say(
-        "\nregime | policy | measured ms | predicted ms | error on experts, absolute | on layer | gap closed, predicted"
-    )
-    for c in cells:
-        say(
-            f"{c.regime} | {c.policy} | {c.measured_ms:.3f} | {c.predicted_ms:.3f} | {c.expert_error_mean:+.1%}, "
-            f"{c.expert_error_abs:.1%} | {c.total_error_mean:+.1%} | "
-            f"{figure(c.gap_measured)}, {figure(c.gap_predicted)}"
-        )
-
-
-def shapes_of(routing: Routing, model: str) -> Routing:
-    """The routing's experts at another model's FFN shapes."""
-    other = preset(model)
-    changed = {
-        "hidden_size": other.hidden_size,
-        "expert_intermediate_size": other.expert_intermediate_size,
-        "dtype": "float32" if model == "bundled" else other.dtype,
-        "expert_dtype": "float32" if model == "bundled" else "bfloat16",
-    }
-    spec = MoESpec.from_json(routing.spec.to_json() | changed)
-    return Routing(routing.topk_TLK, routing.offsets, routing.train, routing.test, spec)
+    def run(self) -> int:
+        """The stages in order of worth; 0 when all went well, 1 when a kernel is wrong."""
+        name = torch.cuda.get_device_name(self.device) if self.cuda else platform.processor() or platform.machine()
+        self.say(f"# {shlex.join(['bench_gpu.py', *sys.argv[1:]])}")
+        self.say(f"# {name}; torch {torch.__version__}, Python {platform.python_version()}, moeless {__version__}")
+        if not COMPILED:
+            self.say("# numba is not installed: plans are made in plain Python, control times are not measured")
+        for finding in self.busy:
+            self.say(f"# busy: {finding}")
+        self.profile(self.models[0])
+        with torch.no_grad():
+            kernels = self.stage("kernels", NEEDS["kernels"] if self.cuda else 0.0, self.kernels)
+            found = self.costs()
+            if found is not None:
+                self.stage("emulated", NEEDS["emulated"] if self.cuda else 0.0, lambda: self.emulated(*found))
+        for model in self.models[1:]:
+            self.profile(model)
+        if found is not None:
+            self.stage("gap", NEEDS["gap"] if self.cuda else 0.0, lambda: self.gap(*found))
+        done = "; run the same command again for " + ", ".join(self.waiting) if self.waiting else ""
+        self.say(f"\nwritten to {self.out}; {self.asked.seconds - self.left():.0f} s{done}")
+        return int(kernels is not None and not all(row["correct"] for row in kernels["rows"]))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--routing", type=Path, help="gpt-oss-20b.npz; default: the development data")
     parser.add_argument("--profile", help="profile to emulate with, in place of one measured now")
     parser.add_argument("--out", type=Path, default=Path("results/runs/bench_gpu"))
-    parser.add_argument("--models", nargs="*", help="presets to profile")
-    parser.add_argument("--pairs", type=int, help="(iteration, layer) pairs a regime")
+    parser.add_argument("--models", nargs="+", help="presets to profile; kernels and layers are the first one's")
+    parser.add_argument("--pairs", type=int, help="(iteration, layer) pairs a regime of the emulated layers")
+    parser.add_argument(
+        "--gap-pairs", type=int, default=72 if COMPILED else 24, help="pairs a regime of the gap-closed table"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the kernels' random inputs")
     parser.add_argument("--seconds", type=float, default=450, help="time budget")
     parser.add_argument("--full", action="store_true", help="full grids on the CPU too")
     parser.add_argument("--force", action="store_true", help="measure although the device is busy")
@@ -267,81 +213,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run everything; 0 when all went well, 1 when a kernel is wrong or the device is busy."""
     asked = parse(arguments)
-    clock = Clock(asked.seconds)
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         device = resolve_device(asked.device)
-        # off a GPU this program shows that it runs: a busy machine is said, not refused
         busy = check_idle(device, asked.force or device.type == "cpu")
-        return bench(asked, device, busy, clock)
+        return Bench(asked, device, busy).run()
     except (UserError, RunFailed) as error:
-        say(f"bench_gpu: {error}")
+        print(f"bench_gpu: {error}", file=sys.stderr)
         return 1
-
-
-def bench(asked: argparse.Namespace, device: torch.device, busy: list[str], clock: Clock) -> int:
-    """The stages in order of worth: profiles, kernels, emulated layers."""
-    cuda = device.type == "cuda"
-    models = tuple(asked.models) if asked.models is not None else PRESETS_CUDA if cuda else ("bundled",)
-    main_model = "gpt-oss-20b" if cuda else "bundled"
-    dtype = DTYPES["bfloat16" if cuda else "float32"]
-    effort = Effort(0.03, 7, 50) if cuda else QUICK if not asked.full else Effort(0.05, 5, 25)
-    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
-    say(f"# {shlex.join(['bench_gpu.py', *sys.argv[1:]])}")
-    say(f"# {name}; torch {torch.__version__}, Python {platform.python_version()}, moeless {__version__}")
-    for finding in busy:
-        say(f"# busy: {finding}")
-    asked.out.mkdir(parents=True, exist_ok=True)
-    links = "h100-dgx" if cuda else None
-    options = ProfileOptions(1 if cuda else 2, links=links, quick=not (cuda or asked.full), force=True)
-    write_profiles(models, device, options, asked.out, clock)
-    result: dict[str, object] = {"command": sys.argv, "device": name, "torch": torch.__version__, "busy": busy}
-    with torch.no_grad():
-        ceilings = measure_ceilings(device, [dtype], effort)
-        result["ceilings"] = ceilings.to_json()
-        sizes = (32, 256, 2048, 8192) if cuda else (32, 1024)
-        result["kernels"] = kernel_table(preset(main_model), device, dtype, ceilings, effort, sizes)
-        result["emulated"] = emulated_stage(asked, device, dtype, main_model, effort, clock)
-    write_json(asked.out / "bench.json", result)
-    say(f"\nwritten to {asked.out}; {asked.seconds - clock.left():.0f} s")
-    return int(not all(row["correct"] for row in result["kernels"]))
-
-
-def emulated_stage(
-    asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, model: str, effort: Effort, clock: Clock
-) -> dict[str, object] | None:
-    """Emulated layers beside the simulator's predictions, and the planners' dispatch times."""
-    cuda = device.type == "cuda"
-    try:
-        routing = shapes_of(load_routing(asked.routing), model)
-    except SystemExit as missing:
-        say(f"emulated layers: skipped, {missing}")
-        return None
-    made = asked.out / f"{device.type}-{model}.json"
-    source = asked.profile or (str(made) if made.is_file() else None)
-    if source is None:
-        say(f"emulated layers: skipped, no profile of {model}")
-        return None
-    machine: Cluster = cluster("h100x8" if cuda else "cpu8")
-    costs = MeasuredCosts(routing.spec, machine, profile=load_profile(find_profile(source)))
-    regimes = REGIMES if cuda or asked.full else tuple(r for r in REGIMES if r.tokens <= 1024)
-    pairs = asked.pairs or (8 if cuda else 2)
-    copies = -(-routing.spec.E // RANKS) + 1
-    work = RankWork(routing.spec, costs.grid.kernel, dtype, device, copies, cache_bytes(device))
-    cells = emulate(routing, costs, work, effort, regimes, pairs, clock)
-    show_cells(cells)
-    control = measure_control(routing.spec)
-    for name, times in control.items():
-        say(
-            f"{name.replace('_', ' ')}, host µs: "
-            + ", ".join(f"{key} {1e6 * value:.1f}" for key, value in times.items())
-        )
-    error = [cell.expert_error_abs for cell in cells]
-    if error:
-        say(f"simulator's error on the slowest rank's work: {np.mean(error):.1%} mean, {max(error):.1%} worst cell")
-    for warning in costs.warnings:
-        say(f"# {warning}")
-    return {"cells": [asdict(cell) for cell in cells], "control": control, "warnings": list(costs.warnings)}
 
 
 if __name__ == "__main__":

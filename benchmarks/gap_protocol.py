@@ -22,7 +22,6 @@ from moeless.contracts import FloatArray, IntArray, Phase
 from moeless.costs.kernels import KernelTerms
 from moeless.costs.roofline import RooflineCosts
 from moeless.spec import MoESpec, preset
-from moeless.traces.synthetic import SyntheticParams, synthetic_model
 
 SEED = 0
 PAIRS = 216
@@ -83,9 +82,9 @@ def routing_path() -> Path:
     return path
 
 
-def load_routing() -> Routing:
-    """gpt-oss-20b's routing of 615 requests; needs the development data."""
-    with np.load(routing_path()) as data:
+def load_routing(path: Path | None = None) -> Routing:
+    """gpt-oss-20b's routing of 615 requests, from its file or the development data."""
+    with np.load(path or routing_path()) as data:
         topk, offsets = data["experts"], data["offsets"]
     return Routing("gpt-oss-20b", topk, offsets, *_split(len(offsets) - 1), protocol_spec())
 
@@ -95,6 +94,9 @@ def synthetic_routing(name: str, layers: int = 12, requests: int = 240) -> Routi
 
     The generator's spreads are those found for gpt-oss-20b.
     """
+    # what needs pyarrow stays out of the programs that run where torch is all there is
+    from moeless.traces.synthetic import SyntheticParams, synthetic_model
+
     full = preset(name).with_expert_dtype("bfloat16")
     spec = dataclasses.replace(full, num_layers=layers, moe_layers=tuple(range(layers)))
     model = synthetic_model(spec, SyntheticParams(), seed=SEED)

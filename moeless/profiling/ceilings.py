@@ -10,6 +10,10 @@ import torch
 
 from moeless.profiling.timing import Effort, measure, synchronize
 
+#: Side of the matrix product and bytes of the copy that show what a device reaches.
+SIDE = {"cuda": 8192, "cpu": 1024}
+COPY_BYTES = {"cuda": 2**31, "cpu": 2**27}
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -43,7 +47,7 @@ def cache_bytes(device: torch.device) -> int:
 
 def measure_ceilings(device: torch.device, dtypes: list[torch.dtype], effort: Effort) -> Ceilings:
     """Measure a device with what its own libraries reach on random data."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = SIDE[device.type]
     flops = {}
     for dtype in dtypes:
         pairs = [
@@ -57,7 +61,7 @@ def measure_ceilings(device: torch.device, dtypes: list[torch.dtype], effort: Ef
         # a ceiling is what was reached, not what was usual
         flops[str(dtype).removeprefix("torch.")] = 2.0 * side**3 / sample.low
         del pairs
-    size = 2**31 if device.type == "cuda" else max(2**27, 4 * cache_bytes(device))
+    size = max(COPY_BYTES[device.type], 4 * cache_bytes(device))
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     copy = measure([lambda: target.copy_(source)], device, effort).low

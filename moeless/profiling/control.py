@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moeless.jit import COMPILED
 from moeless.spec import MoESpec
 
 RANKS = 8
@@ -22,13 +23,12 @@ def measure_control(spec: MoESpec, planners: tuple[str, ...] = ("eplb", "moeless
     One layer of 8 ranks, skewed loads (expert i has 1 / i of the first one's), one slot of extras a rank, compiled
     functions warmed up. Empty where the planners' compiler is not installed.
     """
-    try:
-        from moeless.placement import PLANNERS
-    except ImportError:
+    if not COMPILED:
         return {"dispatch_seconds": {}, "plan_seconds": {}}
     from moeless.cluster import cluster
     from moeless.contracts import Budget, Forecast, Phase, PlanInput
     from moeless.costs.roofline import RooflineCosts
+    from moeless.placement import PLANNERS
 
     machine = cluster("h100x8")
     costs = RooflineCosts(spec, machine)

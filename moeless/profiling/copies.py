@@ -16,6 +16,9 @@ import torch
 from moeless.profiling.parts import curve_entry
 from moeless.profiling.timing import Effort, Sample, measure, timed_wall
 
+#: Side of the matrix product that runs beside a copy.
+OVERLAP_SIDE = {"cuda": 4096, "cpu": 384}
+
 
 def measure_copies(device: torch.device, sizes: Sequence[int], folder: Path, effort: Effort) -> dict[str, Any]:
     """Every curve of a profile's ``copies``: bytes to seconds.
@@ -88,7 +91,7 @@ def measure_overlap(device: torch.device, dtype: torch.dtype, size: int) -> dict
 
     ``hidden`` is the share of the shorter one's time that the other hides: 1 is full concurrency, 0 none.
     """
-    side = 4096 if device.type == "cuda" else 384
+    side = OVERLAP_SIDE[device.type]
     a, b = (torch.empty(side, side, dtype=dtype, device=device).normal_() for _ in range(2))
     source = torch.randint(0, 255, (size,), dtype=torch.uint8)
     target = torch.empty(size, dtype=torch.uint8, device=device)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from moeless.engine import triton_kernels as fused
 from moeless.engine.core import combine, order_by_replica
 from moeless.engine.ffn import GatedFFN, silu_gate
 from moeless.profiling.ceilings import Ceilings
@@ -72,6 +73,8 @@ class HotPath:
     ) -> None:
         self.spec, self.device, self.dtype, self.tokens, self.ranks = spec, device, dtype, tokens, ranks
         self.ceilings, self.effort = ceilings, effort
+        self.triton = fused.available(device)
+        self._experts = np.arange(spec.E, dtype=np.int32)
         random = np.random.default_rng(seed)
         skew = 1.0 / np.arange(1, spec.E + 1)
         random.shuffle(skew)
@@ -103,44 +106,74 @@ class HotPath:
         return KernelRow(kernel, shape, sample.seconds, sample.low, sample.high, floor, error, correct)
 
     def rows(self) -> list[KernelRow]:
-        """The whole table."""
-        return [self.order(), *self.gathers(), self.experts(), *self.combines(), self.forecast()]
+        """The whole table; Triton's variants stand after the engine's own where they can run."""
+        return [
+            *self.orders(),
+            *self.gathers(),
+            self.experts(),
+            *self.activations(),
+            *self.combines(),
+            *self.forecasts(),
+            self.dispatch_stage(),
+        ]
 
     def _order(self) -> torch.Tensor:
-        return order_by_replica(self.topk_TK, self.load_E, np.arange(self.spec.E, dtype=np.int32))
+        return order_by_replica(self.topk_TK, self.load_E, self._experts)
 
-    def order(self) -> KernelRow:
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        bound, shift = fused.place_tables(self.load_E, self._experts, self.spec.E)
+        return torch.from_numpy(bound).to(self.device), torch.from_numpy(shift).to(self.device)
+
+    def orders(self) -> list[KernelRow]:
         """Shares: assignments in order of the replica that serves them, from quotas."""
         order = self._order()
-        reference = np.argsort(self.topk_TK.cpu().numpy().reshape(-1), kind="stable")
-        moved = 2.0 * self.topk_TK.numel() * 8
-        return self._row(
-            "shares (order by replica)",
-            f"N={order.numel()}",
-            self._order,
-            order.cpu(),
-            torch.from_numpy(reference),
-            moved,
-            exact=True,
-        )
+        reference = torch.from_numpy(np.argsort(self.topk_TK.cpu().numpy().reshape(-1), kind="stable"))
+        shape, moved = f"N={order.numel()}", 2.0 * self.topk_TK.numel() * 8
+        rows = [self._row("shares (order by replica)", shape, self._order, order.cpu(), reference, moved, exact=True)]
+        if self.triton:
+            tables = self._tables()
+
+            def call() -> torch.Tensor:
+                return fused.places(self.topk_TK, *tables)
+
+            place = torch.argsort(reference)
+            rows.append(self._row("shares (triton)", shape, call, call().cpu(), place, moved, exact=True))
+        return rows
 
     def gathers(self) -> list[KernelRow]:
-        """Dispatch permutation: token rows in order of destination, as the engine does it and by index_select."""
+        """Dispatch permutation: token rows in order of destination."""
         token_N = self._order() // self.spec.K
         reference = self.hidden_TH.double()[token_N]
-        moved = 2.0 * len(token_N) * self.spec.hidden_size * self.hidden_TH.element_size()
+        values = (self.tokens + len(token_N)) * self.spec.hidden_size
+        moved = float(values * self.hidden_TH.element_size())
         shape = f"N={len(token_N)} H={self.spec.hidden_size}"
 
         def engine() -> torch.Tensor:
-            return self.hidden_TH[token_N]
-
-        def select() -> torch.Tensor:
             return self.hidden_TH.index_select(0, token_N)
 
-        return [
-            self._row("dispatch permutation", shape, engine, engine(), reference, moved, exact=True),
-            self._row("dispatch permutation (index_select)", shape, select, select(), reference, moved, exact=True),
-        ]
+        rows = [self._row("dispatch permutation", shape, engine, engine(), reference, moved, exact=True)]
+        if self.triton:
+            place_N = fused.places(self.topk_TK, *self._tables())
+
+            def scatter() -> torch.Tensor:
+                return fused.scatter_rows(self.hidden_TH, place_N, self.spec.K)
+
+            name = "dispatch permutation (triton)"
+            rows.append(self._row(name, shape, scatter, scatter(), reference, moved, exact=True))
+        return rows
+
+    def activations(self) -> list[KernelRow]:
+        """The activation between the experts' two products."""
+        width = self.spec.expert_intermediate_size
+        both = self._normal(int(self.load_E.sum()), 2 * width)
+        gate, up = both.double().chunk(2, -1)
+        reference = functional.silu(gate) * up
+        moved = float(1.5 * both.numel() * both.element_size())
+        calls = {"gated activation": lambda: silu_gate(both)}
+        if self.triton:
+            calls["gated activation (triton)"] = lambda: fused.silu_gate(both)
+        shape = f"N={len(both)} I={width}"
+        return [self._row(name, shape, call, call(), reference, moved) for name, call in calls.items()]
 
     def experts(self) -> KernelRow:
         """Grouped expert compute on one rank's copies, with the rows of all ranks that chose them."""
@@ -175,7 +208,7 @@ class HotPath:
         return functional.linear(functional.silu(gate) * value, down.double())
 
     def combines(self) -> list[KernelRow]:
-        """Combine: each token's weighted rows summed, as the engine does it and by one fused library call."""
+        """Combine: each token's weighted rows summed."""
         order = self._order()
         rows = self._normal(order.numel(), self.spec.hidden_size)
         place = torch.empty_like(order)
@@ -188,19 +221,17 @@ class HotPath:
         def engine() -> torch.Tensor:
             return combine(rows, order, self.weight_TK, self.tokens, self.spec.K)
 
-        def fused() -> torch.Tensor:
-            position = torch.empty_like(order)
-            position[order] = torch.arange(len(order), device=self.device)
-            return functional.embedding_bag(
-                position.view(self.tokens, self.spec.K), rows, mode="sum", per_sample_weights=self.weight_TK
-            )
+        found = [self._row("combine", shape, engine, engine(), reference, moved)]
+        if self.triton:
+            place_N = place.int()
 
-        return [
-            self._row("combine", shape, engine, engine(), reference, moved),
-            self._row("combine (one fused gather and sum)", shape, fused, fused(), reference, moved),
-        ]
+            def gather() -> torch.Tensor:
+                return fused.combine_rows(rows, place_N, self.weight_TK)
 
-    def forecast(self) -> KernelRow:
+            found.append(self._row("combine (triton)", shape, gather, gather(), reference, moved))
+        return found
+
+    def forecasts(self) -> list[KernelRow]:
         """Forecast: the next layer's gate on this layer's input, top-k, counts per expert."""
         spec = self.spec
         gate = self._normal(spec.E, spec.hidden_size) * spec.hidden_size**-0.5
@@ -215,7 +246,33 @@ class HotPath:
         best = torch.topk(score, spec.K, dim=-1).values
         moved = float((self.hidden_TH.numel() + gate.numel()) * gate.element_size())
         shape = f"T={self.tokens} H={spec.hidden_size} E={spec.E}"
-        operations = 2.0 * self.tokens * spec.hidden_size * spec.E
-        return self._row(
-            "forecast (gate, top-k, counts)", shape, call, score.gather(1, chosen), best, moved, operations
-        )
+        work = 2.0 * self.tokens * spec.hidden_size * spec.E
+        name = "forecast (gate, top-k, counts)"
+        rows = [self._row(name, shape, call, score.gather(1, chosen), best, moved, work)]
+        if self.triton:
+
+            def counted() -> torch.Tensor:
+                return fused.forecast_counts(functional.linear(self.hidden_TH, gate), spec.K)
+
+            # counting is exact on the scores as they were rounded, whose ties go to the lowest expert
+            rounded = functional.linear(self.hidden_TH, gate).double()
+            lowest = torch.argsort(-rounded, dim=-1, stable=True)[:, : spec.K]
+            counts = torch.bincount(lowest.reshape(-1), minlength=spec.E)
+            rows.append(self._row("forecast (triton)", shape, counted, counted(), counts, moved, work, exact=True))
+        return rows
+
+    def dispatch_stage(self) -> KernelRow:
+        """What surrounds the planning after the gate: ids to the host, counts there, places' tables to the device.
+
+        The planning itself is a compiled function on the host: ``control`` of the profile.
+        """
+
+        def call() -> torch.Tensor:
+            ids = self.topk_TK.cpu().numpy().reshape(-1)
+            bound, shift = fused.place_tables(np.bincount(ids, minlength=self.spec.E), self._experts, self.spec.E)
+            return torch.from_numpy(np.stack([bound, shift])).to(self.device)
+
+        reference = torch.stack(list(self._tables())).double()
+        moved = float(self.topk_TK.numel() * 8 + reference.numel() * 4)
+        shape = f"N={self.topk_TK.numel()} E={self.spec.E}"
+        return self._row("dispatch stage (ids down, tables up)", shape, call, call(), reference, moved, exact=True)

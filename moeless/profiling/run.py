@@ -119,7 +119,7 @@ def make_plan(spec: MoESpec, device_name: str, options: ProfileOptions) -> Plan:
     active: tuple[int, ...] = QUICK_ACTIVE if options.quick else ACTIVE_CUDA if cuda else ACTIVE_CPU
     tokens: tuple[int, ...] = QUICK_TOKENS if options.quick else TOKENS_CUDA if cuda else TOKENS_CPU
     active = tuple(count for count in active if count <= min(fit, spec.num_experts))
-    effort = QUICK if options.quick else Effort(0.03, 7, 50) if cuda else Effort()
+    effort = QUICK if options.quick else Effort(0.03, 7, 50) if cuda else Effort(0.1, 7, 60)
     ranks = tuple(count for count in (2, 4, 8, 16, 32) if count <= options.ranks)
     if options.ranks > 1 and options.ranks not in ranks:
         ranks = (*ranks, options.ranks)

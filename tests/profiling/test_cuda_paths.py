@@ -1,0 +1,117 @@
+"""The CUDA paths of the profiler and of the GPU benchmark, run on a GPU that is the CPU (``fake_cuda.py``)."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moeless.cluster import cluster
+from moeless.costs.measured import MeasuredCosts
+from moeless.costs.profile_reader import load_profile
+from moeless.errors import RunFailed, UserError
+from moeless.profiling import busy, ceilings, copies, run
+from moeless.profiling.run import ProfileOptions, make_plan
+from moeless.profiling.timing import Effort, measure_in_turn
+from moeless.spec import preset
+
+GPU = torch.device("cuda", 0)
+
+
+def fake_cuda():
+    path = Path(__file__).with_name("fake_cuda.py")
+    made = importlib.util.spec_from_file_location("fake_cuda", path)
+    module = importlib.util.module_from_spec(made)
+    made.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The GPU, with small ceilings and grids; the list of what was asked of it."""
+    calls = []
+    threads = torch.get_num_threads()
+    for module, name, value in (
+        (ceilings, "SIDE", {"cuda": 64, "cpu": 64}),
+        (ceilings, "COPY_BYTES", {"cuda": 2**16, "cpu": 2**16}),
+        (copies, "OVERLAP_SIDE", {"cuda": 64, "cpu": 64}),
+        (run, "COPY_SIZES", {"cuda": [1 << 10, 1 << 14], "cpu": [1 << 10]}),
+        (run, "TOKENS_CUDA", (1, 4, 16)),
+        (run, "ACTIVE_CUDA", (1, 2, 5)),
+    ):
+        monkeypatch.setattr(module, name, value)
+    with fake_cuda().install(monkeypatch, calls):
+        yield calls
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench(monkeypatch, shared_data):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    for name in ("bench_gpu", "gpu_layers", "gpu_gap", "gap_protocol"):
+        sys.modules.pop(name, None)
+    module = importlib.import_module("bench_gpu")
+    monkeypatch.setattr(module, "KERNEL_TOKENS", {"cuda": (8, 100)})
+    small = [module.gpu_layers.REGIMES[5], module.gpu_layers.REGIMES[3]]
+    monkeypatch.setattr(module.gpu_layers, "REGIMES", tuple(small))
+    monkeypatch.setattr(module, "Effort", lambda *_: Effort(0.0, 3, 3))
+    monkeypatch.setattr(run, "Effort", lambda *_: Effort(0.0, 3, 3))
+    return module
+
+
+def test_times_come_from_events_behind_a_filled_queue(gpu):
+    first, second = measure_in_turn([[lambda: None], [lambda: None, lambda: None]], GPU, Effort(0.0, 4, 4))
+    assert (first.kept, second.kept) == (4, 4)
+    assert gpu.index("_sleep") > gpu.index("synchronize")
+    assert gpu[-1] == "synchronize"
+
+
+def test_a_gpu_in_use_is_refused_unless_forced(gpu, monkeypatch):
+    assert busy.check_idle(busy.resolve_device("cuda"), force=False) == []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**32, 2**33))
+    with pytest.raises(RunFailed, match=r"busy \(4\.0 GiB of its memory are taken"):
+        busy.check_idle(GPU, force=False)
+    assert len(busy.check_idle(GPU, force=True)) == 1
+    with pytest.raises(UserError, match="there are 1 CUDA devices, counted from 0"):
+        busy.resolve_device("cuda:3")
+    with pytest.raises(UserError, match="needs as many GPUs, there are 1"):
+        make_plan(preset("bundled"), "cuda", ProfileOptions(ranks=2))
+
+
+def test_everything_is_measured_in_one_command_that_goes_on_where_it_stopped(gpu, bench, tmp_path, capsys):
+    asked = ["--device", "cuda", "--models", "bundled", "--out", str(tmp_path), "--pairs", "1", "--gap-pairs", "1"]
+    # no time is left: every stage waits
+    assert bench.main([*asked, "--seconds", "0"]) == 0
+    assert "run the same command again for cuda-bundled, kernels" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.json"))
+
+    assert bench.main(asked) == 0
+    assert {"pin_memory", "_sleep", "stream", "current_stream", "get_device_capability"} <= set(gpu)
+    profile = load_profile(tmp_path / "cuda-bundled.json")
+    machine = profile.document["machine"]
+    assert (machine["device"], machine["name"], machine["compute_capability"]) == ("cuda", "Made GPU", "9.0")
+    assert {"host_to_device_pinned", "host_to_device_pageable", "device_to_device"} <= set(profile.copies)
+    assert [(grid.kernel, grid.dtype) for grid in profile.experts] == [
+        ("grouped_mm", "bfloat16"),
+        ("loop", "bfloat16"),
+    ]
+    costs = MeasuredCosts(preset("bundled"), cluster("h100x8"), profile=profile)
+    assert "the exchange is computed from the link model h100-dgx, not measured among ranks" in costs.warnings
+    emulated = json.loads((tmp_path / "emulated.json").read_text())["cells"]
+    assert len(emulated) == 8
+    assert all(np.isfinite(cell["model_error_mean"]) for cell in emulated)
+    gap = {(c["regime"], c["planner"]): c for c in json.loads((tmp_path / "gap.json").read_text())["cells"]}
+    assert len(gap) == 10
+    assert gap["decode 2048", "static"]["saved_percent"] == 0.0
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert all(row["correct"] for row in rows)
+    assert {row["tokens"] for row in rows} == {8, 100}
+
+    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert bench.main(asked) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == written
+    assert "profile bundled" in (tmp_path / "bench.txt").read_text()
