@@ -79,6 +79,7 @@ class Context:
         last_load_E: load of the *target* layer in the previous iteration of this phase.
         tokens: tokens of this iteration.
         true_load_E: the target layer's true load; the ``oracle`` predictor alone reads it.
+        token_T: token ids of this iteration, −1 where unknown; what is known before any layer has run.
         recent_E: load of the *target* layer summed over a window of recent iterations, None before there were any.
     """
 
@@ -90,6 +91,7 @@ class Context:
     phase: Phase
     true_load_E: NDArray[np.number[Any]] | None = None
     recent_E: NDArray[np.number[Any]] | None = None
+    token_T: NDArray[np.integer[Any]] | None = None
 
 
 @dataclass(frozen=True)

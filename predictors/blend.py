@@ -23,6 +23,7 @@ from moeless.predictors import mixing
 from moeless.predictors.base import LoadPredictor, Reads, Wants, not_fitted
 from moeless.predictors.shares import history_share, last_share, proportional, share_of
 from moeless.predictors.token_level import TokenLevel, missing_inputs
+from moeless.predictors.token_table import TokenTable
 from moeless.predictors.variance import Variance
 from moeless.spec import MoESpec
 
@@ -44,6 +45,7 @@ class Blend(LoadPredictor):
         weight_PHNS: weights of the sources.
         variance_PHNV: scale and spread of the forecast's variance (:class:`~moeless.predictors.variance.Variance`).
         error_PHNX: mean relative L1 on validation, and that of history alone there.
+        table: what token ids say of the first layers, None where the trace does not know them.
     """
 
     name = "blend"
@@ -60,6 +62,7 @@ class Blend(LoadPredictor):
         weight_PHNS: NDArray[np.floating[Any]] | None = None,
         variance_PHNV: NDArray[np.floating[Any]] | None = None,
         error_PHNX: NDArray[np.floating[Any]] | None = None,
+        table: TokenTable | None = None,
     ) -> None:
         if part is None or weight_PHNS is None or variance_PHNV is None or error_PHNX is None:
             raise not_fitted(self.name)
@@ -71,6 +74,7 @@ class Blend(LoadPredictor):
         self._row = {pair: row for row, pair in enumerate(self.pairs)}
         self._weight_PHNS = weight_PHNS.astype(np.float32)
         self._variance_PHNV, self._error_PHNX = variance_PHNV.astype(np.float32), error_PHNX.astype(np.float32)
+        self.table = table
         self.reads = part.reads
 
     @classmethod
@@ -102,7 +106,9 @@ class Blend(LoadPredictor):
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
         """Mix what is known; see :class:`LoadPredictor`."""
         self._check_target(layer + distance)
-        if layer < 0 or context.tokens == 0 or not self.part.covers(layer, distance):
+        if layer < 0:
+            return self._mix(self._by_tokens(context, layer + distance), context, layer, distance)
+        if context.tokens == 0 or not self.part.covers(layer, distance):
             return self._mix(None, context, layer, distance)
         inputs = self.part.inputs_of(context)
         if inputs is None:
@@ -111,6 +117,12 @@ class Blend(LoadPredictor):
             self.part.check_inputs(inputs, layer, distance)
             return self._mix(None, context, layer, distance)
         return self._mix(self.part.mean_load(inputs, layer, distance), context, layer, distance)
+
+    def _by_tokens(self, context: Context, target: int) -> FloatArray | None:
+        """Load shares of a first layer from the token ids, where both are known."""
+        if context.token_T is None or self.table is None or not self.table.covers(target):
+            return None
+        return self.table.share(context.token_T, target)
 
     def from_tokens(self, mean_E: FloatArray, context: Context, layer: int, distance: int) -> Forecast:
         """The mixture, given the sum over the tokens."""
@@ -176,6 +188,7 @@ class Blend(LoadPredictor):
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The part's arrays, the weights, and what they were worth on validation."""
         inner = {f"part.{name}": array for name, array in self.part.tensors().items()}
+        inner |= {} if self.table is None else self.table.tensors()
         return inner | {"weight": self._weight_PHNS, "variance": self._variance_PHNV, "error": self._error_PHNX}
 
     @classmethod
@@ -195,6 +208,7 @@ class Blend(LoadPredictor):
             tensors["weight"],
             tensors["variance"],
             tensors["error"],
+            TokenTable.of(tensors),
         )
 
 

@@ -63,6 +63,12 @@ class Rows:
         """Phase of all rows."""
         return np.asarray(self.trace.phase_T, np.uint8)
 
+    @cached_property
+    def token_T(self) -> NDArray[np.int32] | None:
+        """Token ids of all rows, None where the trace knows none."""
+        token_T = np.asarray(self.trace.token_T, np.int32)
+        return token_T if len(token_T) and bool((token_T >= 0).any()) else None
+
     def of(self, requests: IntArray) -> IntArray:
         """Row numbers of those requests, request after request, ``[T]``."""
         count = self.rows_N[requests]

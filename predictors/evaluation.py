@@ -30,7 +30,7 @@ class Row:
     """One line of ``metrics.json``.
 
     Attributes:
-        layer: source layer; the target is ``layer + distance``.
+        layer: source layer; the target is ``layer + distance``. −1: from what is known before any layer has run.
         phase: ``prefill``, ``decode``, or ``all`` for figures of single tokens.
         batch_tokens: tokens of an iteration, 1 for figures of single tokens.
         low, high: bootstrap 90 % interval over requests.
@@ -127,9 +127,12 @@ class Evaluator:
         pairs = pairs_of(self.rows.spec.L, self.settings.distances)
         part = predictor.token_part
         tokens = None if part is None else TokenLoads(part, self.rows, self.row_T, pairs)
+        if getattr(predictor, "forecasts_first", False):
+            # the first layers, from what is known before any has run
+            pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.settings.distances))]]
         made: list[Row] = []
         for done, (layer, distance) in enumerate(pairs):
-            usable = tokens if tokens is not None and tokens.predictor.covers(layer, distance) else None
+            usable = tokens if tokens is not None and layer >= 0 and tokens.predictor.covers(layer, distance) else None
             if usable is not None:
                 made.append(self._recall(usable, layer, distance))
             for (phase, size), (windows, group) in self._sets.items():
@@ -163,12 +166,13 @@ class Evaluator:
             load_E = load(window.row_T)
             last_E = load(window.previous_T) if len(window.previous_T) else None
             recent_E = load(window.recent_T) if len(window.recent_T) else None
+            token_T = None if layer >= 0 or self.rows.token_T is None else self.rows.token_T[window.row_T]
             context = Context(
-                None, None, self.history_LE[target], last_E, window.tokens, window.phase, load_E, recent_E
+                None, None, self.history_LE[target], last_E, window.tokens, window.phase, load_E, recent_E, token_T
             )  # fmt: skip
             if summed is not None:
                 forecast = predictor.from_tokens(summed[index], context, layer, distance)
-            elif predictor.token_part is not None:
+            elif predictor.token_part is not None and layer >= 0:
                 forecast = predictor.fallback(context, target)
             else:
                 forecast = predictor.predict(context, layer, distance)
@@ -234,5 +238,6 @@ def mean_of(rows: Sequence[Row], metric: str, distance: int, phase: str, batch_t
         row.value
         for row in rows
         if (row.metric, row.distance, row.phase, row.batch_tokens) == (metric, distance, phase, batch_tokens)
+        and row.layer >= 0
     ]
     return float(np.mean(found)) if found else None

@@ -19,6 +19,7 @@ from moeless.predictors.data import Rows
 from moeless.predictors.fitting import FitInput, pairs_of
 from moeless.predictors.token_level import TokenLevel
 from moeless.predictors.token_loads import TokenLoads
+from moeless.predictors.token_table import TokenTable
 from moeless.predictors.variance import fit_variance, widen
 from moeless.predictors.windows import Window, available_phases, windows_of
 
@@ -74,6 +75,7 @@ def fit_blend(given: FitInput) -> Blend:
     pairs = pairs_of(rows.spec.L, settings.distances)
     first = [(BEFORE, target + 1) for target in range(min(max(settings.distances), rows.spec.L))]
     tokens = TokenLoads(part, rows, sample.row_T, pairs)
+    table = _table(given, len(first))
     sets = _windows(rows, sample.requests, tokens, options.windows, settings.seed)
     sizes = sorted({size for _, size in sets})
     share_LE = rows.share_LE(given.split.fit)
@@ -85,7 +87,7 @@ def fit_blend(given: FitInput) -> Blend:
             for index, size in enumerate(sizes):
                 windows = sets.get((phase, size)) or sets[_other(phase), size]
                 share_SIE, load_IE = _sources(
-                    rows, tokens if measured else None, share_LE, windows, layer, distance
+                    rows, tokens if measured else None, table, share_LE, windows, layer, distance
                 )  # fmt: skip
                 true_IE = load_IE / load_IE.sum(1, keepdims=True)
                 found = mixing.choose(
@@ -97,7 +99,17 @@ def fit_blend(given: FitInput) -> Blend:
                 spread = widen(fit_variance(mean_IE, load_IE), mean_IE, load_IE)
                 variance[row, column, index] = spread.scale, spread.spread
         given.report("blend", row + 1, {"validation_error": float(error[row, ..., 0].mean())})
-    return Blend(rows.spec, part, [*pairs, *first], sizes, weight, variance, error)
+    return Blend(rows.spec, part, [*pairs, *first], sizes, weight, variance, error, table)
+
+
+def _table(given: FitInput, layers: int) -> TokenTable | None:
+    """What token ids say of the first layers, from the training sample."""
+    token_T = given.rows.token_T
+    if token_T is None:
+        return None
+    row_T = given.sample("topk").row_T
+    mean_LE = given.rows.share_LE(given.split.fit)
+    return TokenTable.fit(token_T[row_T], given.rows.topk_TLK[row_T][:, :layers].astype(np.int64), mean_LE[:layers])
 
 
 def _windows(
@@ -132,7 +144,13 @@ def _independent(phase: Phase, tokens: int, size: int, windows: Sequence[Window]
 
 
 def _sources(
-    rows: Rows, tokens: TokenLoads | None, share_LE: FloatArray, windows: Sequence[Window], layer: int, distance: int
+    rows: Rows,
+    tokens: TokenLoads | None,
+    table: TokenTable | None,
+    share_LE: FloatArray,
+    windows: Sequence[Window],
+    layer: int,
+    distance: int,
 ) -> tuple[FloatArray, IntArray]:
     """Shares by source ``[S, I, E]``, and true loads ``[I, E]``."""
     target, experts = layer + distance, rows.spec.E
@@ -151,6 +169,9 @@ def _sources(
             for window in windows
         ]
     )
+    if layer == BEFORE and table is not None and rows.token_T is not None:
+        id_T = rows.token_T
+        return np.stack([[table.share(id_T[w.row_T], target) for w in windows], history_IE, last_IE]), load_IE
     if tokens is None:
         return np.stack([history_IE, history_IE, last_IE]), load_IE
     sum_IE = tokens.sums([window.row_T for window in windows], layer, distance)

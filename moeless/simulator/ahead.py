@@ -34,6 +34,7 @@ class Work:
     tokens: int
     topk_TLK: NDArray[np.uint16] | None = None
     router_input_TLH: NDArray[Any] | None = None
+    token_T: NDArray[np.integer[Any]] | None = None
 
 
 class AheadPlans:
@@ -102,6 +103,7 @@ class AheadPlans:
             phase=work.phase,
             true_load_E=work.load_LSE[target].sum(0),
             recent_E=self.history.recent(target),
+            token_T=work.token_T,
         )
 
     def _decide(self, layer: int, forecast: Forecast, phase: Phase, now: float, delay: float) -> None:

@@ -191,7 +191,9 @@ class Bench:
             lengths=config.lengths,  # type: ignore[arg-type]
             seed=config.seed,
         )
-        self.replay = Replay(self.served.topk_TLK, self.workload, self.spec.E, self.cluster.G)
+        token_T = trace.token_T[self.served.row_T]
+        known = token_T if bool((token_T >= 0).any()) else None
+        self.replay = Replay(self.served.topk_TLK, self.workload, self.spec.E, self.cluster.G, known)
         self._scheduler()
 
     def _spec(self, recorded: MoESpec) -> MoESpec:

@@ -130,6 +130,8 @@ class Run:
         if rows is not None and self._reads == "router_inputs" and self._router_inputs is not None:
             inputs = self._router_inputs(rows)
         work = Work(load_LSE, phase, tokens, None if rows is None else self.replay.topk_TLK[rows], inputs)
+        if rows is not None and self.replay.token_T is not None:
+            work = dataclasses.replace(work, token_T=self.replay.token_T[rows])
         other = self.nonexpert.seconds(sums_SX)
         begin = self.now
         self.now = self.stage.run(work, begin, other) + other.once

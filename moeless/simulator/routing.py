@@ -47,12 +47,21 @@ class Replay:
     Args:
         topk_TLK: expert ids, u16.
         workload: whose requests replay which rows of it.
+        token_T: ids of the tokens, where they are known.
 
     Raises:
         UserError: an expert id or a row is out of range.
     """
 
-    def __init__(self, topk_TLK: NDArray[np.integer], workload: Workload, num_experts: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        topk_TLK: NDArray[np.integer],
+        workload: Workload,
+        num_experts: int,
+        num_ranks: int,
+        token_T: NDArray[np.int32] | None = None,
+    ) -> None:
+        self.token_T = token_T
         self.topk_TLK = np.ascontiguousarray(topk_TLK, np.uint16)
         self.num_experts, self.num_ranks = num_experts, num_ranks
         if len(self.topk_TLK) and int(self.topk_TLK.max()) >= num_experts:

@@ -15,6 +15,7 @@ from moeless.predictors.data import Rows
 from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
 from moeless.predictors.fitting import FitSettings, fit
 from moeless.predictors.split import split_requests
+from moeless.predictors.token_table import TokenTable
 from moeless.predictors.variance import Variance, widen
 
 
@@ -40,11 +41,12 @@ def context(rows: Rows, row_T: np.ndarray, layer: int, **changes) -> Context:
     return Context(**(known | changes))
 
 
-def with_weights(blend: Blend, weight_S: tuple[float, float, float]) -> Blend:
+def with_weights(blend: Blend, weight_S: tuple[float, float, float], table: TokenTable | None = None) -> Blend:
     shape = (len(blend.pairs), 2, len(blend.sizes))
     return Blend(
         blend.spec, blend.part, blend.pairs, blend.sizes, np.broadcast_to(weight_S, (*shape, 3)),
         np.broadcast_to([2.0, 0.5], (*shape, 2)), np.broadcast_to([0.2, 0.4], (*shape, 2)),
+        table,
     )  # fmt: skip
 
 
@@ -104,6 +106,32 @@ def test_the_first_layers_are_forecast_from_what_was_best_for_them(world):
     first = blend.predict(given_, -1, 1)
     assert first.mean_E == pytest.approx(blend.predict(given_, -2, 2).mean_E)
     assert blend.weights(-1, 1, Phase.PREFILL, 40)[mixing.TOKENS] == 0.0
+
+
+def test_the_first_layers_are_forecast_from_token_ids_where_they_are_known(world, tmp_path):
+    rows, _, blend = world
+    rng = np.random.default_rng(0)
+    E, K = rows.spec.E, rows.spec.K
+    # every id goes to experts of its own, in both of the first layers
+    chosen_VMK = np.stack([[rng.permutation(E)[:K] for _ in range(2)] for _ in range(20)])
+    token_T = rng.integers(0, 20, 5000)
+    mean_ME = np.full((2, E), 1 / E)
+    table = TokenTable.fit(token_T + 7, chosen_VMK[token_T], mean_ME)
+    true_E = np.bincount(chosen_VMK[token_T[:300], 1].ravel(), minlength=E)
+    assert table.share(token_T[:300] + 7, 1) == pytest.approx(true_E / true_E.sum(), abs=0.01)
+    assert table.share(np.full(9, -1), 0) == pytest.approx(mean_ME[0])
+    order = rng.permutation(E)
+    moved = TokenTable.fit(token_T, np.argsort(order)[chosen_VMK[token_T]], mean_ME)
+    assert moved.share(token_T[:50], 0) == pytest.approx(table.share(token_T[:50] + 7, 0)[order])
+
+    made = with_weights(blend, (1.0, 0.0, 0.0), table)
+    made.save(tmp_path / "p")
+    for predictor in (made, load_predictor(tmp_path / "p")):
+        first = predictor.predict(context(rows, np.arange(300), -1, token_T=token_T[:300] + 7), -1, 2)
+        assert first.mean_E == pytest.approx(table.share(token_T[:300] + 7, 1) * 300 * K)
+        # an engine that does not know them, and a layer that is not one of the first
+        assert predictor.predict(context(rows, np.arange(300), -1), -1, 2).source == "history"
+        assert predictor.predict(context(rows, np.arange(9), -1, token_T=token_T[:9]), -1, 4).source == "history"
 
 
 def test_a_source_that_knows_is_taken_and_one_that_guesses_is_not():
