@@ -172,7 +172,13 @@ class MeasuredCosts(CostModel):
         return seconds_G
 
     def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
-        return 2.0 * self.exchange.seconds(bytes_SG)
+        seconds = 2.0 * self.exchange.seconds(bytes_SG)
+        source = self.profile.parts.get("source")
+        if source is not None:
+            # the fullest source rank sorts its tokens by destination and adds up what comes back
+            sent = float(np.asarray(bytes_SG, np.float64).sum(1).max(initial=0.0))
+            seconds += source.at(sent / (self.spec.token_bytes * self.spec.K))
+        return seconds
 
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
         copies = self.profile.copies

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from moeless.engine.core import combine as weighted_sum
+from moeless.engine.core import order_by_replica
 from moeless.profiling.monotone import monotone_curve
 from moeless.profiling.timing import Effort, Sample, measure
 from moeless.spec import MoESpec
@@ -132,6 +134,20 @@ def measure_parts(
         value = torch.empty(*shape, block.value_dim, dtype=dtype, device=device).normal_()
         return lambda: block.decode(rows, key, value)
 
+    def at_source(rows: torch.Tensor) -> Callable[[], object]:
+        # what a rank does with its own tokens around the exchange, by the engine's own functions
+        topk = torch.rand(len(rows), spec.num_experts, device=device).topk(spec.top_k).indices
+        weight = torch.rand(len(rows), spec.top_k, device=device)
+        quota = np.bincount(topk.cpu().numpy().reshape(-1), minlength=spec.num_experts)
+        replicas = np.arange(spec.num_experts, dtype=np.int32)
+
+        def run() -> torch.Tensor:
+            order = order_by_replica(topk, quota, replicas)
+            sent = rows.index_select(0, order // spec.top_k)
+            return weighted_sum(sent, order, weight, len(rows), spec.top_k)
+
+        return run
+
     cached = block.kv_heads * DECODE_CONTEXT * (block.key_dim + block.value_dim) * gate.element_size()
     room = 8 * 2**30 if device.type == "cuda" else 2**28
     batches = [count for count in tokens if count * cached * 8 <= room and count <= 256] or [1]
@@ -142,4 +158,5 @@ def measure_parts(
         "attention_decode": over_tokens(batches, decoding),
         "permute": over_tokens(tokens, permuting),
         "combine": over_tokens(tokens, combining),
+        "source": over_tokens(lengths, at_source),
     }

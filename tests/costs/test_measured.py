@@ -178,6 +178,17 @@ def test_exchange_follows_bytes_and_skew():
     assert costs.load_seconds(1500, "local", 0) == 0.0
 
 
+def test_what_a_source_rank_does_around_the_exchange_is_added():
+    made = document(np.outer(ACTIVE, np.array(TOKENS) * 1e-7), exchange=[EXCHANGE])
+    made["parts"] = made["parts"] | {"source": {"tokens": [1, 1001], "seconds": [1e-6, 11e-6]}}
+    plain = costs_of(np.outer(ACTIVE, np.array(TOKENS) * 1e-7), exchange=[EXCHANGE])
+    costs = MeasuredCosts(SPEC, cluster("h100x8").with_gpus(2), profile=parse_profile(made, "made.json"))
+    # rank 0 sends 200 assignments of 50 tokens, one half to itself; rank 1 sends nothing
+    bytes_SG = np.array([[100.0, 100.0], [0.0, 0.0]]) * SPEC.token_bytes
+    assert SPEC.K == 4
+    assert costs.all_to_all_seconds(bytes_SG) - plain.all_to_all_seconds(bytes_SG) == pytest.approx(1.49e-6)
+
+
 def test_link_model_fills_in_where_no_ranks_were_measured():
     costs = costs_of(np.outer(ACTIVE, np.array(TOKENS) * 1e-7), gpus=8, links="h100-dgx")
     bytes_SG = np.full((8, 8), 2e6)
