@@ -162,3 +162,21 @@ def test_watching_a_window_changes_nothing(spec, requests, replay_for):
     watched = run(spec, requests, replay_for(4), "static", timeline=Timeline(0.005, 0.01))
     assert watched.end == pytest.approx(plain.end, rel=1e-9)
     assert watched.cell.layer.samples == plain.cell.layer.samples
+
+
+def test_a_busy_batch_counts_as_saturated_only_where_requests_wait(spec, requests, replay_for):
+    together = [dataclasses.replace(request, arrival=0.0) for request in requests]
+
+    def said(limit):
+        scheduler = Continuous(together, 4, token_budget=64, max_running=limit)
+        return " ".join(run(spec, together, replay_for(4), "static", scheduler=scheduler).cell.warnings)
+
+    # everything starts at once and is served within milliseconds: busy, nobody waits noticeably
+    assert "near saturation" not in said(40)
+    slow = dataclasses.replace(cluster("cpu8"), num_gpus=4)
+    runtime = resolve(
+        Policy("static"), spec=spec, cluster=slow, costs=COSTS.get("roofline")(spec, slow), extra_slots=0, predictors={}
+    )
+    scheduler = Continuous(together, 4, token_budget=64, max_running=2)
+    got = simulate(replay_for(4), together, scheduler, runtime, settings=SimulationSettings())
+    assert any("near saturation" in text or "queue grew" in text for text in got.cell.warnings)
