@@ -51,7 +51,7 @@ PRESETS_CUDA = ("gpt-oss-20b", "mixtral-8x7b", "phi-3.5-moe", "llama-4-scout", "
 #: Tokens of a rank in the kernels' table.
 KERNEL_TOKENS = {"cuda": (32, 256, 2048, 8192), "cpu": (32, 1024)}
 #: Seconds that a stage needs on a GPU; less left, and it waits for the next call.
-NEEDS = {"kernels": 25.0, "emulated": 60.0, "gap": 30.0 if COMPILED else 90.0}
+NEEDS = {"kernels": 45.0, "emulated": 60.0, "gap": 30.0 if COMPILED else 90.0}
 
 
 class Bench:
@@ -124,11 +124,21 @@ class Bench:
         spec = preset(self.models[0])
         ceilings = measure_ceilings(self.device, [self.dtype], self.effort)
         rows: list[dict[str, Any]] = []
+        failed: dict[str, str] = {}
         for seed, tokens in enumerate(KERNEL_TOKENS[self.device.type]):
             path = HotPath(
-                spec, self.device, self.dtype, tokens, gpu_layers.RANKS, ceilings, self.effort, seed + self.asked.seed
+                spec,
+                self.device,
+                self.dtype,
+                tokens,
+                gpu_layers.RANKS,
+                ceilings,
+                self.effort,
+                seed + self.asked.seed,
+                triton=not self.asked.no_triton,
             )
             rows += [{"tokens": tokens, **asdict(row), "over_floor": row.over_floor} for row in path.rows()]
+            failed |= path.failed
         self.say(f"\n{spec.name}, {self.dtype}: kernel | shape | µs | floor µs | over floor | error against float64")
         for r in rows:
             mark = "" if r["correct"] else "  WRONG"
@@ -136,7 +146,9 @@ class Bench:
                 f"{r['kernel']} | {r['shape']} | {r['seconds'] * 1e6:.1f} | {r['floor'] * 1e6:.2f} | "
                 f"{r['over_floor']:.2f} | {r['error']:.1e}{mark}"
             )
-        return {"model": spec.name, "ceilings": ceilings.to_json(), "rows": rows}
+        for kernel, why in failed.items():
+            self.say(f"# {kernel} did not run: {why}")
+        return {"model": spec.name, "ceilings": ceilings.to_json(), "rows": rows, "failed": failed}
 
     def costs(self) -> tuple[Any, MeasuredCosts] | None:
         """The real routing at the first model's shapes, and its measured costs; None where one is missing."""
@@ -179,14 +191,15 @@ class Bench:
             self.say(f"# busy: {finding}")
         self.profile(self.models[0])
         with torch.no_grad():
-            kernels = self.stage("kernels", NEEDS["kernels"] if self.cuda else 0.0, self.kernels)
             found = self.costs()
             if found is not None:
                 self.stage("emulated", NEEDS["emulated"] if self.cuda else 0.0, lambda: self.emulated(*found))
-        for model in self.models[1:]:
-            self.profile(model)
-        if found is not None:
-            self.stage("gap", NEEDS["gap"] if self.cuda else 0.0, lambda: self.gap(*found))
+            for model in self.models[1:]:
+                self.profile(model)
+            if found is not None:
+                self.stage("gap", NEEDS["gap"] if self.cuda else 0.0, lambda: self.gap(*found))
+            # last: a kernel that breaks the device takes nothing else with it
+            kernels = self.stage("kernels", NEEDS["kernels"] if self.cuda else 0.0, self.kernels)
         done = "; run the same command again for " + ", ".join(self.waiting) if self.waiting else ""
         self.say(f"\nwritten to {self.out}; {self.asked.seconds - self.left():.0f} s{done}")
         return int(kernels is not None and not all(row["correct"] for row in kernels["rows"]))
@@ -206,6 +219,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the kernels' random inputs")
     parser.add_argument("--seconds", type=float, default=450, help="time budget")
     parser.add_argument("--full", action="store_true", help="full grids on the CPU too")
+    parser.add_argument("--no-triton", action="store_true", help="torch's own operations only")
     parser.add_argument("--force", action="store_true", help="measure although the device is busy")
     return parser.parse_args(arguments)
 

@@ -58,6 +58,9 @@ class HotPath:
     """The kernels at one model's shapes on one rank of ``ranks``, for ``tokens`` tokens of its own.
 
     Every input is random and fresh; assignments are skewed as real ones are (weights 1, 1/2, 1/3, ...).
+
+    Attributes:
+        failed: Triton's kernels that did not run here, and why.
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class HotPath:
         ceilings: Ceilings,
         effort: Effort,
         seed: int,
+        triton: bool = True,
     ) -> None:
         self.spec, self.device, self.dtype, self.tokens, self.ranks = spec, device, dtype, tokens, ranks
         self.ceilings, self.effort = ceilings, effort
-        self.triton = fused.available(device)
+        self.triton = triton and fused.available(device)
+        self.failed: dict[str, str] = {}
         self._experts = np.arange(spec.E, dtype=np.int32)
         random = np.random.default_rng(seed)
         skew = 1.0 / np.arange(1, spec.E + 1)
@@ -104,6 +109,23 @@ class HotPath:
         error = relative_error(out, reference)
         correct = error == 0.0 if exact else error <= TOLERANCE[self.dtype]
         return KernelRow(kernel, shape, sample.seconds, sample.low, sample.high, floor, error, correct)
+
+    def _variant(
+        self,
+        kernel: str,
+        shape: str,
+        call: Callable[[], torch.Tensor],
+        reference: torch.Tensor,
+        moved: float,
+        operations: float = 0.0,
+        exact: bool = False,
+    ) -> list[KernelRow]:
+        """Triton's way of doing the same; what does not compile here is noted and left out."""
+        try:
+            return [self._row(kernel, shape, call, call(), reference, moved, operations, exact)]
+        except Exception as error:
+            self.failed[kernel] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return []
 
     def rows(self) -> list[KernelRow]:
         """The whole table; Triton's variants stand after the engine's own where they can run."""
@@ -137,7 +159,7 @@ class HotPath:
                 return fused.places(self.topk_TK, *tables)
 
             place = torch.argsort(reference)
-            rows.append(self._row("shares (triton)", shape, call, call().cpu(), place, moved, exact=True))
+            rows += self._variant("shares (triton)", shape, call, place.to(self.device), moved, exact=True)
         return rows
 
     def gathers(self) -> list[KernelRow]:
@@ -153,13 +175,13 @@ class HotPath:
 
         rows = [self._row("dispatch permutation", shape, engine, engine(), reference, moved, exact=True)]
         if self.triton:
-            place_N = fused.places(self.topk_TK, *self._tables())
+            place_N = torch.argsort(self._order()).int()
 
             def scatter() -> torch.Tensor:
                 return fused.scatter_rows(self.hidden_TH, place_N, self.spec.K)
 
             name = "dispatch permutation (triton)"
-            rows.append(self._row(name, shape, scatter, scatter(), reference, moved, exact=True))
+            rows += self._variant(name, shape, scatter, reference, moved, exact=True)
         return rows
 
     def activations(self) -> list[KernelRow]:
@@ -169,11 +191,12 @@ class HotPath:
         gate, up = both.double().chunk(2, -1)
         reference = functional.silu(gate) * up
         moved = float(1.5 * both.numel() * both.element_size())
-        calls = {"gated activation": lambda: silu_gate(both)}
-        if self.triton:
-            calls["gated activation (triton)"] = lambda: fused.silu_gate(both)
         shape = f"N={len(both)} I={width}"
-        return [self._row(name, shape, call, call(), reference, moved) for name, call in calls.items()]
+        rows = [self._row("gated activation", shape, lambda: silu_gate(both), silu_gate(both), reference, moved)]
+        if self.triton:
+            name = "gated activation (triton)"
+            rows += self._variant(name, shape, lambda: fused.silu_gate(both), reference, moved)
+        return rows
 
     def experts(self) -> KernelRow:
         """Grouped expert compute on one rank's copies, with the rows of all ranks that chose them."""
@@ -228,7 +251,7 @@ class HotPath:
             def gather() -> torch.Tensor:
                 return fused.combine_rows(rows, place_N, self.weight_TK)
 
-            found.append(self._row("combine (triton)", shape, gather, gather(), reference, moved))
+            found += self._variant("combine (triton)", shape, gather, reference, moved)
         return found
 
     def forecasts(self) -> list[KernelRow]:
@@ -258,7 +281,7 @@ class HotPath:
             rounded = functional.linear(self.hidden_TH, gate).double()
             lowest = torch.argsort(-rounded, dim=-1, stable=True)[:, : spec.K]
             counts = torch.bincount(lowest.reshape(-1), minlength=spec.E)
-            rows.append(self._row("forecast (triton)", shape, counted, counted(), counts, moved, work, exact=True))
+            rows += self._variant("forecast (triton)", shape, counted, counts, moved, work, exact=True)
         return rows
 
     def dispatch_stage(self) -> KernelRow:

@@ -99,6 +99,19 @@ def test_hot_path_kernels_agree_with_float64():
         assert all(row.floor > 0 for row in rows)
 
 
+def test_a_variant_that_does_not_run_is_left_out_with_its_reason():
+    ceilings = Ceilings({"float32": 1e11}, 1e10, 1e10, 1e-6, 1e-6)
+    path = HotPath(preset("bundled"), CPU, torch.float32, 8, 2, ceilings, TINY, 0, triton=False)
+    assert not path.triton
+    assert len(path._variant("good", "", lambda: torch.ones(4), torch.ones(4), 1.0)) == 1
+
+    def breaks():
+        raise RuntimeError("no compiler\nat line 3")
+
+    assert path._variant("bad", "", breaks, torch.ones(4), 1.0) == []
+    assert path.failed == {"bad": "no compiler"}
+
+
 def test_a_kernel_that_computes_something_else_is_called_wrong():
     ceilings = Ceilings({"float32": 1e11}, 1e10, 1e10, 1e-6, 1e-6)
     path = HotPath(preset("bundled"), CPU, torch.float32, 8, 2, ceilings, TINY, 0)
