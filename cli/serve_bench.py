@@ -42,7 +42,9 @@ def command(
     trace: Annotated[Path | None, typer.Option("--trace", metavar="DIR", help="Routing trace of kind tokens.")] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="planner[:predictor[:distance]]; repeatable. Default: static, eplb, oracle."),
+        typer.Option(
+            "--policy", help="planner[:predictor[:distance or auto]]; repeatable. Default: static, eplb, oracle."
+        ),
     ] = None,
     preset: Annotated[
         list[Path] | None, typer.Option("--preset", metavar="FILE", help="Tuned policy (moeless tune); repeatable.")

@@ -14,7 +14,10 @@ def command(
     trace: Annotated[Path, typer.Argument(help="Trace folder of kind tokens; gate methods need its router inputs.")],
     out: common.ArtefactOption,
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="layer_aware, gate_reuse, transition or frequency.")
+        str,
+        typer.Option(
+            "--method", metavar="NAME", help="layer_aware, gate_reuse, from_scratch, transition, blend or frequency."
+        ),
     ] = "layer_aware",
     distance: Annotated[str, typer.Option("--distance", metavar="D", help="Distances: 1, 1..5 or 1,3.")] = "1",
     model: Annotated[
