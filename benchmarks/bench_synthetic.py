@@ -31,9 +31,9 @@ def main() -> None:
     print(f"command: python {' '.join(sys.argv)}")
     for name, value in dataclasses.asdict(found.params).items():
         print(f"  {name} {value:.4g}")
-    print(f"{'':36} {'real':>9} {'synthetic':>9}")
+    print(f"{'':60} {'real':>9} {'synthetic':>9}")
     for name, real, synthetic in found.report:
-        print(f"{name:36} {real:>9.3f} {synthetic:>9.3f}")
+        print(f"{name:60} {real:>9.3f} {synthetic:>9.3f}")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from moeless.traces.synthetic import SyntheticParams, synthetic_model
 BATCHES = (16, 64, 256)
 #: Layers ahead at which predictability is compared.
 DISTANCES = (1, 4)
+#: Consecutive tokens whose load the layer below is to tell.
+LOAD_TOKENS = 512
 #: Draws of router weights over which synthetic measures are averaged.
 _DRAWS = 3
 #: Parameters that are searched. All but ``latent`` are positive: they are searched on a scale on which a step is a
 #: factor, of the value or, for correlations, of what they lack to 1.
-_SPREADS = ("popularity", "category", "request", "token")
+_SPREADS = ("popularity", "category", "request", "token", "layer")
 _CORRELATIONS = ("persistence", "neighbour")
 
 
@@ -73,6 +75,9 @@ def measure(
         if distance < spec.L:
             name = "next layer known better by" if distance == 1 else f"layer {distance} ahead known better by"
             made[name] = float(np.nanmean(st.next_layer_gain_L(sample, spec.E, distance)))
+    if spec.L > 1:
+        error = st.next_load_error(topk_TLK, spec.E, LOAD_TOKENS)
+        made[f"error of the next layer's load of {LOAD_TOKENS} tokens, over history's"] = error
     return made
 
 

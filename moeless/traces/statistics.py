@@ -181,3 +181,35 @@ def next_layer_gain_L(topk_TLK: NDArray[np.uint16], experts: int, distance: int 
         blind = np.isin(target, popular).mean()
         gain[layer] = known - blind
     return gain
+
+
+def next_load_error(topk_TLK: NDArray[np.uint16], experts: int, tokens: int) -> float:
+    """Error of the next layer's load told from this layer's, over that of the mean load; NaN where tokens are too few.
+
+    The first half of the rows fits P(expert at l+1 | expert at l), each pair of a token's experts counting alike; loads
+    are those of consecutive ``tokens`` rows of the second half, errors sums of absolute differences over layers.
+    """
+    half, windows = len(topk_TLK) // 2, (len(topk_TLK) - len(topk_TLK) // 2) // tokens
+    told = known = 0.0
+    if not windows:
+        return float("nan")
+    test = topk_TLK[half : half + windows * tokens].astype(np.int64)
+    window = np.repeat(np.arange(windows), tokens)
+    fit_L = topk_TLK[:half].astype(np.int64).transpose(1, 0, 2)
+    load_LNE = np.stack([_window_loads(test[:, layer], window, experts) for layer in range(test.shape[1])])
+    for layer in range(len(fit_L) - 1):
+        pairs = fit_L[layer][:, :, None] * experts + fit_L[layer + 1][:, None, :]
+        pair = np.bincount(pairs.ravel(), minlength=experts**2).reshape(experts, experts)
+        mean = pair.sum(axis=0) / max(pair.sum(), 1)
+        row = pair.sum(axis=1, keepdims=True)
+        given = np.where(row > 0, pair / np.maximum(row, 1), mean)
+        true = load_LNE[layer + 1]
+        told += float(np.abs(load_LNE[layer] @ given - true).sum())
+        known += float(np.abs(mean * true.sum(axis=1, keepdims=True) - true).sum())
+    return told / known if known else float("nan")
+
+
+def _window_loads(expert_TK: IntArray, window_T: IntArray, experts: int) -> IntArray:
+    """Load ``[N, E]`` of one layer in windows that rows belong to."""
+    index = window_T[:, None] * experts + expert_TK
+    return np.bincount(index.ravel(), minlength=(int(window_T[-1]) + 1) * experts).reshape(-1, experts)

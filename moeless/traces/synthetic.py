@@ -3,11 +3,11 @@
 A router scores a token by the product of its weights with the token's hidden state, and a hidden state changes little
 from one layer to the next. So here: a token has a state of few dimensions, the sum of its category's, its request's and
 its own; the own part persists in part from token to token; all parts change a little from layer to layer. A layer's
-scores are ``popularity + W_l state + noise`` with Gumbel noise and weights ``W_l`` drawn once per model; the K largest
-are the token's experts. Since the state persists, the experts of one layer tell about those of the next, as in real
-models. Every spread is a parameter, so that a generator can be calibrated from a real trace
-(:mod:`moeless.traces.calibration`) or from a popularity histogram (:func:`popularity_from_histogram`). What comes out
-is always labelled synthetic.
+scores are ``popularity + W_l state + deviation + noise``: weights ``W_l`` drawn once per model, a deviation of the
+request in that layer alone, and Gumbel noise; the K largest are the token's experts. Since the state persists, the
+experts of one layer tell about those of the next, as in real models. Every spread is a parameter, so that a generator
+can be calibrated from a real trace (:mod:`moeless.traces.calibration`) or from a popularity histogram
+(:func:`popularity_from_histogram`). What comes out is always labelled synthetic.
 
 Axes: C categories, L layers, E experts, D dimensions of the state, T tokens, K experts per token.
 """
@@ -38,11 +38,12 @@ _BLOCK = 256
 class SyntheticParams:
     """Standard deviations of scores, in units of the Gumbel noise's scale.
 
-    The defaults are those that ``moeless.traces.calibration.calibrate`` finds for gpt-oss-20b.
+    The defaults are those of gpt-oss-20b: found by ``moeless.traces.calibration.calibrate``, then rounded.
 
     Attributes:
         popularity: of the layer's expert logits, where they are not given.
         category, request, token: of what the category's, the request's and the token's own state add to a score.
+        layer: of what a request adds in one layer alone, which the layers around it do not tell.
         persistence: correlation of a token's own state with that of the token before, in [0, 1).
         neighbour: correlation of a state with itself one layer up, in [0, 1).
         latent: dimensions of the state; fewer tie experts of different layers closer together.
@@ -50,19 +51,20 @@ class SyntheticParams:
         prompt_tokens, output_tokens: means of the geometric lengths.
     """
 
-    popularity: float = 0.77
-    category: float = 0.39
-    request: float = 2.6
-    token: float = 3.7
-    persistence: float = 0.54
-    neighbour: float = 0.991
+    popularity: float = 0.7
+    category: float = 0.4
+    request: float = 2.8
+    token: float = 4.5
+    layer: float = 1.0
+    persistence: float = 0.5
+    neighbour: float = 0.994
     latent: int = 4
     categories: int = 8
     prompt_tokens: float = 256.0
     output_tokens: float = 128.0
 
     def __post_init__(self) -> None:
-        for name in ("popularity", "category", "request", "token"):
+        for name in ("popularity", "category", "request", "token", "layer"):
             if not 0 <= getattr(self, name) < 100:
                 raise UserError(f"synthetic routing: the spread {name} must lie between 0 and 100")
         for name in ("persistence", "neighbour"):
@@ -143,13 +145,14 @@ class SyntheticModel:
         params, (layers, experts, dimensions) = self.params, self.weight_LED.shape
         chosen = int(rng.integers(len(self.names))) if category is None else category
         slow = params.category * self.state_CLD[chosen] + params.request * state_LD(layers, params, rng)
+        logit = self.logit_CLE[chosen] + rng.normal(0.0, params.layer, (layers, experts))
         topk, own = np.empty((tokens, layers, self.top_k), np.uint16), np.zeros((layers, dimensions))
         for start in range(0, tokens, _BLOCK):
             part = topk[start : start + _BLOCK]
             fresh = rng.standard_normal((len(part), layers, dimensions))
             noise = rng.gumbel(size=(len(part), layers, experts))
             _route(
-                self.logit_CLE[chosen], self.weight_LED, slow, own, start == 0, fresh, noise,
+                logit, self.weight_LED, slow, own, start == 0, fresh, noise,
                 params.token, params.persistence, params.neighbour, part,
             )  # fmt: skip
         return chosen, topk
@@ -217,6 +220,7 @@ def fit_logits(
     logits = np.log(target * experts)
     state = float(np.hypot(params.request, params.token)) * rng.standard_normal((2000, layers, params.latent))
     noise = rng.gumbel(size=(2000, layers, experts)) + np.einsum("tld,led->tle", state, weight_LED)
+    noise += rng.normal(0.0, params.layer, noise.shape)
     offset = experts * np.arange(layers)[:, None]
     for _ in range(20):
         chosen = np.argpartition(-(logits + noise), top_k - 1, axis=2)[..., :top_k]

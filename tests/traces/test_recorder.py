@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,9 +132,9 @@ import torch
 torch.set_num_threads(1)
 from moeless.traces.hf_model import LoadOptions, load_model
 from moeless.traces.recorder import RecordSettings, record
-model, out, texts = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+model, out, times, texts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 loaded = load_model(model, LoadOptions(device="cpu", dtype="float32"), name="bundled")
-prompts = [SimpleNamespace(text=text, category="a", source_id="") for text in texts] * 8
+prompts = [SimpleNamespace(text=text, category="a", source_id="") for text in texts] * times
 settings = RecordSettings(max_new_tokens=6, batch_size=2, shard_rows=40)
 print("start", flush=True)
 record(loaded, prompts, out, settings, on_batch=lambda done, total, rows: print(done, flush=True))
@@ -141,9 +142,9 @@ print("end", flush=True)
 """
 
 
-def _run_and_kill(bundled_model: Path, out: Path, after: int | None) -> bool:
-    """Start a recording, kill -9 it after so many batches; True when it ended by itself."""
-    command = [sys.executable, "-c", _KILLED, str(bundled_model), str(out), *TEXTS]
+def _run_and_kill(bundled_model: Path, out: Path, after: int | None, *, times: int = 8, delay: float = 0.0) -> bool:
+    """Start a recording, kill -9 it so many batches and seconds later; True when it ended by itself."""
+    command = [sys.executable, "-c", _KILLED, str(bundled_model), str(out), str(times), *TEXTS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:
         assert run.stdout is not None
         batches = -1
@@ -153,6 +154,8 @@ def _run_and_kill(bundled_model: Path, out: Path, after: int | None) -> bool:
                 return True
             batches += 1
             if after is not None and batches >= after:
+                with suppress(subprocess.TimeoutExpired):
+                    run.wait(timeout=delay)
                 run.send_signal(signal.SIGKILL)
                 break
     return False
@@ -179,15 +182,14 @@ def test_a_killed_recording_resumes_to_the_same_bytes(bundled_model: Path, loade
 
 @pytest.mark.long
 def test_ten_random_kills_lose_and_double_nothing(bundled_model: Path, loaded: LoadedModel, tmp_path: Path) -> None:
-    prompts = [SimpleNamespace(text=text, category="a", source_id="") for text in TEXTS] * 8
+    times = 24
+    prompts = [SimpleNamespace(text=text, category="a", source_id="") for text in TEXTS] * times
     record(loaded, prompts, tmp_path / "whole", RecordSettings(max_new_tokens=6, batch_size=2, shard_rows=40))
     rng = np.random.default_rng(0)
-    kills = 0
-    while kills < 10 and not _run_and_kill(bundled_model, tmp_path / "killed", int(rng.integers(0, 4))):
-        kills += 1
-    if kills == 10:
-        assert _run_and_kill(bundled_model, tmp_path / "killed", None)
-    assert kills >= 5
+    for _ in range(10):
+        after, delay = int(rng.integers(0, 3)), float(rng.uniform(0.0, 0.1))
+        assert not _run_and_kill(bundled_model, tmp_path / "killed", after, times=times, delay=delay)
+    assert _run_and_kill(bundled_model, tmp_path / "killed", None, times=times)
     _equal_folders(tmp_path / "whole", tmp_path / "killed")
 
 
