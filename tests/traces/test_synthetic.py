@@ -49,7 +49,7 @@ def test_parameters_move_what_they_are_named_for(tmp_path: Path, spec: MoESpec) 
         trace = made(tmp_path / name, spec, **changes)
         return measures(trace, np.arange(trace.num_requests), gpus=3)
 
-    base = {"request": 0.0, "category": 0.0, "persistence": 0.0, "neighbour": 0.0, "popularity": 0.1}
+    base = {"request": 0.0, "layer": 0.0, "category": 0.0, "persistence": 0.0, "neighbour": 0.0, "popularity": 0.1}
     plain = measured("plain", **base, token=1.0)
     steady = measured("steady", **(base | {"persistence": 0.9}), token=2.0)
     skewed = measured("skewed", **(base | {"popularity": 1.5}), token=1.0)
@@ -63,7 +63,7 @@ def test_a_given_popularity_is_reproduced(spec: MoESpec) -> None:
     rng = np.random.default_rng(0)
     share = np.minimum(rng.dirichlet(np.full(spec.E, 3.0), size=spec.L), 0.4)
     share = share / share.sum(axis=1, keepdims=True)
-    params = SyntheticParams(request=0.0, token=2.0, persistence=0.0)
+    params = SyntheticParams(request=0.0, layer=0.0, token=2.0, persistence=0.0)
     model = synthetic_model(spec, params, share_CLE={"only": share})
     _, topk = model.request(20_000, rng)
     np.testing.assert_allclose(st.shares(total_load(topk, spec.E)), share, atol=0.015)
