@@ -16,7 +16,7 @@ STRONG = 0.9
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
-    source = prediction.source(options)
+    source, methods = prediction.source_of_pair(options)
     params = {
         "distance": 1,
         "batch_tokens": SIZE,
@@ -31,16 +31,16 @@ def _jobs(options: Options) -> Mapping[str, Job]:
             params,
             (source.job, fitted_predictor(options, source, method)),
         )
-        for method in prediction.METHODS
+        for method in methods
     }
 
 
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
-    source = prediction.source(options)
-    look = style.series(list(prediction.METHODS.values()))
+    source, methods = prediction.source_of_pair(options)
+    look = style.series(list(methods.values()))
     with style.drawing() as plt:
         figure, grid = plt.subplots(1, 2, figsize=(style.COLUMN, 2.1), layout="constrained", sharex=True, sharey=True)
-        for axes, (method, name) in zip(grid, prediction.METHODS.items(), strict=True):
+        for axes, (method, name) in zip(grid, methods.items(), strict=True):
             found = results[method]
             axes.scatter(found["true"], found["predicted"], s=3, alpha=0.35, color=look[name].colour, linewidths=0)
             top = max(*found["true"], *found["predicted"])
@@ -49,7 +49,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             axes.set_xlabel("true load (tokens)")
         grid[0].set_ylabel("predicted load (tokens)")
         plt.close(figure)
-    found = results["layer_aware"]
+    found = results[list(methods)[-1]]
     plot = Plot(
         figure,
         f"Load of each expert, predicted one layer ahead and true, in decode iterations of {SIZE} tokens of "
@@ -59,10 +59,10 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     )
     rows = [
         [name, true, predicted]
-        for method, name in prediction.METHODS.items()
+        for method, name in methods.items()
         for true, predicted in zip(results[method]["true"], results[method]["predicted"], strict=True)
     ]
-    shown = ", ".join(f"{name} {results[method]['pearson']:.3f}" for method, name in prediction.METHODS.items())
+    shown = ", ".join(f"{name} {results[method]['pearson']:.3f}" for method, name in methods.items())
     finding = Finding(
         "Predicted and true loads correlate strongly",
         f"Pearson correlation: {shown}",
@@ -80,5 +80,4 @@ EXPERIMENT = Experiment(
     stated="Strong correlation.",
     jobs=_jobs,
     draw=_draw,
-    lacks=prediction.lacks,
 )

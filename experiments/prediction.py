@@ -36,6 +36,13 @@ def lacks(options: Options) -> str | None:
     )
 
 
+def source_of_pair(options: Options) -> tuple[Source, dict[str, str]]:
+    """A trace with gate inputs and the two kinds of gates; else the reader's first, with what ids alone allow."""
+    if input_sources(options):
+        return source(options), METHODS
+    return given(options)[0], {method: IDS[method] for method in ("history", "transition")}
+
+
 def source_of_loads(options: Options) -> tuple[Source, dict[str, str]]:
     """A trace with gate inputs, else the reader's first, and the methods whose load forecasts it allows to compare."""
     return (source(options), LOADS) if input_sources(options) else (given(options)[0], IDS)
