@@ -12,7 +12,8 @@ the rest, by roofline). The curves:
 - ``true, ideal``: the same with the true loads: what the best forecast could do;
 - ``forecast, kept (host)``: chosen by forecast, loaded from host memory when first wanted, kept while planned;
 - ``forecast, one layer (host | peer)``: loaded when the layer before begins, over the host link or from another GPU
-  over the fast link, and dropped after its layer.
+  over the fast link, and dropped after its layer;
+- ``history, one layer (peer)``: history's copies, loaded and dropped in the same way in every iteration.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ CURVES: tuple[tuple[str, Life, str, str], ...] = (
     ("forecast, kept (host)", "resident", "host", "predicted"),
     ("forecast, one layer (host)", "transient", "host", "predicted"),
     ("forecast, one layer (peer)", "transient", "peer", "predicted"),
+    ("history, one layer (peer)", "transient", "peer", HISTORY),
 )
 
 
@@ -102,6 +104,8 @@ def _points(job: tuple[Regime, int, int]) -> list[Point]:
                 return planner.plan_layer(
                     x, spec=spec, cluster=costs.cluster, costs=costs, budget=budget, params=planner.params()
                 )
+            if know == HISTORY:
+                return deployed[layer]
             if (know, i) not in from_nothing:
                 from_nothing[know, i] = plan_iteration("elastic", told[know][i], regime, budget, costs)
             return from_nothing[know, i][layer]
