@@ -211,7 +211,7 @@ def command(
             launcher=launcher,
             dtype=dtype,
             cluster=cluster[0] if cluster else None,
-            costs=(costs or ["roofline"])[0],
+            costs=costs[0] if costs else None,
             batching=batching,
             token_budget=token_budget,
             max_running=max_running,

@@ -23,6 +23,7 @@ from moeless.engine.hosts import HOSTS
 from moeless.engine.job import Job
 from moeless.engine.launch import run_forked
 from moeless.engine.moves import COPY_SOURCES, CopySource
+from moeless.engine.predicted import best_costs, predict
 from moeless.engine.results import CellRecords, cores, finished_requests, make_cell, read_records
 from moeless.engine.start import LAUNCHERS, launch, memory_folder, serve_at, shared_folder
 from moeless.engine.torchrun import Place, end_well_on_sigterm, place
@@ -47,7 +48,8 @@ class LiveConfig:
         launcher: ``fork`` (CPU ranks of this machine), ``torchrun``, or ``auto``: fork on CPUs, torchrun on GPUs.
             Under torchrun already, this process is a rank of it.
         dtype: ``float32``, ``bfloat16``, ``float16``; None: float32 on CPUs, the checkpoint's own on GPUs.
-        cluster: whose links and rates planners assume; None: ``cpu8``-like, or ``h100x8``-like on GPUs.
+        cluster: whose links and rates planners assume; None: ``cpu2``- or ``cpu8``-like, ``h100x8``-like on GPUs.
+        costs: by which planners plan, and the simulator's cells; None: see :func:`.predicted.best_costs`.
         warmup: first iterations that layer figures leave out.
         verify: compare outputs with the unmodified model; ``record`` writes a routing trace of the first policy.
         predict: let the simulator serve the same requests with the same routing, and add its cells.
@@ -62,7 +64,7 @@ class LiveConfig:
     launcher: str = "auto"
     dtype: str | None = None
     cluster: str | None = None
-    costs: str = "roofline"
+    costs: str | None = None
     batching: str = "continuous"
     token_budget: int = 2048
     max_running: int = 64
@@ -135,6 +137,7 @@ class LiveBench:
             raise UserError(f"--dtype {self.dtype!r} is none of float32, bfloat16, float16")
         name = "bundled" if config.model is None else spec.name
         self.spec: MoESpec = dataclasses.replace(spec, name=name, dtype=self.dtype, expert_dtype=self.dtype)
+        self.costs = config.costs or best_costs(self.spec, self.cluster, self.device)
         self.requests = live_requests(self.model, config.workload)
         options = (
             {"token_budget": config.token_budget, "max_running": config.max_running}
@@ -190,7 +193,7 @@ class LiveBench:
             ranks=c.ranks,
             spec=self.spec,
             cluster=self.cluster,
-            costs=c.costs,
+            costs=self.costs,
             policies=c.policies,
             requests=self.requests,
             folder=folder,
@@ -288,7 +291,6 @@ class LiveBench:
                 cell = dataclasses.replace(cell, warnings=(*cell.warnings, checked[index]["sentence"]))
             cells.append(cell)
         if job.record:
-            from moeless.engine.predicted import predict
             from moeless.engine.recording import read_routing, write_trace
 
             routing = read_routing(job)

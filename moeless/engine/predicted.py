@@ -1,7 +1,7 @@
 """What the simulator says of a live run: the same requests, the routing that the live run had, the same policies.
 
-Copies take their time, control is charged, and the scheduler is the live one's; what differs is the clock. On CPU
-ranks of the model that was profiled the costs are measured ones, otherwise the run's own cost model's.
+Copies take their time, control is charged, and the scheduler and the planners' cost model are the live ones'; what
+differs is the clock.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless.cluster import Cluster
 from moeless.contracts import IntArray
 from moeless.costs import COSTS
 from moeless.engine.job import Job
@@ -26,6 +27,7 @@ from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator.core import SimulationSettings, simulate
 from moeless.simulator.routing import Replay
 from moeless.simulator.runtime import PolicyRuntime
+from moeless.spec import MoESpec
 from moeless.workloads import schedulers
 from moeless.workloads.lengths import Workload
 
@@ -40,14 +42,14 @@ class _Inputs:
         return np.asarray(self.input_TLH[rows], np.float32)
 
 
-def costs_name(job: Job) -> str:
-    """The cost model of the prediction: a profile that was measured on this kind of machine, where one fits."""
-    if job.device != "cpu":
-        return job.costs
+def best_costs(spec: MoESpec, cluster: Cluster, device: str) -> str:
+    """The cost model where none is asked for: a profile measured on this kind of machine, where one fits."""
+    if device != "cpu":
+        return "roofline"
     try:
-        COSTS.get("measured")(job.spec, job.cluster)
+        COSTS.get("measured")(spec, cluster)
     except UserError:
-        return job.costs
+        return "roofline"
     return "measured"
 
 
@@ -64,8 +66,7 @@ def predict(
     Args:
         routing: what the live run routed, every request's rows in order of request and position.
     """
-    name = costs_name(job)
-    costs = COSTS.get(name)(job.spec, job.cluster)
+    costs = COSTS.get(job.costs)(job.spec, job.cluster)
     requests = tuple(live.request for live in job.requests)
     workload = Workload(requests, False, (), routing.first_row_N)
     replay = Replay(routing.topk_TLK, workload, job.spec.E, job.ranks)
