@@ -15,6 +15,7 @@ from moeless.costs import COSTS, CostModel
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
 from moeless.placement.base import PlannerInUse
+from moeless.placement.keep_kernels import hardly_changed
 from moeless.spec import MoESpec
 
 #: The routing override, which is no planner.
@@ -61,6 +62,7 @@ class LivePolicy(PlannerInUse):
             load_E = np.rint(forecast.mean_E).astype(np.int64)
             load_SE = np.tile(load_E // self.cluster.G, (self.cluster.G, 1))
             self.dispatch(load_SE, plan, np.ones(plan.R, np.bool_))
+            hardly_changed(forecast.mean_E, np.zeros((1, self.spec.E))[0], 0.0)
 
     def first_plan(self, layer: int, share_E: FloatArray | None) -> LayerPlan:
         """The plan of the deployment."""
