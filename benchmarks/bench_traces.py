@@ -1,8 +1,8 @@
 """Traces: recording overhead, store size and speed, composing.
 
-    python benchmarks/bench_traces.py [--quick]
+    python benchmarks/bench_traces.py [--quick] [--only overhead]
 
-Recording overhead is the time of generation with recording over that without, alternating in one run; the store is
+Recording overhead is the time of generation with recording over that without, in pairs of one process; the store is
 measured on random routing of 24 layers, top-4 of 32 (random ids compress worse than real ones) and, where
 ``MOELESS_SHARED_DATA`` points to it, on real routing of gpt-oss-20b.
 """
@@ -42,14 +42,15 @@ def overhead(quick: bool) -> None:
     limits = [16 if quick else 48] * len(ids)
     batches = [range(start, start + 8) for start in range(0, len(ids), 8)]
 
-    def run(router_inputs: str | None, record: bool) -> float:
+    def run(router_inputs: str | None, record: bool) -> tuple[float, float]:
+        """Wall and processor seconds."""
         capture = RouterCapture(loaded.model, router_inputs=router_inputs) if record else None
         generator = Generator(loaded.model, loaded.tokenizer, Sampling(), capture)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         if capture is None:
             for batch in batches:
                 generator.run(batch, [ids[i] for i in batch], [limits[i] for i in batch], exact=True)
-            return time.perf_counter() - start
+            return time.perf_counter() - start, time.process_time() - busy
         with capture.recording(), tempfile.TemporaryDirectory() as out:
             info = describe(loaded, router_inputs)
             writer = TokenTraceWriter(Path(out) / "t", info)
@@ -58,16 +59,22 @@ def overhead(quick: bool) -> None:
                 made = generator.run(batch, own, [limits[i] for i in batch], exact=True)
                 writer.append(batch_rows(batch, own, made, [prompts[i] for i in batch]))
             writer.close()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - busy
 
     run(None, True)
     for name, inputs, goal in (("without", None, 1.05), ("with", "bfloat16", 1.15)):
-        plain, recorded = [], []
-        for _ in range(3 if quick else 5):
-            plain.append(run(None, False))
-            recorded.append(run(inputs, True))
-        ratio = statistics.median(r / p for r, p in zip(recorded, plain, strict=True))
-        print(f"recording overhead {name} router inputs: {ratio:.3f} (goal at most {goal})")
+        ratios = []
+        for turn in range(3 if quick else 9):
+            # each is first in every other pair, so that neither meets the warmer machine
+            order = (True, False) if turn % 2 else (False, True)
+            seconds = {record: run(inputs if record else None, record) for record in order}
+            ratios.append([a / b for a, b in zip(seconds[True], seconds[False], strict=True)])
+        wall, busy = (sorted(column) for column in zip(*ratios, strict=True))
+        print(
+            f"recording overhead {name} router inputs: {statistics.median(wall):.3f} of wall time "
+            f"({wall[0]:.3f} to {wall[-1]:.3f}), {statistics.median(busy):.3f} of processor time "
+            f"({busy[0]:.3f} to {busy[-1]:.3f}); goal at most {goal}"
+        )
 
 
 def store(tokens: int) -> None:
@@ -124,14 +131,19 @@ def main() -> None:
     """Run all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", choices=["composing", "store", "overhead"])
+    options = parser.parse_args()
+    quick, only = options.quick, options.only
     torch.set_num_threads(1)
     print(f"command: python {' '.join(sys.argv)}")
     print(f"versions: {library_versions('torch', 'transformers', 'numpy', 'pyarrow')}")
     print(f"hardware: {platform.machine()}, {os.cpu_count()} CPUs, one thread")
-    composing()
-    store(50_000 if quick else 200_000)
-    overhead(quick)
+    if only in (None, "composing"):
+        composing()
+    if only in (None, "store"):
+        store(50_000 if quick else 200_000)
+    if only in (None, "overhead"):
+        overhead(quick)
 
 
 if __name__ == "__main__":
