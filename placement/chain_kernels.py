@@ -20,12 +20,12 @@ from moeless.jit import njit
 TOKENS, GPU, NEXT = 0, 1, 2
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, nogil=True, inline="always")
 def _busy(n, a, b):  # type: ignore[no-untyped-def]
     return max(a * n, b) if n > 0 else 0.0
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, nogil=True, inline="always")
 def _move(r, q, m, state, time_G, tokens_G, a, b):  # type: ignore[no-untyped-def]
     g, h, n, k = state[GPU, r], state[GPU, q], state[TOKENS, r], state[TOKENS, q]
     time_G[g] += _busy(n - m, a, b) - _busy(n, a, b)
@@ -36,7 +36,7 @@ def _move(r, q, m, state, time_G, tokens_G, a, b):  # type: ignore[no-untyped-de
     state[TOKENS, q] = k + m
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _shed(g, limit, most, depth, state, time_G, tokens_G, first_G, visited, log, counter, a, b, c):  # type: ignore[no-untyped-def]
     """Bring GPU g to ``limit`` seconds and ``most`` tokens; returns whether that succeeded.
 
@@ -131,7 +131,7 @@ def _shed(g, limit, most, depth, state, time_G, tokens_G, first_G, visited, log,
     return time_G[g] <= limit + eps and tokens_G[g] <= most
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def balance(state, first_G, time_G, tokens_G, a, b, c, depth, fuel):  # type: ignore[no-untyped-def]
     """Lower the layer's time from ``state``, in place; returns the time reached.
 

@@ -15,7 +15,7 @@ from moeless.placement.grow_kernels import grow
 SLACK = 1e-9
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def static_and_bound(load_CE, gpu_E, num_gpus, extra, a, b, c, bound_C):  # type: ignore[no-untyped-def]
     """Static EP's mean time over scenarios; into ``bound_C`` what each scenario adds to any plan's mean at least.
 
@@ -46,7 +46,7 @@ def static_and_bound(load_CE, gpu_E, num_gpus, extra, a, b, c, bound_C):  # type
     return static
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _mean_seconds(load_CE, rest_C, expert_R, gpu_R, marks, num_gpus, a, b, c, depth, fuel, worst):  # type: ignore[no-untyped-def]
     """Mean time of a plan over scenarios; infinite as soon as it is bound to exceed ``worst``.
 
@@ -78,7 +78,7 @@ def _mean_seconds(load_CE, rest_C, expert_R, gpu_R, marks, num_gpus, a, b, c, de
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def choose_extras(  # type: ignore[no-untyped-def]
     load_CE, bound_C, weight_WE, gpu_E, room_G, extra, a, b, c, depth, fuel, plain, economy, expert_R, gpu_R
 ):

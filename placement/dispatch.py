@@ -31,7 +31,7 @@ def serving_R(plan: LayerPlan, usable_R: BoolArray, num_experts: int) -> BoolArr
     return np.asarray(usable | (plan.primary_R & ~alive_E[plan.expert_R]))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _round_robin(load_SE, expert_R, serving, quota_SR):  # type: ignore[no-untyped-def]
     num_sources, num_experts = load_SE.shape
     copies_E = np.zeros(num_experts, np.int64)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeless.costs.kernels import KernelTerms, quota_time
 from moeless.jit import njit
 from moeless.placement.chain_kernels import GPU, NEXT, TOKENS, balance
+from moeless.placement.dispatch import _round_robin
+from moeless.placement.path_kernels import shorten
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R):  # type: ignore[no-untyped-def]
     """Tokens of each copy, total over sources, into ``tokens_R``; returns static EP's time and the time reached.
 
@@ -62,13 +65,14 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
                 state[NEXT, tail_E[e]] = i
             tail_E[e] = i
             state[NEXT, i] = head_E[e]
-    after = balance(state, first_G, time_G, tokens_G, a, b, c, depth, fuel)
+    after = shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel)
+    after = balance(state, first_G, time_G, tokens_G, a, b, c, depth - 1, fuel // 4)
     for i in range(movable):
         tokens_R[back_M[i]] = state[TOKENS, i]
     return before, after
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR):  # type: ignore[no-untyped-def]
     """Give each copy its tokens: those already on its GPU first, then source by source, lowest index first."""
     num_sources, num_replicas = load_SE.shape[0], len(expert_R)
@@ -92,7 +96,7 @@ def fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR):  # type: ignore[
             left_R[r] -= taken
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def dispatch_layer(load_SE, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, quota_SR):  # type: ignore[no-untyped-def]
     """Copies and sources at once; returns whether the result is expected to beat static EP."""
     load_E = np.zeros(load_SE.shape[1], np.int64)
@@ -105,7 +109,7 @@ def dispatch_layer(load_SE, expert_R, gpu_R, primary_R, serving, num_gpus, a, b,
     return after < before
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def static_quotas(load_SE, expert_R, primary_R, serving, quota_SR):  # type: ignore[no-untyped-def]
     """Everything to the primaries, or to the first serving copy of an expert whose primary cannot serve."""
     num_sources, num_experts = load_SE.shape
@@ -120,7 +124,7 @@ def static_quotas(load_SE, expert_R, primary_R, serving, quota_SR):  # type: ign
                 quota_SR[s, home_E[e]] = load_SE[s, e]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def expected_seconds(load_CE, expert_R, gpu_R, num_gpus, a, b, c, depth, fuel):  # type: ignore[no-untyped-def]
     """Mean time of a plan after dispatch over scenarios, with static EP's; the first E replicas are primaries."""
     num_scenarios, num_experts = load_CE.shape
@@ -136,3 +140,55 @@ def expected_seconds(load_CE, expert_R, gpu_R, num_gpus, a, b, c, depth, fuel): 
         static += before / num_scenarios
         dispatched += after / num_scenarios
     return static, dispatched
+
+
+@njit(cache=True, nogil=True)
+def _serving(expert_R, primary_R, usable_R, num_experts):  # type: ignore[no-untyped-def]
+    """As ``dispatch.serving_R``: usable copies, and primaries of experts that have none."""
+    serving_R, alive_E = usable_R.copy(), np.zeros(num_experts, np.bool_)
+    for r in range(len(expert_R)):
+        if usable_R[r]:
+            alive_E[expert_R[r]] = True
+    for r in range(len(expert_R)):
+        if primary_R[r] and not alive_E[expert_R[r]]:
+            serving_R[r] = True
+    return serving_R
+
+
+@njit(cache=True, nogil=True)
+def best_quotas(  # type: ignore[no-untyped-def]
+    load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, numbers_K, depth, fuel, load_G, quota_SR
+):
+    """The whole dispatch of one layer: static quotas, chosen ones, even ones where they can be best; the fastest wins.
+
+    ``numbers_K`` are the search's rates a, b, c and then the fields of ``KernelTerms``; ``load_G`` gets the tokens of
+    each GPU. Returns expert and exchange seconds.
+    """
+    num_experts = load_SE.shape[1]
+    terms = KernelTerms(
+        numbers_K[3], numbers_K[4], numbers_K[5], numbers_K[6] > 0, numbers_K[7], numbers_K[8] > 0,
+        int(numbers_K[9]), numbers_K[10], numbers_K[11], numbers_K[12], numbers_K[13],
+    )  # fmt: skip
+    serving_R = _serving(expert_R, primary_R, usable_R, num_experts)
+    static_quotas(load_SE, expert_R, primary_R, serving_R, quota_SR)
+    expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
+    if len(expert_R) == num_experts:
+        return expert, exchange
+    other_SR, other_G = np.empty_like(quota_SR), np.empty(num_gpus)
+    better = dispatch_layer(
+        load_SE, expert_R, gpu_R, primary_R, serving_R, num_gpus, numbers_K[0], numbers_K[1], numbers_K[2], depth, fuel,
+        other_SR,
+    )  # fmt: skip
+    for again in range(2):
+        if again == 1:
+            if not terms.reduce_max:
+                break
+            other_SR[:] = 0
+            _round_robin(load_SE, expert_R, serving_R, other_SR)
+        elif not better:
+            continue
+        other_expert, other_exchange = quota_time(other_SR, gpu_R, terms, num_gpus, other_G)
+        if other_expert + other_exchange < expert + exchange:
+            expert, exchange = other_expert, other_exchange
+            quota_SR[:], load_G[:] = other_SR, other_G
+    return expert, exchange

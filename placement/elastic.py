@@ -29,13 +29,11 @@ from moeless.contracts import (
     Policy,
 )
 from moeless.costs import CostModel
-from moeless.costs.base import CostTerms
-from moeless.costs.kernels import quota_time
 from moeless.errors import UserError
 from moeless.placement import dispatch_kernels as kernels
 from moeless.placement.base import Planner
 from moeless.placement.choose_kernels import choose_extras, static_and_bound
-from moeless.placement.dispatch import even_dispatch, serving_R
+from moeless.placement.dispatch import serving_R
 from moeless.placement.grow_kernels import BY_GPU, grow
 from moeless.placement.layout import static_layout
 from moeless.spec import MoESpec
@@ -54,7 +52,7 @@ class ElasticParams:
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
             ``keep_kernels``); 0 asks always.
-        fuel: copies that the dispatch examines at most; about 15 nanoseconds each.
+        fuel: pairs of copies that the dispatch examines at most, and a quarter as many in its last, deeper search.
         seed: of the scenarios.
     """
 
@@ -62,8 +60,8 @@ class ElasticParams:
     economy: float = 1e-3
     patience_iterations: int = 256
     skip: bool = True
-    depth: int = 3
-    fuel: int = 1000
+    depth: int = 4
+    fuel: int = 400
     keep: float = 0.05
     seed: int = 0
 
@@ -74,17 +72,20 @@ class ElasticParams:
 
 
 @dataclass(frozen=True)
-class _Rates:
+class Rates:
     """``max(a n, b) + c n``: seconds per token, weight read, exchange per token."""
 
     a: float
     b: float
     c: float
 
-    @classmethod
-    def of(cls, terms: CostTerms) -> _Rates:
-        # where a layer ends with its slowest replica, levelling GPUs by tokens is what is left to do
-        return cls(max(terms.token_seconds, 1e-15), terms.floor_seconds, 2 * terms.link_seconds)
+
+@lru_cache(maxsize=64)
+def rates_of(costs: CostModel) -> Rates:
+    """The cost model's numbers as the search takes them."""
+    terms = costs.terms()
+    # where a layer ends with its slowest replica, levelling GPUs by tokens is what is left to do
+    return Rates(max(terms.token_seconds, 1e-15), terms.floor_seconds, 2 * terms.link_seconds)
 
 
 @lru_cache(maxsize=64)
@@ -150,7 +151,7 @@ def plan_layer(
     """
     gpus, experts = cluster.num_gpus, spec.E
     gpu_E, room, extra = static_layout(budget, spec, gpus)
-    rates = _Rates.of(costs.terms())
+    rates = rates_of(costs)
     static: Copies = (np.arange(experts, dtype=np.int32), gpu_E.astype(np.int32))
     chosen = static
     if extra and gpus > 1 and x.forecast.mean_E.any():
@@ -165,7 +166,7 @@ def _choose(
     gpu_E: IntArray,
     room: IntArray,
     extra: int,
-    rates: _Rates,
+    rates: Rates,
     spec: MoESpec,
     cluster: Cluster,
     costs: CostModel,
@@ -222,46 +223,51 @@ def dispatch(
         UserError: ``usable_R`` does not match the plan.
     """
     load_SE = np.ascontiguousarray(load_SE, np.int64)
-    serving = serving_R(plan, usable_R, load_SE.shape[1])
-    static_SR = np.empty((load_SE.shape[0], plan.R), np.int64)
-    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, serving, static_SR)
-    if plan.num_extra == 0:
-        return static_SR
-    terms = costs.terms()
-    rates = _Rates.of(terms)
-    quota_SR = np.empty_like(static_SR)
-    better = kernels.dispatch_layer(
-        load_SE,
-        plan.expert_R,
-        plan.gpu_R,
-        plan.primary_R,
-        serving,
-        cluster.num_gpus,
-        rates.a,
-        rates.b,
-        rates.c,
-        params.depth,
-        params.fuel,
-        quota_SR,
-    )
-    others = [quota_SR] if better else []
-    if terms.reduce_max:
-        others.append(even_dispatch(load_SE, plan, serving, spec=spec, cluster=cluster))
-    best, least = static_SR, _layer_seconds(static_SR, plan, costs)
-    for other in others:
-        seconds = _layer_seconds(other, plan, costs)
-        if seconds < least:
-            best, least = other, seconds
-    return best
+    usable = np.asarray(usable_R, np.bool_)
+    if usable.shape != plan.expert_R.shape:
+        raise UserError(f"usable marks must be one per replica: {plan.R} replicas, got shape {usable.shape}")
+    quota_SR = np.empty((load_SE.shape[0], plan.R), np.int64)
+    numbers_K = dispatch_numbers(costs)
+    if numbers_K is None:
+        return _dispatch_checked(load_SE, plan, usable, quota_SR, costs, params)
+    gpus = cluster.num_gpus
+    kernels.best_quotas(
+        load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, usable, gpus, numbers_K, params.depth, params.fuel,
+        np.empty(gpus), quota_SR,
+    )  # fmt: skip
+    return quota_SR
 
 
-def _layer_seconds(quota_SR: IntArray, plan: LayerPlan, costs: CostModel) -> float:
+@lru_cache(maxsize=64)
+def dispatch_numbers(costs: CostModel) -> FloatArray | None:
+    """What :func:`dispatch_kernels.best_quotas` takes as ``numbers_K``; None for a cost model that is not numbers."""
     compiled = costs.kernel_terms()
     if compiled is None:
-        return costs.layer_seconds(quota_SR, plan).total
-    gpus = costs.cluster.num_gpus
-    expert, exchange = quota_time(quota_SR, plan.gpu_R, compiled, gpus, np.empty(gpus))
-    return float(expert + exchange)
+        return None
+    rates = rates_of(costs)
+    return np.array([rates.a, rates.b, rates.c, *map(float, compiled)])
+
+
+def _dispatch_checked(
+    load_SE: IntArray,
+    plan: LayerPlan,
+    usable: BoolArray,
+    quota_SR: IntArray,
+    costs: CostModel,
+    params: ElasticParams,
+) -> IntArray:
+    """The same choice under a cost model that only :meth:`CostModel.layer_seconds` knows."""
+    serving = serving_R(plan, usable, load_SE.shape[1])
+    static_SR = np.empty_like(quota_SR)
+    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, serving, static_SR)
+    rates = rates_of(costs)
+    if plan.num_extra == 0 or not kernels.dispatch_layer(
+        load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, serving, costs.cluster.num_gpus, rates.a, rates.b, rates.c,
+        params.depth, params.fuel, quota_SR,
+    ):  # fmt: skip
+        return static_SR
+    least = costs.layer_seconds(static_SR, plan).total
+    return quota_SR if costs.layer_seconds(quota_SR, plan).total < least else static_SR
 
 
 PLANNER = Planner(

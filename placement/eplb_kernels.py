@@ -13,7 +13,7 @@ import numpy as np
 from moeless.jit import njit
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def replicate(weight_E, num_replicas, expert_P, rank_P, count_E):  # type: ignore[no-untyped-def]
     """Copies one by one for the expert with the most weight per copy; ties to the lowest index."""
     num_experts = len(weight_E)
@@ -31,7 +31,7 @@ def replicate(weight_E, num_replicas, expert_P, rank_P, count_E):  # type: ignor
         ratio[best] = weight_E[best] / np.float32(count_E[best])
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def pack(weight_P, capacity_G, bin_P, slot_P):  # type: ignore[no-untyped-def]
     """Heaviest item first into the lightest bin that has room; ties to the lowest index."""
     bins = len(capacity_G)
@@ -55,7 +55,7 @@ def pack(weight_P, capacity_G, bin_P, slot_P):  # type: ignore[no-untyped-def]
         total[best] += weight_P[p]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def rebalance(weight_LE, num_replicas, num_groups, num_nodes, num_gpus, expert_LP, rank_LP, count_LE):  # type: ignore[no-untyped-def]
     """All layers: groups to nodes, copies inside a node, copies to the node's GPUs."""
     num_layers, num_experts = weight_LE.shape

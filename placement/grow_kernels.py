@@ -13,7 +13,7 @@ from moeless.jit import njit
 BY_GPU, BY_EXPERT, BY_LEVEL = 0, 1, 2
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _coolest(expert, holds_EG, total_G, room_G):  # type: ignore[no-untyped-def]
     best = -1
     for g in range(len(total_G)):
@@ -22,7 +22,7 @@ def _coolest(expert, holds_EG, total_G, room_G):  # type: ignore[no-untyped-def]
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ignore[no-untyped-def]
     """Fill ``expert_R`` and ``gpu_R`` after the primaries; returns the number of replicas.
 

@@ -22,7 +22,7 @@ from moeless.placement.eplb import EplbParams, plan_layer
 from moeless.spec import MoESpec
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _route(load_SE, expert_R, gpu_R, serving, num_gpus, quota_SR):  # type: ignore[no-untyped-def]
     num_sources, num_experts = load_SE.shape
     load_E, copies_E = np.zeros(num_experts, np.int64), np.zeros(num_experts, np.int64)

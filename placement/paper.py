@@ -55,7 +55,7 @@ class PaperParams:
         return int(np.ceil(whole) if self.overshoot else np.floor(whole))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _scale(load_E, max_extra, threshold, count_idle, count_E):  # type: ignore[no-untyped-def]
     total, squares, replicas = 0.0, 0.0, 0
     for e in range(len(load_E)):
@@ -90,7 +90,7 @@ def scale_experts(load_E: FloatArray, max_extra: int, cv_threshold: float = 0.2,
     return count_E
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _place(load_P, expert_P, room, alive_EG, gpu_P):  # type: ignore[no-untyped-def]
     num_gpus = len(room)
     total, used = np.zeros(num_gpus), np.zeros(num_gpus, np.int64)

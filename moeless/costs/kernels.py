@@ -28,7 +28,7 @@ class KernelTerms(NamedTuple):
     slow_latency: float
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def exchange_time(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_gpus):  # type: ignore[no-untyped-def]
     """Both directions of a layer's all-to-all, from tokens by GPU, tier and direction."""
     if not terms.local_is_free:
@@ -45,7 +45,7 @@ def exchange_time(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_
     return 2.0 * worst
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def quota_time(quota_SR, gpu_R, terms, num_gpus, load_G):  # type: ignore[no-untyped-def]
     """Expert and exchange seconds of one layer; fills ``load_G`` with tokens per GPU."""
     num_sources, num_replicas = quota_SR.shape
@@ -56,6 +56,7 @@ def quota_time(quota_SR, gpu_R, terms, num_gpus, load_G):  # type: ignore[no-unt
     for r in range(num_replicas):
         gpu = gpu_R[r]
         tokens = 0
+        first = gpu - gpu % terms.island_size
         for s in range(num_sources):
             n = quota_SR[s, r]
             if n == 0:
@@ -63,7 +64,7 @@ def quota_time(quota_SR, gpu_R, terms, num_gpus, load_G):  # type: ignore[no-unt
             tokens += n
             if s == gpu:
                 continue
-            if s // terms.island_size == gpu // terms.island_size:
+            if first <= s < first + terms.island_size:
                 sent_fast[s] += n
                 got_fast[gpu] += n
             else:

@@ -36,7 +36,7 @@ def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...
     if runtime.planner.dispatch is even_dispatch:
         return kernels.EVEN, none
     if runtime.planner.dispatch is elastic.dispatch:
-        rates = elastic._Rates.of(runtime.costs.terms())
+        rates = elastic.rates_of(runtime.costs)
         return kernels.CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), float(runtime.params.fuel))
     return None, none
 

@@ -1,0 +1,260 @@
+"""Compiled search for the tokens of each copy: level GPUs, then shed load along the shortest chains of copies.
+
+The same state and the same kind of limits as in ``chain_kernels``, at a fraction of its work: a first pass lowers the
+squared excess over limits pair by pair, which settles what is continuous; then each GPU above a limit sheds by the
+best direct move or by a labelled path (each GPU keeps the least excess with which a chain reaches it), which may
+close at the GPU it started from: a swap.
+
+Axes: M movable copies sorted by GPU, G GPUs; ``state`` holds tokens, GPU and next copy of each, ``[3, M]``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless.jit import njit
+from moeless.placement.chain_kernels import GPU, NEXT, TOKENS, _busy, _move
+
+#: Rows of a label: excess, then the time and tokens of the chain's first GPU after its first move.
+_EXCESS, _TIME, _LOAD = 0, 1, 2
+#: Rows of a label's way: copies and tokens of its last move, GPUs passed on (negative once gone on from).
+_FROM, _TO, _MOVED, _HOPS = 0, 1, 2, 3
+
+
+@njit(cache=True, nogil=True)
+def level(state, time_G, tokens_G, a, b, c, limit, most, sweeps):  # type: ignore[no-untyped-def]
+    """Move tokens between two copies of an expert where that lowers the squared excess over the limits."""
+    per_token, small = 1.0 / a, 1e-5 * limit
+    examined = 0
+    for _ in range(sweeps):
+        changed = False
+        for r in range(state.shape[1]):
+            g = state[GPU, r]
+            if state[TOKENS, r] == 0 or (time_G[g] <= limit and tokens_G[g] <= most):
+                continue
+            q = state[NEXT, r]
+            while q != r:
+                h, n, k = state[GPU, q], state[TOKENS, r], state[TOKENS, q]
+                examined += 1
+                if n > 0 and h != g:
+                    both = n + k
+                    here, there = time_G[g] - _busy(n, a, b), time_G[h] - _busy(k, a, b)
+                    least, keep = np.inf, n
+                    for option in range(5):
+                        if option == 0:
+                            x = n
+                        elif option == 1:
+                            x = 0
+                        elif option == 2:
+                            x = min(int((limit - here) * per_token + 1e-9), most - tokens_G[g] + n)
+                        elif option == 3:
+                            x = both - min(int((limit - there) * per_token + 1e-9), most - tokens_G[h] + k)
+                        else:
+                            uneven = there - here + c * (tokens_G[h] - k - tokens_G[g] + n)
+                            x = int((uneven + (a + c) * both) / (2 * (a + c)))
+                        if x < 0 or x > n or (option > 0 and x == n):
+                            continue
+                        on_g, on_h = here + _busy(x, a, b), there + _busy(both - x, a, b)
+                        over_g, over_h = max(on_g - limit, 0.0), max(on_h - limit, 0.0)
+                        many_g = c * max(tokens_G[g] - n + x - most, 0)
+                        many_h = c * max(tokens_G[h] + n - x - most, 0)
+                        value = over_g * over_g + over_h * over_h + many_g * many_g + many_h * many_h
+                        value += small * (on_g + on_h)
+                        if value < least:
+                            least, keep = value, x
+                    if keep != n:
+                        _move(r, q, n - keep, state, time_G, tokens_G, a, b)
+                        changed = True
+                q = state[NEXT, q]
+        if not changed:
+            break
+    return examined
+
+
+@njit(cache=True, nogil=True)
+def _direct(g, limit, most, state, time_G, tokens_G, first_G, a, b, c):  # type: ignore[no-untyped-def]
+    """Make the one move off GPU g that helps most for what it wastes; returns whether there was any."""
+    per_token = 1.0 / a
+    over, many = max(time_G[g] - limit, 0.0), max(tokens_G[g] - most, 0)
+    wanted = max(int(np.ceil(over * per_token - 1e-9)), many)
+    best, best_r, best_q, best_m = 0.0, -1, -1, 0
+    for r in range(first_G[g], first_G[g + 1]):
+        n = state[TOKENS, r]
+        if n == 0:
+            continue
+        here = _busy(n, a, b)
+        q = state[NEXT, r]
+        while q != r:
+            h, k = state[GPU, q], state[TOKENS, q]
+            there = _busy(k, a, b)
+            room = limit - time_G[h] + there
+            if h != g and room >= b:
+                fits = min(min(int(room * per_token + 1e-9) - k, most - tokens_G[h]), n)
+                for option in range(2):
+                    m = fits if option == 0 else wanted
+                    if m <= 0 or m > fits or (option == 1 and m == fits):
+                        continue
+                    gain = here - _busy(n - m, a, b)
+                    waste = max(_busy(k + m, a, b) - there - gain, 0.0)
+                    score = min(gain, over) + c * min(m, many) - 0.5 * waste
+                    if score > best or (score == best and best_r >= 0 and m < best_m):
+                        best, best_r, best_q, best_m = score, r, q, m
+            q = state[NEXT, q]
+    if best_r < 0:
+        return False
+    _move(best_r, best_q, best_m, state, time_G, tokens_G, a, b)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _chain(  # type: ignore[no-untyped-def]
+    root, limit, most, depth, state, time_G, tokens_G, first_G, label_3G, way_4G, queue_G, counter, a, b, c
+):
+    """Lower GPU ``root`` by one chain that leaves every other GPU within the limits; returns whether there was one.
+
+    ``counter[0]`` goes down by one for each pair of copies examined.
+    """
+    per_token, eps = 1.0 / a, 1e-9 * limit
+    label_3G[_EXCESS] = np.inf
+    way_4G[_HOPS] = -1
+    way_4G[_HOPS, root], queue_G[0] = 0, root
+    head, tail, last, end_r, end_q, end_m = 0, 1, -1, -1, -1, 0
+    before = max(time_G[root] - limit, 0.0) + c * max(tokens_G[root] - most, 0)
+    while head < tail and last < 0:
+        u = queue_G[head]
+        head += 1
+        over, many, arrived = time_G[u] - limit, tokens_G[u] - most, -1
+        if u != root:
+            arrived = way_4G[_TO, u]
+            k, m = state[TOKENS, arrived], way_4G[_MOVED, u]
+            over += _busy(k + m, a, b) - _busy(k, a, b)
+            many += m
+        hops = way_4G[_HOPS, u]
+        way_4G[_HOPS, u] = -2
+        for r in range(first_G[u], first_G[u + 1]):
+            n = state[TOKENS, r]
+            if n == 0 or r == arrived or last >= 0:
+                continue
+            here = _busy(n, a, b)
+            # the fewest tokens that bring u within the limits
+            need = max(many, 0)
+            if over > eps:
+                rest = here - over
+                need = max(need, n if rest < b - eps else n - int(rest * per_token + 1e-9))
+            enough = 0 < need <= n and here - _busy(n - need, a, b) >= over - eps
+            if not enough and u != root:
+                continue
+            q = state[NEXT, r]
+            while q != r and last < 0:
+                counter[0] -= 1
+                h, k = state[GPU, q], state[TOKENS, q]
+                there = _busy(k, a, b)
+                for option in range(2):
+                    m = need if option == 0 else n
+                    if (option == 0 and not enough) or (option == 1 and enough and need == n):
+                        continue
+                    added = _busy(k + m, a, b) - there
+                    if h == root and u != root:
+                        time, tokens = label_3G[_TIME, u] + added, label_3G[_LOAD, u] + m
+                        if max(time - limit, 0.0) + c * max(tokens - most, 0.0) < 0.9 * before:
+                            last, end_r, end_q, end_m = u, r, q, m
+                            break
+                    elif h != u and way_4G[_HOPS, h] >= -1:
+                        excess, more = time_G[h] + added - limit, tokens_G[h] + m - most
+                        if excess <= eps and more <= 0:
+                            last, end_r, end_q, end_m = u, r, q, m
+                            break
+                        freed = here - _busy(n - m, a, b)
+                        score = max(excess, 0.0) + c * max(more, 0) + max(added - freed, 0.0)
+                        if hops + 1 < depth and score < label_3G[_EXCESS, h]:
+                            if label_3G[_EXCESS, h] == np.inf:
+                                queue_G[tail] = h
+                                tail += 1
+                            label_3G[_EXCESS, h] = score
+                            way_4G[_FROM, h], way_4G[_TO, h], way_4G[_MOVED, h] = r, q, m
+                            way_4G[_HOPS, h] = hops + 1
+                            if u == root:
+                                label_3G[_TIME, h] = time_G[root] - freed
+                                label_3G[_LOAD, h] = tokens_G[root] - m
+                            else:
+                                label_3G[_TIME, h] = label_3G[_TIME, u]
+                                label_3G[_LOAD, h] = label_3G[_LOAD, u]
+                q = state[NEXT, q]
+    if last < 0:
+        return False
+    _move(end_r, end_q, end_m, state, time_G, tokens_G, a, b)
+    while last != root:
+        r, q, m = way_4G[_FROM, last], way_4G[_TO, last], way_4G[_MOVED, last]
+        _move(r, q, m, state, time_G, tokens_G, a, b)
+        last = state[GPU, r]
+    return True
+
+
+@njit(cache=True, nogil=True)
+def shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel):  # type: ignore[no-untyped-def]
+    """Lower ``max time + c * max tokens`` from ``state``, in place; returns what is reached.
+
+    Args:
+        state: tokens, GPU and next copy of each movable copy, ``[3, M]``.
+        first_G: ``first_G[g] .. first_G[g + 1]`` are GPU g's movable copies.
+        time_G, tokens_G: totals of each GPU, movable copies included.
+        depth: GPUs that a chain may pass on.
+        fuel: pairs of copies examined before the search stops.
+    """
+    num_gpus = len(time_G)
+    low_time, low_tokens = time_G.sum() / num_gpus, (tokens_G.sum() + num_gpus - 1) // num_gpus
+    for g in range(num_gpus):
+        time, tokens = time_G[g], tokens_G[g]
+        for r in range(first_G[g], first_G[g + 1]):
+            time -= _busy(state[TOKENS, r], a, b)
+            tokens -= state[TOKENS, r]
+        low_time, low_tokens = max(low_time, time), max(low_tokens, tokens)
+    best_time, best_tokens = time_G.max(), tokens_G.max()
+    kept, kept_time_G, kept_tokens_G = state[TOKENS].copy(), time_G.copy(), tokens_G.copy()
+    label_3G, way_4G = np.empty((3, num_gpus)), np.empty((4, num_gpus), np.int64)
+    queue_G, counter = np.empty(num_gpus, np.int64), np.empty(1, np.int64)
+    counter[0] = fuel
+    share, mode, failed, trial = 1.0, 0, 0, 0
+    while counter[0] > 0 and failed < 3:
+        gap_time, gap_tokens = max(best_time - low_time, 0.0), max(best_tokens - low_tokens, 0)
+        if gap_time + c * gap_tokens < 1e-3 * best_time:
+            break
+        limit, most = best_time - share * gap_time, best_tokens - int(share * gap_tokens)
+        met = True
+        if trial < 2:
+            counter[0] -= level(state, time_G, tokens_G, a, b, c, limit, most, 6)
+        else:
+            if mode == 1:
+                most = best_tokens + (int(0.9 * share * gap_time / c) if c > 0 else best_tokens)
+            elif mode == 2:
+                limit = best_time + 0.9 * c * share * gap_tokens
+            for g in range(num_gpus):
+                tries = 0
+                while met and (time_G[g] > limit * (1 + 1e-9) or tokens_G[g] > most):
+                    tries += 1
+                    counter[0] -= first_G[g + 1] - first_G[g]
+                    met = tries <= 8 and (
+                        _direct(g, limit, most, state, time_G, tokens_G, first_G, a, b, c)
+                        or _chain(
+                            g, limit, most, depth, state, time_G, tokens_G, first_G, label_3G, way_4G, queue_G, counter,
+                            a, b, c,
+                        )
+                    )  # fmt: skip
+                if not met:
+                    break
+        time, tokens = time_G.max(), tokens_G.max()
+        better = time + c * tokens < (best_time + c * best_tokens) * (1 - 1e-9)
+        if better:
+            best_time, best_tokens, failed = time, tokens, 0
+            kept[:], kept_time_G[:], kept_tokens_G[:] = state[TOKENS], time_G, tokens_G
+        elif trial != 0:
+            # the second levelling goes on from the first, whatever that was worth
+            state[TOKENS], time_G[:], tokens_G[:] = kept, kept_time_G, kept_tokens_G
+        trial += 1
+        if trial <= 2:
+            share = 0.6 if trial == 1 else 0.5
+            continue
+        share = min(2 * share, 1.0) if met and better else 0.5 * share
+        if share < 0.1:
+            share, mode, failed = 0.5, (mode + 1) % 3, failed + 1
+    return best_time + c * best_tokens
