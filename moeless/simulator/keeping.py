@@ -34,7 +34,7 @@ class Keeping:
         if active:
             params = runtime.params
             gpu_E, _, extra = static_layout(runtime.budget, spec, gpus)
-            rates = elastic._Rates.of(runtime.costs.terms())
+            rates = elastic.rates_of(runtime.costs)
             tolerance, numbers = float(params.keep), (rates.a, rates.b, rates.c)
             if params.skip:
                 skip = np.array([runtime.costs.control_seconds(elastic._POLICY, layer) for layer in range(spec.L)])
