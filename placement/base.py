@@ -54,6 +54,21 @@ class ShareBudget(Protocol):
     ) -> list[Budget]: ...
 
 
+class PlanLayers(Protocol):
+    """The plans of all layers at once, the same as of one after the other."""
+
+    def __call__(
+        self,
+        inputs_L: Sequence[PlanInput],
+        *,
+        spec: MoESpec,
+        cluster: Cluster,
+        costs: CostModel,
+        budget: Budget,
+        params: Any,
+    ) -> list[LayerPlan]: ...
+
+
 @dataclass(frozen=True)
 class Planner:
     """A named pair of functions.
@@ -65,6 +80,7 @@ class Planner:
         default_predictor: what ``--policy NAME`` alone uses.
         source: paper or repository that the method comes from.
         share_budget: for planners that give some layers more room than others; None where each has the same.
+        plan_layers: for planners that plan all layers faster together; None where one by one is as fast.
     """
 
     name: str
@@ -76,6 +92,7 @@ class Planner:
     default_predictor: str
     source: str
     share_budget: ShareBudget | None = None
+    plan_layers: PlanLayers | None = None
 
 
 def plan_all_layers(
@@ -93,6 +110,8 @@ def plan_all_layers(
     Raises:
         UserError: the planner refuses the budget.
     """
+    if planner.plan_layers is not None and len(inputs_L) > 0:
+        return planner.plan_layers(inputs_L, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
     budgets = [budget] * len(inputs_L)
     if planner.share_budget is not None:
         budgets = planner.share_budget(inputs_L, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)

@@ -1,137 +1,219 @@
-"""Compiled choice among placements of one layer: grow by every rule, score on scenarios, drop the last extras.
+"""Compiled placement of a layer: grow by several rules, judge on scenarios, drop the last extras, weigh the change.
 
-Axes: C scenarios, E experts, R replicas in order of decision (primaries first), G GPUs, W weights to grow by.
+Axes: C scenarios, E experts, X extras in order of decision, R replicas, G GPUs, L layers, P a previous plan's replicas.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
+from moeless.contracts import FloatArray, IntArray
 from moeless.jit import njit
-from moeless.placement.dispatch_kernels import choose_copies
-from moeless.placement.grow_kernels import grow
+from moeless.placement.grow_kernels import BY_EXPERT, BY_GPU, BY_LEVEL, grow
+from moeless.placement.judge_kernels import bound_of, draw_scenarios, mean_seconds, static_totals
 
-#: Rounding that a bound must leave to the times it is compared with.
-SLACK = 1e-9
+#: Rules tried, with whether they grow by likely time rather than by mean tokens. Ties: the first.
+_RULES = ((BY_LEVEL, False), (BY_EXPERT, False), (BY_GPU, True), (BY_LEVEL, True))
 
 
-@njit(cache=True, nogil=True)
-def static_and_bound(load_CE, gpu_E, num_gpus, extra, a, b, c, bound_C):  # type: ignore[no-untyped-def]
-    """Static EP's mean time over scenarios; into ``bound_C`` what each scenario adds to any plan's mean at least.
+class ChoiceTerms(NamedTuple):
+    """What the choice needs beside the forecast.
 
-    As in ``bound.layer_bound``: splitting an expert never lowers its summed time, some GPU serves at least its share
-    of the loaded experts, and an expert has at most ``extra + 1`` copies.
+    Attributes:
+        normal_CE: standard normal deviates of the scenarios; none: the first rule's plan, not judged.
+        gpu_E, room_G, extra: static GPU of each expert, replicas that each GPU may hold, extras that fit.
+        a, b, c: seconds per token, weight read, exchange per token.
+        depth, fuel: of the search that stands for the dispatch.
+        economy: as in ``ElasticParams``.
+        copy_seconds_G: bringing one expert to a GPU from host memory.
     """
-    num_scenarios, num_experts = load_CE.shape
-    copies = min(num_gpus, extra + 1)
-    time_G, tokens_G = np.empty(num_gpus), np.empty(num_gpus, np.int64)
-    static = 0.0
-    for i in range(num_scenarios):
-        time_G[:] = 0.0
-        tokens_G[:] = 0
-        loaded, largest = 0, 0
-        for e in range(num_experts):
-            n = load_CE[i, e]
-            if n > 0:
-                time_G[gpu_E[e]] += max(a * n, b)
-                tokens_G[gpu_E[e]] += n
-                loaded += 1
-                largest = max(largest, n)
-        static += (time_G.max() + c * tokens_G.max()) / num_scenarios
-        least = max(time_G.sum() / num_gpus, ((loaded + num_gpus - 1) // num_gpus) * b)
-        if largest > 0:
-            least = max(least, a * ((largest + copies - 1) // copies))
-        least += c * ((tokens_G.sum() + num_gpus - 1) // num_gpus)
-        bound_C[i] = least * (1 - SLACK) / num_scenarios
-    return static
+
+    normal_CE: FloatArray
+    gpu_E: IntArray
+    room_G: IntArray
+    extra: int
+    a: float
+    b: float
+    c: float
+    depth: int
+    fuel: int
+    economy: float
+    copy_seconds_G: FloatArray
 
 
 @njit(cache=True, nogil=True)
-def _mean_seconds(load_CE, rest_C, expert_R, gpu_R, marks, num_gpus, a, b, c, depth, fuel, worst):  # type: ignore[no-untyped-def]
-    """Mean time of a plan over scenarios; infinite as soon as it is bound to exceed ``worst``.
-
-    ``rest_C[i]`` is the least that scenarios i and after add; ``marks`` are the rows (primary, serving).
-    """
-    num_scenarios, count = load_CE.shape[0], len(expert_R)
-    tokens_R = np.empty(count, np.int64)
-    total = 0.0
-    for i in range(num_scenarios):
-        if total + rest_C[i] > worst:
-            return np.inf
-        total += (
-            choose_copies(
-                load_CE[i],
-                expert_R,
-                gpu_R,
-                marks[0, :count],
-                marks[1, :count],
-                num_gpus,
-                a,
-                b,
-                c,
-                depth,
-                fuel,
-                tokens_R,
-            )[1]
-            / num_scenarios
-        )
-    return total
-
-
-@njit(cache=True, nogil=True)
-def choose_extras(  # type: ignore[no-untyped-def]
-    load_CE, bound_C, weight_WE, gpu_E, room_G, extra, a, b, c, depth, fuel, plain, economy, expert_R, gpu_R
+def _fewest(  # type: ignore[no-untyped-def]
+    load_CE, time_CG, tokens_CG, rest_C, weight_2E, terms, plain, fuel, expert_R, gpu_R
 ):
-    """The fewest extras whose time is within ``economy`` of the best rule's; returns replicas and their mean time.
-
-    Fills ``expert_R`` and ``gpu_R``. ``plain`` and ``bound_C`` are :func:`static_and_bound`'s. Ties: the first rule.
-    """
-    num_scenarios, num_experts = load_CE.shape
-    num_gpus, tried = len(room_G), 3 * len(weight_WE)
-    rest_C = bound_C.copy()
-    for i in range(num_scenarios - 2, -1, -1):
-        rest_C[i] += rest_C[i + 1]
-    marks = np.ones((2, num_experts + extra), np.bool_)
-    marks[0, num_experts:] = False
-    expert_XR = np.empty((tried, num_experts + extra), np.int32)
-    gpu_XR = np.empty((tried, num_experts + extra), np.int32)
-    count_X = np.empty(tried, np.int64)
+    """The fewest extras whose time is within ``economy`` of the best rule's; returns their number and mean time."""
+    a, b, c, gpu_E = terms.a, terms.b, terms.c, terms.gpu_E
+    experts = len(gpu_E)
+    expert_XR, gpu_XR = np.empty((4, len(expert_R)), np.int32), np.empty((4, len(expert_R)), np.int32)
+    count_X = np.zeros(4, np.int64)
     best, least = 0, np.inf
-    for x in range(tried):
-        # the rules are 0, 1, 2; weights come one after the other
-        count_X[x] = grow(weight_WE[x // 3], gpu_E, room_G, extra, x % 3, expert_XR[x], gpu_XR[x])
+    for x, (rule, likely) in enumerate(_RULES):
+        count_X[x] = grow(
+            weight_2E[1 if likely else 0], gpu_E, terms.room_G, terms.extra, rule, expert_XR[x], gpu_XR[x]
+        )
         again = False
         for y in range(x):
-            if count_X[y] == count_X[x]:
-                again = True
-                for r in range(count_X[x]):
-                    if expert_XR[x, r] != expert_XR[y, r] or gpu_XR[x, r] != gpu_XR[y, r]:
-                        again = False
-                        break
-                if again:
-                    break
-        if again:
-            continue
-        score = _mean_seconds(
-            load_CE, rest_C, expert_XR[x, : count_X[x]], gpu_XR[x, : count_X[x]], marks, num_gpus, a, b, c, depth, fuel,
-            least,
-        )  # fmt: skip
-        if score < least:
-            best, least = x, score
-    expert_R[: count_X[best]] = expert_XR[best, : count_X[best]]
-    gpu_R[: count_X[best]] = gpu_XR[best, : count_X[best]]
+            same = count_X[y] == count_X[x]
+            for r in range(experts, count_X[x]):
+                same = same and expert_XR[x, r] == expert_XR[y, r] and gpu_XR[x, r] == gpu_XR[y, r]
+            again = again or same
+        if not again:
+            score = mean_seconds(
+                load_CE, time_CG, tokens_CG, rest_C, expert_XR[x, experts : count_X[x]],
+                gpu_XR[x, experts : count_X[x]], gpu_E, a, b, c, terms.depth, fuel, least,
+            )  # fmt: skip
+            if score < least:
+                best, least = x, score
+    expert_R[:], gpu_R[:] = expert_XR[best], gpu_XR[best]
     # copies are in order of worth: leave out the last ones as long as little is lost
-    low, high, reached, enough = num_experts, count_X[best], least, least * (1 + economy)
-    while low < high:
-        middle = (low + high) // 2
-        if middle == num_experts:
-            score = plain
-        else:
-            score = _mean_seconds(
-                load_CE, rest_C, expert_R[:middle], gpu_R[:middle], marks, num_gpus, a, b, c, depth, fuel, enough
-            )
-        if score <= enough:
-            high, reached = middle, score
-        else:
-            low = middle + 1
+    high, reached, enough = count_X[best] - experts, least, least * (1 + terms.economy)
+    if plain <= enough:
+        return 0, plain
+    step = max(high // 8, 1)
+    while high > 1:
+        fewer = max(high - step, 1)
+        score = mean_seconds(
+            load_CE, time_CG, tokens_CG, rest_C, expert_R[experts : experts + fewer], gpu_R[experts : experts + fewer],
+            gpu_E, a, b, c, terms.depth, fuel, enough,
+        )  # fmt: skip
+        if score > enough:
+            break
+        high, reached, step = fewer, score, 2 * step
     return high, reached
+
+
+@njit(cache=True, nogil=True)
+def _arrival(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_seconds_G):  # type: ignore[no-untyped-def]
+    """When the last copy that is not in memory would have come, GPUs loading at once; nothing is absent at a start."""
+    waiting_G = np.zeros(len(copy_seconds_G))
+    if len(expert_P) == 0:
+        return 0.0
+    for x in range(len(expert_X)):
+        absent = True
+        for p in range(len(expert_P)):
+            if live_P[p] and expert_P[p] == expert_X[x] and gpu_P[p] == gpu_X[x]:
+                absent = False
+                break
+        if absent:
+            waiting_G[gpu_X[x]] += copy_seconds_G[gpu_X[x]]
+    return waiting_G.max()
+
+
+@njit(cache=True, nogil=True)
+def _previous_extras(expert_P, gpu_P, primary_P, terms):  # type: ignore[no-untyped-def]
+    """Positions of the previous plan's extras, and whether it is a plan of this planner that still fits."""
+    extras, primaries, used_G = np.empty(len(expert_P), np.int64), 0, np.zeros(len(terms.room_G), np.int64)
+    count, fits = 0, len(expert_P) > 0
+    for p in range(len(expert_P)):
+        used_G[gpu_P[p]] += 1
+        if primary_P[p]:
+            primaries += 1
+            fits = fits and terms.gpu_E[expert_P[p]] == gpu_P[p]
+        else:
+            extras[count] = p
+            count += 1
+    for g in range(len(used_G)):
+        fits = fits and used_G[g] <= terms.room_G[g]
+    return extras[:count], fits and primaries == len(terms.gpu_E) and count <= terms.extra
+
+
+@njit(cache=True, nogil=True)
+def choose(mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, skip, terms, expert_R, gpu_R):  # type: ignore[no-untyped-def]
+    """Extras of one layer, into ``expert_R`` and ``gpu_R`` after its primaries; returns the number of replicas.
+
+    Args:
+        doubt: relative spread that the forecast has at least.
+        expert_P, gpu_P, primary_P, live_P: the previous plan, and which of its copies are in memory; empty: none.
+        horizon: iterations that a change's gain is weighed over.
+        skip: seconds that dispatch must be expected to save; negative: any saving is welcome.
+    """
+    a, b, c, gpu_E, experts = terms.a, terms.b, terms.c, terms.gpu_E, len(terms.gpu_E)
+    num_gpus = len(terms.room_G)
+    for e in range(experts):
+        expert_R[e], gpu_R[e] = e, gpu_E[e]
+    if terms.extra == 0 or num_gpus == 1 or mean_E.max() <= 0.0:
+        return experts
+    if len(terms.normal_CE) == 0:
+        return grow(mean_E, gpu_E, terms.room_G, terms.extra, BY_LEVEL, expert_R, gpu_R)
+    load_CE = np.empty(terms.normal_CE.shape, np.int64)
+    load_CE = load_CE[: draw_scenarios(mean_E, var_E, doubt, terms.normal_CE, load_CE)]
+    scenarios = len(load_CE)
+    rest_C = np.empty(scenarios)
+    time_CG, tokens_CG = np.empty((scenarios, num_gpus)), np.empty((scenarios, num_gpus), np.int64)
+    static_totals(load_CE, gpu_E, a, b, time_CG, tokens_CG)
+    plain = bound_of(load_CE, time_CG, tokens_CG, terms.extra, a, b, c, rest_C)
+    for i in range(scenarios - 2, -1, -1):
+        rest_C[i] += rest_C[i + 1]
+    if skip >= 0.0 and plain - rest_C[0] <= skip:
+        # not even the best plan there could be would pay
+        return experts
+    weight_2E = np.empty((2, experts))
+    for e in range(experts):
+        # an expert without tokens costs nothing, any other at least its weight read
+        n = mean_E[e]
+        weight_2E[0, e] = n
+        weight_2E[1, e] = max(a * n, b * -np.expm1(-n)) + c * n
+    # an exact forecast is one scenario, judged the more closely
+    fuel = terms.fuel * (len(terms.normal_CE) // scenarios)
+    count, reached = _fewest(load_CE, time_CG, tokens_CG, rest_C, weight_2E, terms, plain, fuel, expert_R, gpu_R)
+    extras, fits = _previous_extras(expert_P, gpu_P, primary_P, terms)
+    if fits:
+        old_expert, old_gpu = expert_P[extras], gpu_P[extras]
+        kept = mean_seconds(
+            load_CE, time_CG, tokens_CG, rest_C, old_expert, old_gpu, gpu_E, a, b, c, terms.depth, fuel, np.inf
+        )
+        delay = _arrival(
+            expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P,
+            terms.copy_seconds_G,
+        ) - _arrival(old_expert, old_gpu, expert_P, gpu_P, live_P, terms.copy_seconds_G)  # fmt: skip
+        if (kept - reached) * horizon <= delay:
+            count, reached = len(extras), kept
+            expert_R[experts : experts + count], gpu_R[experts : experts + count] = old_expert, old_gpu
+    if skip >= 0.0 and plain - reached <= skip:
+        return experts
+    return experts + count
+
+
+@njit(cache=True, nogil=True)
+def sort_plan(count, terms, expert_R, gpu_R, primary_R):  # type: ignore[no-untyped-def]
+    """Bring replicas (primaries of ascending experts first) into a plan's order: GPU, primary first, expert."""
+    experts = len(terms.gpu_E)
+    raw_expert, raw_gpu = expert_R[:count].copy(), gpu_R[:count].copy()
+    at_G = np.zeros(len(terms.room_G) + 1, np.int64)
+    for r in range(count):
+        at_G[raw_gpu[r] + 1] += 1
+    for g in range(len(terms.room_G)):
+        at_G[g + 1] += at_G[g]
+    first_G = at_G.copy()
+    for r in range(count):
+        g = raw_gpu[r]
+        i = at_G[g]
+        at_G[g] += 1
+        while r >= experts and i > first_G[g] and not primary_R[i - 1] and expert_R[i - 1] > raw_expert[r]:
+            expert_R[i], gpu_R[i], primary_R[i] = expert_R[i - 1], gpu_R[i - 1], primary_R[i - 1]
+            i -= 1
+        expert_R[i], gpu_R[i], primary_R[i] = raw_expert[r], g, r < experts
+
+
+@njit(cache=True, nogil=True)
+def choose_layers(  # type: ignore[no-untyped-def]
+    start, stop, mean_LE, var_LE, doubt_L, offset_L, expert_P, gpu_P, primary_P, live_P, horizon_L, skip_L, terms,
+    expert_LR, gpu_LR, primary_LR, count_L,
+):  # fmt: skip
+    """Layers ``start`` to ``stop``, one after the other; rows of the outputs are in a plan's order.
+
+    The previous plans stand behind each other, layer l's from ``offset_L[l]`` to ``offset_L[l + 1]``.
+    """
+    for i in range(start, stop):
+        old = slice(offset_L[i], offset_L[i + 1])
+        count_L[i] = choose(
+            mean_LE[i], var_LE[i], doubt_L[i], expert_P[old], gpu_P[old], primary_P[old], live_P[old], horizon_L[i],
+            skip_L[i], terms, expert_LR[i], gpu_LR[i],
+        )  # fmt: skip
+        sort_plan(count_L[i], terms, expert_LR[i], gpu_LR[i], primary_LR[i])

@@ -10,6 +10,7 @@ Axes: E experts, R replicas, G GPUs, S source ranks, C scenarios.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,11 +21,11 @@ from moeless.contracts import (
     BoolArray,
     Budget,
     FloatArray,
-    Forecast,
     InstanceState,
     Int32Array,
     IntArray,
     LayerPlan,
+    Phase,
     PlanInput,
     Policy,
 )
@@ -32,10 +33,10 @@ from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import dispatch_kernels as kernels
 from moeless.placement.base import Planner
-from moeless.placement.choose_kernels import choose_extras, static_and_bound
+from moeless.placement.choose_kernels import ChoiceTerms, choose, choose_layers, sort_plan
 from moeless.placement.dispatch import serving_R
-from moeless.placement.grow_kernels import BY_GPU, grow
 from moeless.placement.layout import static_layout
+from moeless.placement.threads import in_parallel
 from moeless.spec import MoESpec
 
 
@@ -45,6 +46,8 @@ class ElasticParams:
 
     Attributes:
         scenarios: loads drawn from the forecast to judge placements on; 0 takes the first rule's plan unjudged.
+        doubt, decode_doubt: relative spread that a forecast is taken to have at least, whatever it states, unless it
+            states none; a decode step mixes many requests, so that it strays less from the past than a prefill.
         economy: relative layer time that fewer extras may cost; extras that save less are left out.
         patience_iterations: iterations a plan is taken to stay where the caller expects fewer, in weighing the
             time a change saves against the time its copies need to arrive.
@@ -57,7 +60,9 @@ class ElasticParams:
     """
 
     scenarios: int = 8
-    economy: float = 1e-3
+    doubt: float = 0.5
+    decode_doubt: float = 0.25
+    economy: float = 2e-4
     patience_iterations: int = 256
     skip: bool = True
     depth: int = 4
@@ -66,9 +71,23 @@ class ElasticParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("scenarios", "economy", "patience_iterations", "depth", "fuel", "keep", "seed"):
+        for name in (
+            "scenarios",
+            "doubt",
+            "decode_doubt",
+            "economy",
+            "patience_iterations",
+            "depth",
+            "fuel",
+            "keep",
+            "seed",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+
+    def doubt_of(self, phase: Phase) -> float:
+        """The least relative spread of a forecast for this phase."""
+        return float(self.decode_doubt if phase == Phase.DECODE else self.doubt)
 
 
 @dataclass(frozen=True)
@@ -91,51 +110,39 @@ def rates_of(costs: CostModel) -> Rates:
 @lru_cache(maxsize=64)
 def _normal_CE(seed: int, scenarios: int, num_experts: int) -> FloatArray:
     half = np.random.default_rng(seed).standard_normal((-(-scenarios // 2), num_experts))
-    # mirrored pairs keep the scenarios' mean at the forecast's
-    return np.concatenate([half, -half])[:scenarios]
+    # mirrored pairs keep the scenarios' mean at the forecast's; taken in turn, so do the first of them
+    return np.ascontiguousarray(np.stack([half, -half], axis=1).reshape(-1, num_experts)[:scenarios])
 
-
-def scenarios_CE(forecast: Forecast, scenarios: int, seed: int) -> IntArray:
-    """Loads that the forecast deems likely, ``[C, E]``; the same for the same arguments."""
-    spread_E = np.sqrt(np.maximum(forecast.var_E, forecast.mean_E))
-    drawn = forecast.mean_E + spread_E * _normal_CE(seed, scenarios, len(forecast.mean_E))
-    return np.asarray(np.rint(np.maximum(drawn, 0.0)), np.int64)
-
-
-Copies = tuple[Int32Array, Int32Array]
 
 _POLICY = Policy("elastic")
 
 
-def _previous_copies(x: PlanInput, gpu_E: IntArray, room: IntArray, max_extra: int) -> Copies | None:
-    """The previous plan's copies, primaries first, where they are a plan of this planner and still fit."""
+@lru_cache(maxsize=64)
+def _copy_seconds_G(spec: MoESpec, costs: CostModel) -> FloatArray:
+    gpus = range(costs.cluster.num_gpus)
+    return np.array([costs.load_seconds(spec.expert_bytes, "host", gpu) for gpu in gpus], np.float64)
+
+
+def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: ElasticParams) -> ChoiceTerms:
+    gpu_E, room, extra = static_layout(budget, spec, costs.cluster.num_gpus)
+    rates = rates_of(costs)
+    return ChoiceTerms(
+        _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
+        params.depth, params.fuel // 4, float(params.economy), _copy_seconds_G(spec, costs),
+    )  # fmt: skip
+
+
+_NO_COPIES = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.bool_)
+
+
+def _previous(x: PlanInput) -> tuple[Int32Array, Int32Array, BoolArray, BoolArray]:
     plan = x.previous
-    if plan is None or plan.num_extra > max_extra or int(plan.primary_R.sum()) != len(gpu_E):
-        return None
-    if (plan.gpu_R[plan.primary_R] != gpu_E[plan.expert_R[plan.primary_R]]).any():
-        return None
-    if (plan.slots_G(len(room)) > room).any():
-        return None
-    order = np.argsort(plan.expert_R[plan.primary_R], kind="stable")
-    first, extra = np.flatnonzero(plan.primary_R)[order], np.flatnonzero(~plan.primary_R)
-    at = np.concatenate([first, extra])
-    return plan.expert_R[at], plan.gpu_R[at]
-
-
-def _arrival_seconds(copies: Copies, x: PlanInput, spec: MoESpec, costs: CostModel) -> float:
-    """When the last copy that is not in memory would have come, from host memory, GPUs loading at once."""
-    if x.previous is None:
-        return 0.0
-    live = np.ones(x.previous.R, np.bool_)
+    if plan is None:
+        return _NO_COPIES
+    live = np.ones(plan.R, np.bool_)
     if x.state_R is not None:
         live = (x.state_R == InstanceState.WARM) | (x.state_R == InstanceState.LOADING)
-    absent_EG = np.ones((spec.E, costs.cluster.num_gpus), np.bool_)
-    absent_EG[x.previous.expert_R[live], x.previous.gpu_R[live]] = False
-    expert_X, gpu_X = copies[0][spec.E :], copies[1][spec.E :]
-    waiting: dict[int, float] = {}
-    for gpu in gpu_X[absent_EG[expert_X, gpu_X]].tolist():
-        waiting[gpu] = waiting.get(gpu, 0.0) + costs.load_seconds(spec.expert_bytes, "host", gpu)
-    return max(waiting.values(), default=0.0)
+    return plan.expert_R, plan.gpu_R, plan.primary_R, live
 
 
 def plan_layer(
@@ -149,60 +156,57 @@ def plan_layer(
     Raises:
         UserError: a GPU has no room for its static experts.
     """
-    gpus, experts = cluster.num_gpus, spec.E
-    gpu_E, room, extra = static_layout(budget, spec, gpus)
-    rates = rates_of(costs)
-    static: Copies = (np.arange(experts, dtype=np.int32), gpu_E.astype(np.int32))
-    chosen = static
-    if extra and gpus > 1 and x.forecast.mean_E.any():
-        chosen = _choose(x, static, gpu_E, room, extra, rates, spec, cluster, costs, params)
-    primary_R = np.arange(len(chosen[0])) < experts
-    return LayerPlan.build(x.layer, *chosen, primary_R, num_experts=experts, num_gpus=gpus)
+    terms = _choice_terms(spec, costs, budget, params)
+    size = spec.E + terms.extra
+    expert_R, gpu_R, primary_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_)
+    skip = costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0
+    horizon = max(x.horizon_iterations, params.patience_iterations)
+    count = choose(
+        x.forecast.mean_E, x.forecast.var_E, params.doubt_of(x.phase), *_previous(x), horizon, skip, terms,
+        expert_R, gpu_R,
+    )  # fmt: skip
+    sort_plan(count, terms, expert_R, gpu_R, primary_R)
+    return LayerPlan(x.layer, expert_R[:count], gpu_R[:count], primary_R[:count])
 
 
-def _choose(
-    x: PlanInput,
-    static: Copies,
-    gpu_E: IntArray,
-    room: IntArray,
-    extra: int,
-    rates: Rates,
+def plan_layers(
+    inputs_L: Sequence[PlanInput],
+    *,
     spec: MoESpec,
     cluster: Cluster,
     costs: CostModel,
+    budget: Budget,
     params: ElasticParams,
-) -> Copies:
-    mean_E, gpus = x.forecast.mean_E, cluster.num_gpus
-    expert_R, gpu_R = np.empty(spec.E + extra, np.int32), np.empty(spec.E + extra, np.int32)
-    if params.scenarios == 0:
-        count = grow(mean_E, gpu_E, room, extra, BY_GPU, expert_R, gpu_R)
-        return expert_R[:count], gpu_R[:count]
-    load_CE = scenarios_CE(x.forecast, params.scenarios, params.seed)
-    control = costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0
-    numbers = rates.a, rates.b, rates.c
-    bound_C = np.empty(len(load_CE))
-    plain = static_and_bound(load_CE, gpu_E, gpus, extra, *numbers, bound_C)
-    if params.skip and plain - float(bound_C.sum()) <= control:
-        # not even the best plan there could be would pay
-        return static
-    # an expert without tokens costs nothing, any other at least its weight read
-    likely_E = np.maximum(rates.a * mean_E, rates.b * -np.expm1(-mean_E)) + rates.c * mean_E
-    count, reached = choose_extras(
-        load_CE, bound_C, np.stack((mean_E, likely_E)), gpu_E, room, extra, *numbers, params.depth, params.fuel,
-        plain, params.economy, expert_R, gpu_R,
-    )  # fmt: skip
-    copies = expert_R[:count], gpu_R[:count]
-    horizon = max(x.horizon_iterations, params.patience_iterations)
-    previous = _previous_copies(x, gpu_E, room, extra)
-    if previous is not None:
-        kept = float(kernels.expected_seconds(load_CE, *previous, gpus, *numbers, params.depth, params.fuel)[1])
-        if (kept - reached) * horizon <= _arrival_seconds(copies, x, spec, costs) - _arrival_seconds(
-            previous, x, spec, costs
-        ):
-            copies, reached = previous, kept
-    if params.skip and plain - reached <= control:
-        return static
-    return copies
+) -> list[LayerPlan]:
+    """All layers at once, on as many threads as pay: the plans that :func:`plan_layer` makes one by one.
+
+    Raises:
+        UserError: a GPU has no room for its static experts.
+    """
+    terms = _choice_terms(spec, costs, budget, params)
+    layers, size = len(inputs_L), spec.E + terms.extra
+    expert_LR, gpu_LR = np.empty((layers, size), np.int32), np.empty((layers, size), np.int32)
+    primary_LR, count_L = np.empty((layers, size), np.bool_), np.empty(layers, np.int64)
+    mean_LE = np.stack([x.forecast.mean_E for x in inputs_L])
+    var_LE = np.stack([x.forecast.var_E for x in inputs_L])
+    doubt_L = np.array([params.doubt_of(x.phase) for x in inputs_L])
+    skip_L = np.array([costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0 for x in inputs_L])
+    horizon_L = np.array([max(x.horizon_iterations, params.patience_iterations) for x in inputs_L], np.int64)
+    previous_L = [_previous(x) for x in inputs_L]
+    offset_L = np.concatenate([[0], np.cumsum([len(copies[0]) for copies in previous_L])]).astype(np.int64)
+    joined = [np.concatenate([copies[i] for copies in previous_L]) for i in range(4)]
+
+    def some(start: int, stop: int) -> None:
+        choose_layers(
+            start, stop, mean_LE, var_LE, doubt_L, offset_L, *joined, horizon_L, skip_L, terms,
+            expert_LR, gpu_LR, primary_LR, count_L,
+        )  # fmt: skip
+
+    in_parallel(some, layers, layers * spec.E * max(1, params.scenarios))
+    return [
+        LayerPlan(x.layer, expert_LR[i, :n], gpu_LR[i, :n], primary_LR[i, :n])
+        for i, (x, n) in enumerate(zip(inputs_L, count_L.tolist(), strict=True))
+    ]
 
 
 def dispatch(
@@ -274,6 +278,7 @@ PLANNER = Planner(
     name="elastic",
     plan_layer=plan_layer,
     dispatch=dispatch,
+    plan_layers=plan_layers,
     params=ElasticParams,
     cadence="iteration",
     needs_forecast=True,

@@ -31,19 +31,24 @@ def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ig
     """
     num_experts, num_gpus = len(weight_E), len(room_G)
     holds_EG = np.zeros((num_experts, num_gpus), np.bool_)
-    share_EG = np.zeros((num_experts, num_gpus))
+    # the experts on each GPU, with what each of these copies is taken to serve
+    widest = room_G.max()
+    member_GX, share_GX = np.empty((num_gpus, widest), np.int64), np.empty((num_gpus, widest))
+    used_G = np.zeros(num_gpus, np.int64)
     total_G, copies_E = np.zeros(num_gpus), np.ones(num_experts, np.int64)
     room_G = room_G.copy()
     for e in range(num_experts):
-        expert_R[e], gpu_R[e] = e, gpu_E[e]
-        holds_EG[e, gpu_E[e]] = True
-        share_EG[e, gpu_E[e]] = weight_E[e]
-        total_G[gpu_E[e]] += weight_E[e]
-        room_G[gpu_E[e]] -= 1
+        g = gpu_E[e]
+        expert_R[e], gpu_R[e] = e, g
+        holds_EG[e, g] = True
+        member_GX[g, used_G[g]], share_GX[g, used_G[g]] = e, weight_E[e]
+        used_G[g] += 1
+        total_G[g] += weight_E[e]
+        room_G[g] -= 1
     replicas = num_experts
     closed_E, tried_G = np.zeros(num_experts, np.bool_), np.zeros(num_gpus, np.bool_)
     while replicas < num_experts + max_extra:
-        best_e, best_h, best_g = -1, -1, -1
+        best_e, best_h, best_g, best_x = -1, -1, -1, -1
         if rule == BY_EXPERT:
             while best_h < 0:
                 best_e = -1
@@ -67,25 +72,28 @@ def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ig
                     return replicas
                 tried_G[best_g] = True
                 share = -1.0
-                for e in range(num_experts):
-                    if holds_EG[e, best_g] and share_EG[e, best_g] > share:
+                for x in range(used_G[best_g]):
+                    e, mine = member_GX[best_g, x], share_GX[best_g, x]
+                    if mine > share or (mine == share and e < best_e):
                         h = _coolest(e, holds_EG, total_G, room_G)
                         if h >= 0:
-                            share, best_e, best_h = share_EG[e, best_g], e, h
+                            share, best_e, best_h, best_x = mine, e, h, x
         if rule == BY_LEVEL:
-            moved = min(share_EG[best_e, best_g], max((total_G[best_g] - total_G[best_h]) / 2, 0.0))
-            share_EG[best_e, best_g] -= moved
-            share_EG[best_e, best_h] += moved
+            moved = min(share_GX[best_g, best_x], max((total_G[best_g] - total_G[best_h]) / 2, 0.0))
+            share_GX[best_g, best_x] -= moved
             total_G[best_g] -= moved
-            total_G[best_h] += moved
         else:
-            old, new = weight_E[best_e] / copies_E[best_e], weight_E[best_e] / (copies_E[best_e] + 1)
+            moved = weight_E[best_e] / (copies_E[best_e] + 1)
+            old = weight_E[best_e] / copies_E[best_e]
             for g in range(num_gpus):
                 if holds_EG[best_e, g]:
-                    total_G[g] += new - old
-                    share_EG[best_e, g] = new
-            total_G[best_h] += new
-            share_EG[best_e, best_h] = new
+                    total_G[g] += moved - old
+                    for x in range(used_G[g]):
+                        if member_GX[g, x] == best_e:
+                            share_GX[g, x] = moved
+        total_G[best_h] += moved
+        member_GX[best_h, used_G[best_h]], share_GX[best_h, used_G[best_h]] = best_e, moved
+        used_G[best_h] += 1
         holds_EG[best_e, best_h] = True
         copies_E[best_e] += 1
         room_G[best_h] -= 1

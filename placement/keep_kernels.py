@@ -11,7 +11,7 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.jit import njit
-from moeless.placement.choose_kernels import static_and_bound
+from moeless.placement.judge_kernels import draw_scenarios, static_and_bound
 
 
 class KeepTerms(NamedTuple):
@@ -21,7 +21,7 @@ class KeepTerms(NamedTuple):
         planned_LE: forecast mean loads that the plans in force were made for.
         plain_L: whether a plan is static EP's.
         tolerance: relative change of a forecast that keeps its plan.
-        normal_CE: standard normal deviates of the planner's scenarios.
+        normal_CE, doubt: standard normal deviates of the planner's scenarios, and the least relative spread.
         gpu_E: static GPU of each expert; ``extra`` replicas more may be held.
         skip_L: seconds below which no plan but static EP's pays; negative: no layer is skipped.
     """
@@ -31,6 +31,7 @@ class KeepTerms(NamedTuple):
     plain_L: BoolArray
     tolerance: float
     normal_CE: FloatArray
+    doubt: float
     gpu_E: IntArray
     num_gpus: int
     extra: int
@@ -71,10 +72,8 @@ def kept_layers(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyp
             if terms.extra == 0 or terms.num_gpus == 1:
                 kept = True
             elif scenarios > 0 and terms.skip_L[layer] >= 0.0:
-                for i in range(scenarios):
-                    for e in range(experts):
-                        drawn = mean_E[e] + np.sqrt(mean_E[e]) * terms.normal_CE[i, e]
-                        load_CE[i, e] = np.int64(np.rint(max(drawn, 0.0)))
+                # history's forecasts state counting noise
+                draw_scenarios(mean_E, mean_E, terms.doubt, terms.normal_CE, load_CE)
                 plain = static_and_bound(
                     load_CE, terms.gpu_E, terms.num_gpus, terms.extra, terms.a, terms.b, terms.c, bound_C
                 )

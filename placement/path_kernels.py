@@ -22,8 +22,8 @@ _FROM, _TO, _MOVED, _HOPS = 0, 1, 2, 3
 
 
 @njit(cache=True, nogil=True)
-def level(state, time_G, tokens_G, a, b, c, limit, most, sweeps):  # type: ignore[no-untyped-def]
-    """Move tokens between two copies of an expert where that lowers the squared excess over the limits."""
+def level(state, time_G, tokens_G, a, b, c, limit, most, sweeps, fuel):  # type: ignore[no-untyped-def]
+    """Move tokens between copies where that lowers the squared excess over the limits; returns pairs examined."""
     per_token, small = 1.0 / a, 1e-5 * limit
     examined = 0
     for _ in range(sweeps):
@@ -36,6 +36,8 @@ def level(state, time_G, tokens_G, a, b, c, limit, most, sweeps):  # type: ignor
             while q != r:
                 h, n, k = state[GPU, q], state[TOKENS, r], state[TOKENS, q]
                 examined += 1
+                if examined > fuel:
+                    return examined
                 if n > 0 and h != g:
                     both = n + k
                     here, there = time_G[g] - _busy(n, a, b), time_G[h] - _busy(k, a, b)
@@ -222,7 +224,7 @@ def shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel):  # type: ig
         limit, most = best_time - share * gap_time, best_tokens - int(share * gap_tokens)
         met = True
         if trial < 2:
-            counter[0] -= level(state, time_G, tokens_G, a, b, c, limit, most, 6)
+            counter[0] -= level(state, time_G, tokens_G, a, b, c, limit, most, 6, counter[0])
         else:
             if mode == 1:
                 most = best_tokens + (int(0.9 * share * gap_time / c) if c > 0 else best_tokens)

@@ -30,12 +30,12 @@ class Keeping:
             runtime.planner.plan_layer is elastic.plan_layer and getattr(runtime.predictor, "name", "") == "history"
         )
         gpu_E, extra, skip = np.zeros(spec.E, np.int64), 0, -np.ones(spec.L)
-        tolerance, normal_CE, numbers = 0.0, np.zeros((0, spec.E)), (0.0, 0.0, 0.0)
+        tolerance, doubt, normal_CE, numbers = 0.0, 0.0, np.zeros((0, spec.E)), (0.0, 0.0, 0.0)
         if active:
             params = runtime.params
             gpu_E, _, extra = static_layout(runtime.budget, spec, gpus)
             rates = elastic.rates_of(runtime.costs)
-            tolerance, numbers = float(params.keep), (rates.a, rates.b, rates.c)
+            tolerance, doubt, numbers = float(params.keep), float(params.decode_doubt), (rates.a, rates.b, rates.c)
             if params.skip:
                 skip = np.array([runtime.costs.control_seconds(elastic._POLICY, layer) for layer in range(spec.L)])
             normal_CE = elastic._normal_CE(params.seed, params.scenarios, spec.E)
@@ -46,6 +46,7 @@ class Keeping:
             np.zeros(spec.L, np.bool_),
             tolerance,
             np.ascontiguousarray(normal_CE),
+            doubt,
             np.ascontiguousarray(gpu_E),
             gpus,
             int(extra),

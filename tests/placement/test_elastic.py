@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +13,12 @@ from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.errors import UserError
-from moeless.placement.choose_kernels import static_and_bound
+from moeless.placement import elastic
+from moeless.placement.choose_kernels import sort_plan
 from moeless.placement.dispatch_kernels import choose_copies, expected_seconds
-from moeless.placement.elastic import ElasticParams, dispatch, plan_layer, scenarios_CE
+from moeless.placement.elastic import ElasticParams, _normal_CE, dispatch, plan_layer, plan_layers
 from moeless.placement.exact import exact_dispatch, terms_seconds
+from moeless.placement.judge_kernels import draw_scenarios, static_and_bound
 from moeless.placement.layout import static_gpu_E
 from moeless.placement.static import static_plan
 from moeless.spec import preset
@@ -124,7 +128,7 @@ def test_dispatch_is_skipped_where_it_cannot_pay_for_its_control_time():
 
 
 def test_no_extras_where_nothing_can_be_gained():
-    assert plan_for(np.full(32, 5000.0), extra=2, economy=0.2).num_extra == 0
+    assert plan_for(np.full(32, 5000.0), extra=2, economy=0.2, doubt=0.0).num_extra == 0
 
 
 def test_economy_holds_fewer_extras():
@@ -142,12 +146,73 @@ def test_a_plan_stays_unless_the_gain_pays_for_the_transfers():
     assert moved.to_json() != first.to_json()
 
 
+def drawn(mean: float, var: float, doubt: float) -> np.ndarray:
+    load_CE = np.zeros((8, 32), np.int64)
+    rows = draw_scenarios(np.full(32, mean), np.full(32, var), doubt, _normal_CE(0, 8, 32), load_CE)
+    return load_CE[:rows]
+
+
 def test_scenarios_repeat_and_keep_the_mean():
-    forecast = Forecast(np.full(32, 1000.0), np.full(32, 2500.0), 8000, "test")
-    drawn = scenarios_CE(forecast, 8, 0)
-    np.testing.assert_array_equal(drawn, scenarios_CE(forecast, 8, 0))
-    assert abs(drawn.mean() - 1000) < 1
-    assert 25 < drawn.std() < 75
+    loads = drawn(1000, 2500, 0.0)
+    np.testing.assert_array_equal(loads, drawn(1000, 2500, 0.0))
+    assert abs(loads.mean() - 1000) < 1
+    assert 25 < loads.std() < 75
+
+
+def test_a_forecast_is_doubted_unless_it_claims_to_be_exact():
+    assert 250 < drawn(1000, 1000, 0.5).std() < 750
+    assert drawn(1000, 0, 0.5).tolist() == [[1000] * 32]
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_planning_all_layers_at_once_gives_the_plans_of_one_by_one(previous):
+    spec, machine, model = setting()
+    shared = {"spec": spec, "cluster": machine, "costs": model, "budget": Budget.even(32, 8, 2, spec.expert_bytes)}
+    params, before = ElasticParams(), [None] * 100
+    for round_ in range(1 + previous):
+        inputs = [
+            PlanInput(i, Phase(i % 2), Forecast(load, load, 4000, "test"), before[i], None, 100)
+            for i, load in enumerate(skewed(50 * round_ + i, 400 * (1 + i)).astype(float) for i in range(100))
+        ]
+        together = plan_layers(inputs, params=params, **shared)
+        for x, plan in zip(inputs, together, strict=True):
+            plan.validate(num_experts=32, num_gpus=8)
+            assert plan.to_json() == plan_layer(x, params=params, **shared).to_json()
+        before = together
+    assert sum(plan.num_extra for plan in together) > 100
+
+
+def test_a_forked_process_plans_all_layers_too():
+    spec, machine, model = setting()
+    shared = {"spec": spec, "cluster": machine, "costs": model, "budget": Budget.even(32, 8, 1, spec.expert_bytes)}
+    inputs = [
+        PlanInput(i, Phase.PREFILL, Forecast(load, load, 4000, "test"))
+        for i, load in enumerate(skewed(i, 30_000).astype(float) for i in range(100))
+    ]
+    here = [plan.to_json() for plan in plan_layers(inputs, params=ElasticParams(), **shared)]
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        writer.send([plan.to_json() for plan in plan_layers(inputs, params=ElasticParams(), **shared)])
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    assert reader.poll(60)
+    assert reader.recv() == here
+    process.join()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 20))
+def test_replicas_come_in_a_plan_s_order(seed, gpus, extra):
+    rng = np.random.default_rng(seed)
+    _, _, model = setting(gpus)
+    terms = elastic._choice_terms(SPEC, model, Budget.even(32, gpus, 3, SPEC.expert_bytes), ElasticParams())
+    expert = np.concatenate([np.arange(32), rng.integers(0, 32, extra)]).astype(np.int32)
+    gpu = np.concatenate([static_gpu_E(32, gpus), rng.integers(0, gpus, extra)]).astype(np.int32)
+    expected = LayerPlan.build(0, expert, gpu, np.arange(32 + extra) < 32, num_experts=32, num_gpus=gpus)
+    primary = np.empty(32 + extra, np.bool_)
+    sort_plan(32 + extra, terms, expert, gpu, primary)
+    assert LayerPlan(0, expert, gpu, primary).to_json() == expected.to_json()
 
 
 def test_bad_parameters_are_one_sentence():

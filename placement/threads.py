@@ -1,0 +1,47 @@
+"""Threads for compiled loops over layers that release the interpreter's lock.
+
+A pool of Python threads rather than the compiler's own: the live engine forks its ranks, a forked process has none of
+its parent's threads, and a pool can be made anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+from moeless.jit import COMPILED
+
+#: Expert loads to look at before waking another thread pays.
+WORTHWHILE = 20_000
+#: More threads than this gain little: what surrounds the loops is Python.
+MOST = 8
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="moeless-plan")
+
+
+# threads do not survive a fork, and work given to them would never be done
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def in_parallel(run: Callable[[int, int], None], length: int, work: int) -> None:
+    """Call ``run(start, stop)`` so that the ranges cover ``0 .. length``, on several threads where that pays.
+
+    Args:
+        run: must release the interpreter's lock and write to its own range alone.
+        work: of all of them together, in expert loads looked at.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(cores, MOST, length, work // WORTHWHILE) if COMPILED else 1
+    if threads <= 1:
+        run(0, length)
+        return
+    edges = [length * i // threads for i in range(threads + 1)]
+    others = [_pool(MOST).submit(run, edges[i], edges[i + 1]) for i in range(1, threads)]
+    run(edges[0], edges[1])
+    for other in others:
+        other.result()
