@@ -57,14 +57,24 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             ylabel="resident bill (GB·s)", title="Memory held over keep-alive", log_x=True,
         ),
     }  # fmt: skip
+    waits = [
+        sum(study.found(results, f"distance {d}", policy).layer.stalls.values()) for d in DISTANCES for policy in AHEAD
+    ]
+    if not any(waits):
+        # a figure of zeros says less than its sentence
+        del plots["distance"]
     labels = list(_points())
     data = study.table(results, labels, POLICIES, "Cold-start time, keep-alive policy, home of the weights")
     ahead = study.table(results, list(distances), AHEAD, "Pre-warming distance, perfect forecasts")
-    return Drawn(plots, {"sweeps": data, "distances": ahead}, text=_text(results), warnings=study.warnings(results))
+    return Drawn(
+        plots, {"sweeps": data, "distances": ahead}, text=_text(results, waits), warnings=study.warnings(results)
+    )
 
 
-def _text(results: Mapping[str, Any]) -> list[str]:
+def _text(results: Mapping[str, Any], waits: list[float]) -> list[str]:
     said = []
+    if not any(waits):
+        said.append("With perfect forecasts no layer waits for weights, however few layers ahead plans are made.")
     for policy in POLICIES:
         free = study.found(results, "copies take no time", policy)
         slow = study.found(results, f"start {1e3 * STARTS[-1]:g} ms", policy)

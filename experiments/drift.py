@@ -6,8 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from moeless.experiments import study
-from moeless.experiments.base import Drawn, Experiment, Job, Options
+from moeless.experiments.base import Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.sources import common_kind, common_label
+from moeless.report import style
 
 POLICIES = ("static", "eplb:history", "moeless:history", "moeless:last", "moeless:oracle:1", "elastic:history")
 ORDERS = {"mixed": False, "one domain after the other": True}
@@ -51,15 +55,39 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         )
     two = study.found(results, f"{blocks}, EPLB plans every 2 s", "eplb:history").layer
     text.append(f"eplb:history planning every 2 s: imbalance {two.imbalance:.3f} with one domain after the other.")
-    plots = {
-        "imbalance": study.lines(
-            options, results, {mixed: 0.0, blocks: 1.0}, POLICIES, lambda found: found.layer.imbalance,
-            xlabel="0: domains mixed, 1: one domain after the other", ylabel="imbalance over GPUs",
-            title="Imbalance under drift",
-        )
-    }  # fmt: skip
+    plots = {"imbalance": _plot(options, results)}
     data = dataclasses.replace(study.table({}, (), (), "The same requests in two orders"), rows=rows)
     return Drawn(plots, {"orders": data}, text=text, warnings=study.warnings(results))
+
+
+def _plot(options: Options, results: Mapping[str, Any]) -> Plot:
+    """Two bars per policy: domains mixed, and one after the other."""
+    source = study.source_of(options)
+    look = style.looks(POLICIES)
+    with style.drawing() as plt:
+        figure, axes = plt.subplots(figsize=(style.COLUMN, 0.9 + 0.34 * len(POLICIES)), layout="constrained")
+        y = np.arange(len(POLICIES))[::-1]
+        for order, (label, shade) in enumerate(zip(ORDERS, (0.45, 1.0), strict=True)):
+            values = [study.found(results, label, policy).layer.imbalance for policy in POLICIES]
+            place = y + (0.2 - 0.4 * order)
+            axes.barh(place, values, 0.37, color=[look[policy].colour for policy in POLICIES], alpha=shade)
+            for at, value in zip(place, values, strict=True):
+                axes.text(value, at, f" {value:.3f}", va="center", fontsize=6.5)
+        axes.set_yticks(y, POLICIES)
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        axes.margins(x=0.14)
+        axes.set(xlabel="imbalance over GPUs (max ÷ mean)", title="Imbalance under drift")
+        plt.close(figure)
+    runs = min(study.found(results, order, policy).layer.samples for order in ORDERS for policy in POLICIES)
+    return Plot(
+        figure,
+        f"Pale: domains mixed; full: one domain after the other. {source.title} on "
+        f"{source.cluster or options.cluster}, {study.physical(options)} costs, continuous batching "
+        f"(n = {runs:,} layer runs or more a bar).",
+        common_kind([source]),
+        common_label([source]),
+    )
 
 
 EXPERIMENT = Experiment(

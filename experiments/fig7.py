@@ -56,17 +56,6 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     command = "moeless reproduce fig7"
     claims = [
         Claim(
-            "Predictor accuracy over raw next gates (Mixtral-offloading)",
-            "up to +18 %",
-            None,
-            None,
-            f"up to {100 * gain.max():+.1f} points of top-k recall",
-            source.routing,
-            command,
-            f"{source.title}, d = 1 to {len(gain)}; the paper does not define its accuracy",
-            "same direction" if gain.max() > 0 else "opposite",
-        ),
-        Claim(
             "Time to predict one layer",
             "< 0.2 ms on a GPU",
             None,

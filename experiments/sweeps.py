@@ -111,7 +111,7 @@ def _draw(
     shown = reading.ylabel
     if reading.relative:
         first = " or ".join(dict.fromkeys(str(sweep.points(source)[0]) for source in sources))
-        shown = f"{reading.ylabel.partition(' (')[0]} ÷ that at {sweep.short} = {first}"
+        shown = f"layer time ÷ that at {sweep.short} = {first}"
     for costs in options.costs:
         series: dict[str, line_figures.Line] = {}
         changes = {}
@@ -136,8 +136,9 @@ def _draw(
                 series,
                 xlabel=sweep.xlabel,
                 ylabel=shown,
-                title=f"{title[:1].upper()}{title[1:]}, {costs} costs",
-                ylim=(0, None),
+                title=f"{'Layer time' if reading.relative else 'Replicas'} over {sweep.short}, {costs} costs",
+                ylim=(None, None) if reading.relative else (0, None),
+                reference=1.0 if reading.relative else None,
                 whole_x=sweep.whole,
             ),
             f"MoEless on {options.cluster} under {costs} costs; mean and range of {WORKLOADS} workloads a point "

@@ -40,6 +40,10 @@ def lines(
     """Draw every series with its band; the legend stands below, so that it never covers data."""
     names = list(series)
     look = style.looks(names) if policies else style.series(names)
+    legend = [*names, reference_label] if reference_label else names
+    columns = legend_columns(legend or [""])
+    # the legend's rows add to the height, so that they never squeeze the axes
+    height += 0.16 * max(0, -(-len(legend) // columns) - 1)
     with style.drawing() as plt:
         figure, axes = plt.subplots(figsize=(style.COLUMN, height), layout="constrained")
         for name, line in series.items():
@@ -52,8 +56,7 @@ def lines(
         axes.set_ylim(*ylim)
         _scales(axes, log_x, log_y, whole_x)
         if len(names) > 1 or reference_label:
-            rows = legend_columns([*names, reference_label] if reference_label else names)
-            figure.legend(loc="outside lower center", ncols=rows)
+            figure.legend(loc="outside lower center", ncols=columns)
         plt.close(figure)
     return figure
 
@@ -73,7 +76,8 @@ def panels(
     """Small multiples: one panel per key of ``grid``, one look per series over all panels."""
     names = list(dict.fromkeys(name for panel in grid.values() for name in panel))
     look = style.looks(names) if policies else style.series(names)
-    columns = min(columns, len(grid))
+    # four panels stand two by two
+    columns = min(2 if len(grid) == 4 else columns, len(grid))
     rows = -(-len(grid) // columns)
     width = style.COLUMN if columns == 1 else style.WIDE
     with style.drawing() as plt:
@@ -121,10 +125,22 @@ def _scales(axes: Any, log_x: bool, log_y: bool, whole_x: bool) -> None:
 
     if log_x:
         axes.set_xscale("log")
+        _few_log_ticks(axes.xaxis)
     if log_y:
         axes.set_yscale("log")
     if whole_x and not log_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def _few_log_ticks(axis: Any) -> None:
+    """Labels that do not run into each other: powers of ten, or round numbers where there are too few powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    if low > 0 and high / low < 100:
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def legend_columns(names: Sequence[str], width: float = style.COLUMN) -> int:
