@@ -97,6 +97,9 @@ def run(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     else:
+        # newer versions of Typer turn an interrupt into a status without a word
+        if status == 130:
+            _fail("interrupted", 130)
         sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moeless.cli import common
+from moeless.errors import RunFailed
 
 
 def command(
@@ -66,12 +67,16 @@ def command(
         common.dry_run(plan.config(), plan.estimate())
     with common.progress() as bar:
         task = bar.add_task("", total=None)
-        page, record = plan.run(
-            out=out,
-            wandb=wandb,
-            workers=jobs,
-            progress=lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
-        )
+        try:
+            page, record = plan.run(
+                out=out,
+                wandb=wandb,
+                workers=jobs,
+                progress=lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
+            )
+        except (KeyboardInterrupt, RunFailed):
+            common.remarks.print(f"finished results are kept in {cache}; the same command continues from there")
+            raise
     if as_json:
         common.print_json(record)
         return
