@@ -53,7 +53,7 @@ def _draw(options: Options, results: Mapping[str, Any], dataset: str, claims: li
     plots: dict[str, Plot] = {}
     rows: list[list[Any]] = []
     curves: list[list[Any]] = []
-    warnings: list[str] = []
+    warned: dict[str, list[str]] = {}
     for costs in options.costs:
         grid: dict[str, dict[str, line_figures.Line]] = {}
         samples = []
@@ -61,7 +61,8 @@ def _draw(options: Options, results: Mapping[str, Any], dataset: str, claims: li
             found = serving.cells(results, source, costs)
             samples += [one.layer.samples for one in found]
             rows += [serving.row(source, one) for one in found]
-            warnings += [f"{source.title}: {text}" for one in found for text in one.warnings]
+            for text in (text for one in found for text in one.warnings):
+                warned.setdefault(text, []).append(source.title)
             shown = dict(zip(names(found), found, strict=True))
             grid[source.title] = {
                 name: line_figures.Line(np.array(one.layer.cdf_ms), np.arange(101)) for name, one in shown.items()
@@ -90,7 +91,8 @@ def _draw(options: Options, results: Mapping[str, Any], dataset: str, claims: li
         "results": Data(serving.COLUMNS, rows, "Each policy under each cost model", show=True),
         "cdf": Data(["source", "costs", "policy", "per cent", "layer time (ms)"], curves),
     }
-    return Drawn(plots, data, claims, warnings=list(dict.fromkeys(warnings)))
+    warnings = [f"{text} ({', '.join(dict.fromkeys(titles))})" for text, titles in warned.items()]
+    return Drawn(plots, data, claims, warnings=warnings)
 
 
 def _claims(options: Options, results: Mapping[str, Any]) -> list[Claim]:

@@ -88,6 +88,7 @@ class Publisher:
         self.options = options
         self.record: list[dict[str, Any]] = []
         self._sections: list[page.Section] = []
+        self._warnings: dict[str, list[str]] = {}
 
     def add(self, experiment: Experiment, drawn: Drawn, spent: Spent) -> None:
         """Write an experiment's figures and tables; remember its claims."""
@@ -113,7 +114,7 @@ class Publisher:
             if data.show:
                 blocks.append(page.Table(data.columns, data.rows, f"{data.caption}." if data.caption else ""))
         for warning in drawn.warnings:
-            self.run.warn(f"{experiment.title}: {warning}")
+            self._warnings.setdefault(warning, []).append(experiment.name)
         self._sections.append(page.Section(experiment.title, blocks))
         self.record.append(
             {
@@ -146,6 +147,8 @@ class Publisher:
 
     def finish(self) -> Path:
         """Write the record, the claims and the page; returns the page's path."""
+        for warning, names in self._warnings.items():
+            self.run.warn(f"{', '.join(names)}: {warning}")
         write_json(self.run.path / RECORD, {"format": 1, "full": self.options.full, "experiments": self.record})
         self.run.produced(self.run.path / RECORD, "reproduction")
         claims = [claim for entry in self.record for claim in entry["claims"]]

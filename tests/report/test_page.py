@@ -101,6 +101,13 @@ def test_warnings_and_the_whole_manifest_are_on_the_page(written: Path) -> None:
     assert "Where this comes from" in text
 
 
+def test_many_remarks_are_folded_so_that_results_stay_in_sight() -> None:
+    few, many = (page.render("x", "y", [], warnings=[f"remark {i}" for i in range(count)]) for count in (3, 9))
+    assert "<details>" not in few
+    assert "<summary>9 remarks on validity</summary>" in many
+    assert all(f"<li>remark {i}</li>" in many for i in range(9))
+
+
 def test_figures_follow_the_page_colours(written: Path) -> None:
     svg = re.search(r"<svg.*?</svg>", written.read_text(), re.DOTALL)[0]
     assert "currentColor" in svg
