@@ -76,3 +76,14 @@ def test_a_damaged_run_does_not_hide_the_others(runs, tmp_path: Path) -> None:
     text = index.write_index(tmp_path).read_text()
     assert "run0" in text
     assert "is not valid JSON" in text
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_comparison_and_index_fit_a_phone(runs, tmp_path: Path, cli, browser, dark: bool) -> None:
+    assert cli("compare", *runs, "--out", tmp_path / "cmp")[0] == 0
+    for page in (tmp_path / "cmp" / "index.html", index.write_index(tmp_path)):
+        seen = browser(page, 390, dark)
+        assert seen["overflow"] <= 0
+        assert seen["beyond"] == []
+        assert seen["broken"] == 0
+        assert seen["console"] == []
