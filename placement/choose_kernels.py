@@ -53,6 +53,7 @@ def _fewest(  # type: ignore[no-untyped-def]
     expert_XR, gpu_XR = np.empty((4, len(expert_R)), np.int32), np.empty((4, len(expert_R)), np.int32)
     count_X = np.zeros(4, np.int64)
     best, least = 0, np.inf
+    pace_C, sum_C = np.full(len(load_CE), np.inf), np.empty(len(load_CE))
     for x, (rule, likely) in enumerate(_RULES):
         count_X[x] = grow(
             weight_2E[1 if likely else 0], gpu_E, terms.room_G, terms.extra, rule, expert_XR[x], gpu_XR[x]
@@ -66,21 +67,23 @@ def _fewest(  # type: ignore[no-untyped-def]
         if not again:
             score = mean_seconds(
                 load_CE, time_CG, tokens_CG, rest_C, expert_XR[x, experts : count_X[x]],
-                gpu_XR[x, experts : count_X[x]], gpu_E, a, b, c, terms.depth, fuel, least,
+                gpu_XR[x, experts : count_X[x]], gpu_E, a, b, c, terms.depth, fuel, least, pace_C, sum_C,
             )  # fmt: skip
             if score < least:
                 best, least = x, score
+                pace_C[:] = sum_C
     expert_R[:], gpu_R[:] = expert_XR[best], gpu_XR[best]
     # copies are in order of worth: leave out the last ones as long as little is lost
     high, reached, enough = count_X[best] - experts, least, least * (1 + terms.economy)
     if plain <= enough:
         return 0, plain
+    pace_C *= 1 + terms.economy
     step = max(high // 8, 1)
     while high > 1:
         fewer = max(high - step, 1)
         score = mean_seconds(
             load_CE, time_CG, tokens_CG, rest_C, expert_R[experts : experts + fewer], gpu_R[experts : experts + fewer],
-            gpu_E, a, b, c, terms.depth, fuel, enough,
+            gpu_E, a, b, c, terms.depth, fuel, enough, pace_C, sum_C,
         )  # fmt: skip
         if score > enough:
             break
@@ -166,7 +169,21 @@ def choose(mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, sk
     if fits:
         old_expert, old_gpu = expert_P[extras], gpu_P[extras]
         kept = mean_seconds(
-            load_CE, time_CG, tokens_CG, rest_C, old_expert, old_gpu, gpu_E, a, b, c, terms.depth, fuel, np.inf
+            load_CE,
+            time_CG,
+            tokens_CG,
+            rest_C,
+            old_expert,
+            old_gpu,
+            gpu_E,
+            a,
+            b,
+            c,
+            terms.depth,
+            fuel,
+            np.inf,
+            np.full(scenarios, np.inf),
+            np.empty(scenarios),
         )
         delay = _arrival(
             expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P,

@@ -46,17 +46,16 @@ def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ig
         total_G[g] += weight_E[e]
         room_G[g] -= 1
     replicas = num_experts
+    share_E = weight_E.copy()
     closed_E, tried_G = np.zeros(num_experts, np.bool_), np.zeros(num_gpus, np.bool_)
     while replicas < num_experts + max_extra:
         best_e, best_h, best_g, best_x = -1, -1, -1, -1
         if rule == BY_EXPERT:
             while best_h < 0:
-                best_e = -1
+                best_e, highest = -1, -1.0
                 for e in range(num_experts):
-                    if not closed_E[e] and (
-                        best_e < 0 or weight_E[e] * copies_E[best_e] > weight_E[best_e] * copies_E[e]
-                    ):
-                        best_e = e
+                    if share_E[e] > highest and not closed_E[e]:
+                        best_e, highest = e, share_E[e]
                 if best_e < 0:
                     return replicas
                 best_h = _coolest(best_e, holds_EG, total_G, room_G)
@@ -96,6 +95,7 @@ def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ig
         used_G[best_h] += 1
         holds_EG[best_e, best_h] = True
         copies_E[best_e] += 1
+        share_E[best_e] = weight_E[best_e] / copies_E[best_e]
         room_G[best_h] -= 1
         expert_R[replicas], gpu_R[replicas] = best_e, best_h
         replicas += 1

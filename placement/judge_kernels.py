@@ -13,6 +13,8 @@ from moeless.placement.path_kernels import shorten
 
 #: Rounding that a bound must leave to the times it is compared with.
 SLACK = 1e-9
+#: How much slower than the best so far a plan may be after some scenarios and still be judged on the others.
+CLEARLY = 1.01
 
 
 @njit(cache=True, nogil=True)
@@ -129,11 +131,12 @@ def _movable(load_E, expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state):  # t
 
 @njit(cache=True, nogil=True)
 def mean_seconds(  # type: ignore[no-untyped-def]
-    load_CE, time_CG, tokens_CG, rest_C, expert_X, gpu_X, gpu_E, a, b, c, depth, fuel, worst
+    load_CE, time_CG, tokens_CG, rest_C, expert_X, gpu_X, gpu_E, a, b, c, depth, fuel, worst, pace_C, sum_C
 ):
     """Mean time over scenarios with these extras; infinite as soon as it is bound to exceed ``worst``.
 
-    ``rest_C[i]`` is the least that scenarios i and after add.
+    ``rest_C[i]`` is the least that scenarios i and after add; ``sum_C[i]`` gets what those up to i took. Infinite too
+    where that is clearly more than ``pace_C[i]``, the best plan's so far, after the first pair of scenarios.
     """
     num_scenarios, num_gpus = time_CG.shape
     at_E = np.full(load_CE.shape[1], -1, np.int64)
@@ -147,4 +150,7 @@ def mean_seconds(  # type: ignore[no-untyped-def]
         time_G[:], tokens_G[:] = time_CG[i], tokens_CG[i]
         copies = _movable(load_CE[i], expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state)
         total += shorten(state[:, :copies], first_G, time_G, tokens_G, a, b, c, depth, fuel) / num_scenarios
+        sum_C[i] = total
+        if i > 0 and total > CLEARLY * pace_C[i]:
+            return np.inf
     return total
