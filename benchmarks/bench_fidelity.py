@@ -1,7 +1,7 @@
 """Fidelity: the simulator, fed with a CPU profile of this machine, against the live 2-rank engine.
 
 Run: python benchmarks/bench_fidelity.py [--requests N] [--profile FILE]
-Three steps of half a minute each: profile the bundled model's parts (or take FILE), serve a workload live for
+Three steps, about two minutes: profile the bundled model's parts (or take FILE), serve a workload live for
 calibration, serve another one live and predict it. *Layer*: the recorded loads of each iteration go through the
 ``measured`` cost model, as they are, and with what the calibration run took beyond it (the engine's Python and small
 operations), a linear function of the layer's tokens. *Requests*: the whole workload is simulated with the recorded
@@ -189,7 +189,7 @@ def main() -> None:
         if arguments.profile is None:
             command = [sys.executable, "-m", "moeless", "profile", "--model", "bundled", "--device", "cpu"]
             subprocess.run(
-                [*command, "--ranks", "2", "--quick", "--force", "--out", str(profile)],
+                [*command, "--ranks", "2", "--force", "--out", str(profile)],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
