@@ -17,6 +17,7 @@ import csv
 import json
 import multiprocessing
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -99,8 +100,11 @@ def text(cell: Cell) -> str:
 
 def head_of(command: str, seconds: float, predictor: str | None, *, synthetic: bool) -> dict[str, Any]:
     """What a result file says of its making."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": command,
+        "revision": revision or None,
         "seed": SEED,
         "versions": {
             "moeless": moeless.__version__, "numpy": np.__version__, "scipy": scipy.__version__,

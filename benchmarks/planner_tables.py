@@ -49,7 +49,9 @@ def made_by(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     predictor = f", predictor `{data['predictor']}`" if data.get("predictor") else ""
     command = re.sub(r" --out \S+", "", data["command"])
-    return f"`{command}` (seed {data['seed']}{predictor}; {data['evidence']}; {versions}; {data['seconds']:.0f} s)"
+    revision = f"revision {data['revision']}, " if data.get("revision") else ""
+    made = f"{revision}seed {data['seed']}{predictor}; {data['evidence']}; {versions}; {data['seconds']:.0f} s"
+    return f"`{command}` ({made})"
 
 
 def number(value: float) -> str:
