@@ -14,6 +14,8 @@ Axes: R replicas, G GPUs, N tokens of the grid, K active experts.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from moeless.cluster import CPU, Cluster
@@ -137,6 +139,11 @@ class MeasuredCosts(CostModel):
         self._warnings.setdefault(sentence)
 
     def terms(self) -> CostTerms:
+        return self._fitted
+
+    @cached_property
+    def _fitted(self) -> CostTerms:
+        # planners ask in every iteration; the fit takes milliseconds
         token, floor, launch = linear_terms(self.grid)
         link, latency = self.exchange.linear()
         return CostTerms(
