@@ -4,8 +4,9 @@ Two ranks with one thread each, every rank on a core of its own: the only CPU se
 about balance. All policies serve the same batches in turn, in an order that changes with every batch, so that a
 disturbance of the machine hits them alike; a ratio is the median over batches of policy / static, with a bootstrap 90 %
 interval. ``undisturbed`` compares the tenth percentiles of both policies' times, ``own ratio`` the processor time of
-experts on the slowest rank, which says the same on a busy machine. ``static again`` is a second static policy: how far its ratio lies from 1 is the noise. ``elastic, no
-extras`` pays for elastic control and dispatch without having a copy to use: the dispatch overhead.
+experts on the slowest rank, which says the same on a busy machine. ``static again`` is a second static policy: how far
+its ratio lies from 1 is the noise. ``elastic, no extras`` pays for elastic control and dispatch without having a copy
+to use: the dispatch overhead.
 
     python benchmarks/bench_live.py [--batches N] [--tokens N] [--out JSON]
 
@@ -171,8 +172,8 @@ def measure(name: str, model: Path, domain: str | None, tokens: int, count: int)
     static_ms = 1e3 * float(moe_PB[0].mean())
     print(f"\n{name}: {count} batches of {RANKS} x {tokens} tokens, {spec.L} layers, static {static_ms:.1f} ms")
     print(
-        f"{'policy':20s} {'MoE time / static':>24s} {'step / static':>24s} undisturbed imbal  copies  expert  own ratio "
-        "control  wait ms"
+        f"{'policy':20s} {'MoE time / static':>24s} {'step / static':>24s} "
+        "undisturbed imbal  copies  expert  own ratio control  wait ms"
     )
     table = []
     for index, entry in enumerate(ENTRIES):
