@@ -55,6 +55,10 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         )
     two = study.found(results, f"{blocks}, EPLB plans every 2 s", "eplb:history").layer
     text.append(f"eplb:history planning every 2 s: imbalance {two.imbalance:.3f} with one domain after the other.")
+    text.append(
+        "The order also changes which requests run together, for static EP too: what a policy loses to drift is its "
+        "change beside static EP's, not its change alone."
+    )
     plots = {"imbalance": _plot(options, results)}
     data = dataclasses.replace(study.table({}, (), (), "The same requests in two orders"), rows=rows)
     return Drawn(plots, {"orders": data}, text=text, warnings=study.warnings(results))
