@@ -75,3 +75,55 @@ def even_dispatch(load_SE: IntArray, expert_R: IntArray, serving_R: BoolArray) -
         source = np.repeat(np.arange(len(load_SE)), load_SE[:, e])
         np.add.at(quota_SR, (source, copies[np.arange(len(source)) % max(len(copies), 1)]), 1)
     return quota_SR
+
+
+def fill_sources(load_SE: IntArray, tokens_R: IntArray, expert_R: IntArray, gpu_R: IntArray) -> IntArray:
+    """Quotas ``[S, R]`` of given totals: a copy takes tokens of its own GPU first, then source by source."""
+    left_SE, left_R = load_SE.copy(), tokens_R.copy()
+    quota_SR = np.zeros((len(load_SE), len(expert_R)), np.int64)
+
+    def take(s: int, r: int) -> None:
+        n = min(left_SE[s, expert_R[r]], left_R[r])
+        quota_SR[s, r] += n
+        left_SE[s, expert_R[r]] -= n
+        left_R[r] -= n
+
+    for own in np.flatnonzero(gpu_R < len(load_SE)).tolist():
+        take(int(gpu_R[own]), own)
+    for r in range(len(expert_R)):
+        for s in range(len(load_SE)):
+            take(s, r)
+    return quota_SR
+
+
+def static_and_bound(
+    load_CE: IntArray, gpu_E: IntArray, num_gpus: int, extra: int, a: float, b: float, c: float
+) -> tuple[float, FloatArray]:
+    """Static EP's mean time over scenarios, and the least that each adds to the mean time of any plan."""
+    onto_EG = np.eye(num_gpus)[gpu_E]
+    busy_CE = np.where(load_CE > 0, np.maximum(a * load_CE, b), 0.0)
+    static_C = (busy_CE @ onto_EG).max(1) + c * (load_CE @ onto_EG).max(1)
+    crowded_C = -(-(load_CE > 0).sum(1) // num_gpus) * b
+    slowest_C = a * -(-load_CE.max(1) // min(num_gpus, extra + 1))
+    expert_C = np.maximum(np.maximum(busy_CE.sum(1) / num_gpus, crowded_C), slowest_C)
+    bound_C = expert_C + c * -(-load_CE.sum(1) // num_gpus)
+    return float(static_C.mean()), np.asarray(bound_C / len(load_CE))
+
+
+def grow_by_expert(weight_E: FloatArray, gpu_E: IntArray, room: IntArray, extra: int) -> tuple[IntArray, IntArray]:
+    """Extras of the rule that copies the expert with the heaviest copies, onto the coolest GPU that has none of it."""
+    holds_EG = np.eye(len(room), dtype=np.bool_)[gpu_E]
+    expert: list[int] = []
+    gpu: list[int] = []
+    closed = np.zeros(len(weight_E), np.bool_)
+    while len(expert) < extra and not closed.all():
+        share_E = weight_E / holds_EG.sum(1)
+        total_G = share_E @ holds_EG
+        e = int(np.argmax(np.where(closed, -1.0, share_E)))
+        free_G = (holds_EG.sum(0) < room) & ~holds_EG[e]
+        closed[e] = not free_G.any()
+        if not closed[e]:
+            expert.append(e)
+            gpu.append(int(np.argmin(np.where(free_G, total_G, np.inf))))
+            holds_EG[e, gpu[-1]] = True
+    return np.array(expert, np.int64), np.array(gpu, np.int64)
