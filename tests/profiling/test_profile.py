@@ -25,7 +25,9 @@ def test_a_profile_measured_here_is_one_that_the_cost_model_takes(quick_profile,
     even = np.full((2, 16), 8)
     hot = even.copy()
     hot[:, 0] += 120
-    assert 0 < costs.layer_seconds(even, plan).total < costs.layer_seconds(hot, plan).total
+    # the exchange is wall time of ranks that share cores with other work: only compute is sure to rise
+    assert 0 < costs.layer_seconds(even, plan).expert < costs.layer_seconds(hot, plan).expert
+    assert costs.layer_seconds(even, plan).all_to_all > 0
     assert all(seconds > 0 for seconds in (costs.terms().token_seconds, costs.terms().link_seconds))
     assert not any("exchange" in warning for warning in costs.warnings)
 
