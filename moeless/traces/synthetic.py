@@ -38,7 +38,7 @@ _BLOCK = 256
 class SyntheticParams:
     """Standard deviations of scores, in units of the Gumbel noise's scale.
 
-    The defaults are those of gpt-oss-20b: found by ``moeless.traces.calibration.calibrate``, then rounded.
+    The defaults are those of gpt-oss-20b: chosen by hand after searches by ``moeless.traces.calibration.calibrate``.
 
     Attributes:
         popularity: of the layer's expert logits, where they are not given.
