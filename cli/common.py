@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from moeless.errors import UserError
+
+if TYPE_CHECKING:
+    from moeless.tracking.run import Run
 
 T = TypeVar("T")
 
@@ -73,6 +76,10 @@ QuickOption = Annotated[bool, typer.Option("--quick", help="A smaller, faster ve
 WandbOption = Annotated[
     bool | None, typer.Option("--wandb/--no-wandb", help="Mirror the run to W&B (offline unless logged in).")
 ]
+KeptRunOption = Annotated[
+    bool | None,
+    typer.Option("--wandb/--no-wandb", help="Keep a run folder and mirror it to W&B; default: where logged in."),
+]
 ArtefactOption = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where the result is written.")]
 RunFolderOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Run folder; default: a new one under ./results/runs.")
@@ -110,6 +117,26 @@ def dry_run(config: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Print what would be done and stop with exit status 0."""
     print_json({"config": dict(config), "plan": dict(plan)})
     raise typer.Exit(0)
+
+
+@contextmanager
+def artefact_run(
+    command: str, name: str, config: Mapping[str, Any], seed: int | None, inputs: Sequence[Path], wandb: bool | None
+) -> Iterator[Run | None]:
+    """A run folder for a command whose result is the artefact itself; None where W&B is not to see it.
+
+    It is kept with ``--wandb`` (offline unless logged in), and without a word where W&B is online anyway.
+    """
+    from moeless.tracking.wandb import choose_mode
+
+    if wandb is False or (wandb is None and choose_mode(None) != "online"):
+        yield None
+        return
+    from moeless.tracking.run import start_run
+
+    with start_run(command, name, config, seed, inputs, None, wandb) as run:
+        yield run
+        remarks.print(f"run folder: {run.path}")
 
 
 @contextmanager

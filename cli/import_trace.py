@@ -26,6 +26,7 @@ def command(
     top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Experts per token, without --model.")] = None,
     hidden_size: Annotated[int, typer.Option("--hidden-size", min=1, help="With --layers: width of a token.")] = 4096,
     expert_size: Annotated[int, typer.Option("--expert-size", min=1, help="With --layers: width of an expert.")] = 4096,
+    wandb: common.KeptRunOption = None,
     config: common.ConfigOption = None,
     as_json: common.JsonOption = False,
     dry_run: common.DryRunOption = False,
@@ -59,7 +60,14 @@ def command(
             {"file": str(file), "from": source, "model": spec.to_json(), "out": str(out)},
             {"input_bytes": size},
         )
-    info = importer(file, out, spec)
+    settings = {"from": source, "model": spec.to_json(), "out": str(out)}
+    # a missing file is the importer's to name
+    inputs = [file] if file.exists() else []
+    with common.artefact_run("import-trace", spec.name, settings, None, inputs, wandb) as run:
+        info = importer(file, out, spec)
+        if run is not None:
+            run.log(info.counts)
+            run.produced(out, "trace")
     counts: dict[str, Any] = {"trace": str(out), "kind": info.kind, "model": info.spec.name, **info.counts}
     if as_json:
         common.print_json({**counts, "notes": list(info.notes)})

@@ -33,6 +33,7 @@ def command(
         list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A planner parameter; repeatable.")
     ] = None,
     out: common.ArtefactOption = Path("plan.json"),
+    wandb: common.KeptRunOption = None,
     config: common.ConfigOption = None,
     seed: common.SeedOption = 0,
     as_json: common.JsonOption = False,
@@ -79,19 +80,23 @@ def command(
     row_phase = {PlanPhase.prefill: Phase.PREFILL, PlanPhase.decode: Phase.DECODE}.get(phase)
     load_ILE = iteration_loads(opened, tokens, row_phase)
     forecast_L = forecasts(load_ILE, tokens, spec.K, f"mean of {len(load_ILE)} iterations of the trace")
-    made = plan_model(
-        chosen,
-        forecast_L,
-        spec=spec,
-        cluster=machine,
-        costs=model_costs,
-        budget=budget,
-        params=params,
-        phase=row_phase if row_phase is not None else Phase.MIXED,
-        notes=settings | {"moe_layers": list(spec.moe_layers), "num_layers": spec.num_layers},
-    )
-    summary = summarise(made, chosen, forecast_L, spec=spec, cluster=machine, costs=model_costs, params=params)
-    write_json(out, made.to_json())
+    with common.artefact_run("plan", f"{planner}-{spec.name}", settings, seed, [trace], wandb) as run:
+        made = plan_model(
+            chosen,
+            forecast_L,
+            spec=spec,
+            cluster=machine,
+            costs=model_costs,
+            budget=budget,
+            params=params,
+            phase=row_phase if row_phase is not None else Phase.MIXED,
+            notes=settings | {"moe_layers": list(spec.moe_layers), "num_layers": spec.num_layers},
+        )
+        summary = summarise(made, chosen, forecast_L, spec=spec, cluster=machine, costs=model_costs, params=params)
+        write_json(out, made.to_json())
+        if run is not None:
+            run.log(dataclasses.asdict(summary))
+            run.produced(out, "plan")
     if as_json:
         common.print_json({"out": str(out)} | dataclasses.asdict(summary))
         return

@@ -51,6 +51,7 @@ def command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
+    wandb: common.KeptRunOption = None,
     quick: common.QuickOption = False,
     config: common.ConfigOption = None,
     seed: common.SeedOption = 0,
@@ -95,16 +96,28 @@ def command(
     if dry_run:
         _plan(folder, model, options, settings, [len(prompt.text) for prompt in loaded_prompts], out)
     loaded = load_model(folder, options, name=model if model == "bundled" else None)
-    with common.progress() as bar:
+    resolved = {"model": model, "prompts": prompts, "out": str(out), "load": dataclasses.asdict(options)}
+    resolved |= {"record": dataclasses.asdict(settings)}
+    inputs = [path for path in (Path(prompts), lengths_from) if path is not None and path.is_file()]
+    with common.artefact_run("trace", loaded.name, resolved, seed, inputs, wandb) as run, common.progress() as bar:
         task = bar.add_task(f"recording {loaded.name}", total=len(loaded_prompts))
+
+        def on_batch(done: int, total: int, rows: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if run is not None:
+                run.log({"requests": done, "rows": rows})
+
         info = record(
             loaded,
             loaded_prompts,
             out,
             settings,
             prompt_source={"source": prompts if prompts == "bundled" else Path(prompts).name, "column": column},
-            on_batch=lambda done, total, _rows: bar.update(task, completed=done, total=total),
+            on_batch=on_batch,
         )
+        if run is not None:
+            run.log(info.counts)
+            run.produced(out, "trace")
     facts: dict[str, Any] = {
         "trace": str(out),
         "model": info.spec.name,

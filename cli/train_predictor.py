@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +42,7 @@ def command(
     ] = "32,512",
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="--evaluate: GPUs for the straggler hit.")] = 8,
     quick: common.QuickOption = False,
-    wandb: Annotated[bool, typer.Option("--wandb", help="Keep a run folder whose curves W&B mirrors.")] = False,
+    wandb: common.KeptRunOption = None,
     config: common.ConfigOption = None,
     seed: common.SeedOption = 0,
     as_json: common.JsonOption = False,
@@ -80,16 +81,10 @@ def command(
             shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
             bar.update(task, completed=step, description=f"{what} {shown}")
 
-        if wandb:
-            from functools import partial
-
-            from moeless.tracking.run import start_run
-
-            with start_run("train-predictor", method, job.resolved(), seed, [trace], None, True) as run:
-                done = run_fit(job, out, partial(report, run=run))
+        with common.artefact_run("train-predictor", method, job.resolved(), seed, [trace], wandb) as run:
+            done = run_fit(job, out, partial(report, run=run))
+            if run is not None:
                 run.produced(out, "predictor")
-        else:
-            done = run_fit(job, out, report)
     if as_json:
         common.print_json({"out": str(out)} | done.summary)
         return

@@ -97,11 +97,11 @@ def hardware() -> dict[str, Any]:
 
 
 def kind_of(path: Path) -> str:
-    """``trace``, ``predictor``, ``model``, ``result``, ``folder`` or ``file``."""
+    """``trace``, ``predictor``, ``model``, ``result``, ``preset``, ``folder`` or ``file``."""
     marks = {"trace.json": "trace", "predictor.json": "predictor", "config.json": "model"}
     if path.is_dir():
         return next((kind for name, kind in marks.items() if (path / name).is_file()), "folder")
-    return "result" if path.name == "result.json" else "file"
+    return {"result.json": "result", "preset.json": "preset"}.get(path.name, "file")
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

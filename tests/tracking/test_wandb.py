@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandInRun:
     """A module that stands for ``wandb``, with one run."""
     run = StandInRun()
     module = types.ModuleType("wandb")
+    # libraries ask whether W&B is installed
+    module.__spec__ = ModuleSpec("wandb", None)
     module.calls = []
 
     def init(**options):
@@ -199,3 +202,42 @@ def test_a_stored_login_means_online(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert choose_mode(None) == "online"
+
+
+def test_the_commands_that_make_artefacts_log_them_under_the_names_that_their_readers_use(
+    tmp_path: Path, stand_in: StandInRun, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ("trace", "bundled", "bundled", "--max-requests", 4, "--max-new-tokens", 2, "--out", "trace", "--wandb"),
+        ("plan", "trace", "--planner", "eplb", "--cluster", "cpu8", "--out", "plan.json", "--wandb"),
+        ("train-predictor", "trace", "--method", "frequency", "--out", "fitted", "--wandb"),
+        ("plan", "trace", "--cluster", "cpu8", "--out", "silent.json", "--no-wandb"),
+    ):
+        status, _, error = cli(*arguments)
+        assert status == 0, error
+    assert [artifact.type for artifact in stand_in.logged] == ["trace", "plan", "predictor"]
+    assert {artifact.name for artifact in stand_in.used} == {stand_in.logged[0].name}
+    assert stand_in.logged[1].files == ["plan.json"]
+    assert len(list((tmp_path / "results" / "runs").iterdir())) == 3
+
+
+def test_an_imported_trace_is_logged_and_a_failing_mirror_costs_nothing(
+    tmp_path: Path, stand_in: StandInRun, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "routing.csv").write_text("layer,token,experts\n0,0,1 2\n0,1,0 3\n")
+    shapes = ("--layers", 1, "--experts", 4, "--top-k", 2)
+    command = ("import-trace", "routing.csv", "--from", "csv", *shapes, "--wandb", "--out")
+    assert cli(*command, "first")[0] == 0
+    assert [artifact.type for artifact in stand_in.logged] == ["trace"]
+
+    def fail(*_: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(stand_in, "log_artifact", fail)
+    status, _, error = cli(*command, "second")
+    assert status == 0, error
+    assert (tmp_path / "second" / "trace.json").is_file()
+    last = sorted((tmp_path / "results" / "runs").iterdir())[-1]
+    assert "no route to host" in read_manifest(last)["warnings"][0]
