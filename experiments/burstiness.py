@@ -30,12 +30,12 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     x = {f"shape {shape:g}": shape for shape in SHAPES}
     plots = {
         "ttft": study.lines(
-            options, results, x, POLICIES, lambda one: one.request.p99_ttft_ms if one.request else float("nan"),
+            options, results, x, POLICIES, "request.p99_ttft_ms",
             xlabel="gamma shape of the gaps (smaller is burstier)", ylabel="p99 time to first token (ms)",
             title="First tokens over burstiness", log_x=True,
         ),
         "layer": study.lines(
-            options, results, x, POLICIES, lambda one: one.layer.mean_ms,
+            options, results, x, POLICIES, "layer.mean_ms",
             xlabel="gamma shape of the gaps (smaller is burstier)", ylabel="mean layer time (ms)",
             title="Layer time over burstiness", log_x=True,
         ),

@@ -28,7 +28,7 @@ PAPER = (
     "fig17",
 )
 #: Beyond the paper.
-STUDIES = ("live", "components", "coldstart", "burstiness", "drift", "scale", "sharing")
+STUDIES = ("live", "endtoend", "components", "coldstart", "burstiness", "drift", "scale", "sharing")
 NAMES = (*PAPER, *STUDIES)
 
 

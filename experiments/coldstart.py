@@ -42,7 +42,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     distances = {f"distance {distance}": float(distance) for distance in DISTANCES}
     plots = {
         "start": study.lines(
-            options, results, starts, POLICIES, lambda one: one.layer.mean_ms,
+            options, results, starts, POLICIES, "layer.mean_ms",
             xlabel="start of an instance (s; 0 drawn at 0.0001)", ylabel="mean layer time (ms)",
             title="Layer time over cold-start time", log_x=True,
         ),
@@ -53,7 +53,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         ),
         "keep-alive": study.lines(
             options, results, {f"keep-alive {keep}": max(float(keep), 1e-2) for keep in KEEP_ALIVE[:5]}, POLICIES,
-            lambda one: one.billing.resident, xlabel="keep-alive (s; 0 drawn at 0.01)",
+            "billing.resident", xlabel="keep-alive (s; 0 drawn at 0.01)",
             ylabel="resident bill (GB·s)", title="Memory held over keep-alive", log_x=True,
         ),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from moeless.experiments import serving, study
 from moeless.experiments.base import Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import common_kind, common_label
 from moeless.report import style
+from moeless.report.bar_figures import Bars, bars
 
 _OFF = {"place": False, "reuse": False}
 #: Variant to (policy, planner parameters, changes of the workload). The forecast is perfect where there is one: it is
@@ -58,12 +59,14 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         }
         rows += [study.row(f"{variant}, {costs} costs", one.policy, one) for variant, one in found.items()]
         times = {variant: one.layer.mean_ms for variant, one in found.items()}
+        kept = {name: results[f"{name}, {costs} costs|{policy}"] for name, (policy, _, _) in VARIANTS.items()}
+        ratios = {name: serving.ratio(row, kept["static EP"]) for name, row in kept.items()}
         runs = min(one.layer.samples for one in found.values())
         plots[costs] = Plot(
-            _figure(times, costs),
+            _figure(ratios, costs),
             f"Mean MoE-layer time of static EP with one component added, and of all five with one taken away, relative "
             f"to static EP; {source.title}, {source.cluster or options.cluster}, {costs} costs, continuous batching "
-            f"(n = {runs:,} layer runs or more a bar).",
+            f"(n = {runs:,} layer runs or more a bar). Whiskers: {serving.PAIRED}.",
             common_kind([source]),
             common_label([source]),
         )
@@ -84,28 +87,17 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     return Drawn(plots, data, text=text, warnings=study.warnings(results))
 
 
-def _figure(times: Mapping[str, float], costs: str) -> Any:
-    names, base = list(times), times["static EP"]
-    with style.drawing() as plt:
-        figure, axes = plt.subplots(figsize=(style.COLUMN, 0.8 + 0.24 * len(names)), layout="constrained")
-        y = np.arange(len(names))[::-1]
-        colours = [style.SERIES[7 if name == "static EP" else 2 if name.startswith("all") else 0] for name in names]
-        ratios = np.array([times[name] / base for name in names])
-        # one variant can be a hundred times slower: then the others only show on a logarithmic axis
-        wide = ratios.max() > 20
-        axes.barh(y, ratios - (0.5 if wide else 0.0), 0.72, left=0.5 if wide else 0.0, color=colours)
-        if wide:
-            axes.set_xscale("log")
-        for at, ratio in zip(y, ratios, strict=True):
-            axes.text(ratio, at, f" {ratio:.3f}", va="center", fontsize=6.5)
-        axes.axvline(1.0, color=style.INK, linewidth=0.7)
-        axes.set_yticks(y, names)
-        axes.grid(True, axis="x")
-        axes.grid(False, axis="y")
-        axes.margins(x=0.14)
-        axes.set(xlabel="mean layer time ÷ static EP's", title=f"Each component, {costs} costs")
-        plt.close(figure)
-    return figure
+def _figure(ratios: Mapping[str, tuple[float, float, float]], costs: str) -> Any:
+    colours = [style.SERIES[7 if name == "static EP" else 2 if name.startswith("all") else 0] for name in ratios]
+    ratio_N3 = np.array(list(ratios.values()))
+    one = Bars(ratio_N3[:, 0], colours, ratio_N3[:, 1], ratio_N3[:, 2])
+    return bars(
+        list(ratios),
+        {"": one},
+        xlabel="mean layer time ÷ static EP's",
+        title=f"Each component, {costs} costs",
+        digits=3,
+    )
 
 
 EXPERIMENT = Experiment(

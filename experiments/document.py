@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeless.experiments import why
 from moeless.experiments.publish import CLAIM_COLUMNS, FINDING_COLUMNS, claim_rows, finding_rows
 from moeless.experiments.recipes import Recipe, recipes
 from moeless.files import read_json, write_json, write_text
@@ -35,22 +36,6 @@ _CLAIM_WORDS = """
 Verdicts: *agrees* is within 5 points or 15 % of the stated change, *same direction* and *opposite* speak of the sign,
 *no change* is below 1 %. "Its rules" are the paper's linear costs and own-layer billing; "physical" are roofline costs
 with control charged; "live" is the bundled model served by expert-parallel ranks on processor cores.
-
-"""
-_WHY = """
-Where we differ, and why:
-
-- **Time.** The paper's cost model makes an expert's time proportional to its tokens, so every copy that splits a hot
-  expert pays. Physically an expert's weights are read once per use whatever its tokens are: in decode a copy costs as
-  much as it saves, and layers get slower with more copies, not faster. Under such costs a planner must know when not to
-  copy; the paper's Algorithm 1 does not.
-- **Cost.** Billed by one rule for all, copies make MoEless dearer, not cheaper. Savings of the stated size appear only
-  where MoEless pays for a layer's experts while that layer runs and the others pay for all layers' experts all the
-  time. By memory held, or by GPUs held, there is no such saving: a freed expert frees no GPU.
-- **EPLB.** Ours re-plans from the history of the same workload and is as good as forecasts are here; the paper's is
-  further behind MoEless. Its redundancy and plan period are not stated.
-- **Routing.** The paper's three models are served with made-up routing (their weights are out of reach here): figures
-  marked synthetic say what the systems do under skew of real size, not what those models' routing is.
 
 """
 #: Longer tables are in the CSV files only.
@@ -81,7 +66,9 @@ def render(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         _CLAIM_WORDS,
         "## What the paper says in words\n\n",
         _table(FINDING_COLUMNS, finding_rows(experiments)),
-        _WHY,
+        "\nWhere we agree and differ, and why:\n\n",
+        *(f"- {text}\n" for text in why.paragraphs(record)),
+        "\n",
         "## How long each takes\n\n",
         _durations(experiments),
         "\n## Figures and tables of the paper\n",

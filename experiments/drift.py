@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from moeless.experiments import study
 from moeless.experiments.base import Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import common_kind, common_label
 from moeless.report import style
+from moeless.report.bar_figures import Bars, bars
 
 POLICIES = ("static", "eplb:history", "moeless:history", "moeless:last", "moeless:oracle:1", "elastic:history")
 ORDERS = {"mixed": False, "one domain after the other": True}
@@ -68,21 +67,19 @@ def _plot(options: Options, results: Mapping[str, Any]) -> Plot:
     """Two bars per policy: domains mixed, and one after the other."""
     source = study.source_of(options)
     look = style.looks(POLICIES)
-    with style.drawing() as plt:
-        figure, axes = plt.subplots(figsize=(style.COLUMN, 0.9 + 0.34 * len(POLICIES)), layout="constrained")
-        y = np.arange(len(POLICIES))[::-1]
-        for order, (label, shade) in enumerate(zip(ORDERS, (0.45, 1.0), strict=True)):
-            values = [study.found(results, label, policy).layer.imbalance for policy in POLICIES]
-            place = y + (0.2 - 0.4 * order)
-            axes.barh(place, values, 0.37, color=[look[policy].colour for policy in POLICIES], alpha=shade)
-            for at, value in zip(place, values, strict=True):
-                axes.text(value, at, f" {value:.3f}", va="center", fontsize=6.5)
-        axes.set_yticks(y, POLICIES)
-        axes.grid(True, axis="x")
-        axes.grid(False, axis="y")
-        axes.margins(x=0.14)
-        axes.set(xlabel="imbalance over GPUs (max ÷ mean)", title="Imbalance under drift")
-        plt.close(figure)
+    series = {}
+    for label, shade in zip(ORDERS, (0.45, 1.0), strict=True):
+        values = [study.found(results, label, policy).layer.imbalance for policy in POLICIES]
+        series[label] = Bars(values, [look[policy].colour for policy in POLICIES], alpha=shade)
+    figure = bars(
+        POLICIES,
+        series,
+        xlabel="imbalance over GPUs (max ÷ mean)",
+        title="Imbalance under drift",
+        digits=3,
+        reference=None,
+        legend=False,
+    )
     runs = min(study.found(results, order, policy).layer.samples for order in ORDERS for policy in POLICIES)
     return Plot(
         figure,

@@ -11,6 +11,7 @@ from moeless.experiments import latency_figures, live, serving, verdicts
 from moeless.experiments.base import Claim, Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import DATASETS, Source, common_kind, common_label
 from moeless.report import style
+from moeless.report.bar_figures import whiskers
 from moeless.report.result_figures import BILLS
 
 #: The paper's mean savings by the system that is compared with, per cent.
@@ -31,7 +32,9 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         plots[costs] = Plot(
             _figure(options, results, sources, costs),
             f"Cost relative to Megatron-LM (static EP) by three billing rules, {costs} costs, {options.cluster}; the "
-            "paper bills an expert only while its own layer runs. † changes the model's outputs.",
+            "paper bills an expert only while its own layer runs "
+            f"(n = {min(row[12] for row in rows):,} layer runs or more a bar). Whiskers on the paper's rule: "
+            f"{serving.PAIRED}; the other rules bill one run's clock. † changes the model's outputs.",
             common_kind(sources),
             common_label(sources),
             wide=True,
@@ -55,7 +58,9 @@ def _figure(options: Options, results: Mapping[str, Any], sources: list[Source],
         width = 0.8 / len(first)
         for axes, rule in zip(grid, rules, strict=True):
             for place, source in enumerate(sources):
-                found = serving.cells(results, source, costs)
+                kept = serving.rows_of(results, source, costs)
+                found = [serving.cell(data) for data in kept]
+                static = next(data for data in kept if data["policy"].startswith("static"))
                 base = getattr(serving.of(found, "static").billing, rule)
                 for order, one in enumerate(found):
                     value = getattr(one.billing, rule) / base if base else np.nan
@@ -69,6 +74,10 @@ def _figure(options: Options, results: Mapping[str, Any], sources: list[Source],
                         color=drawn.colour,
                         label=name if place == 0 and rule == rules[0] else None,
                     )
+                    _, low, high = serving.ratio(kept[order], static, "bill")
+                    if rule == "paper" and np.isfinite(low):
+                        at = place + (order - (len(found) - 1) / 2) * width
+                        whiskers(axes, [value], [at], [low], [high], horizontal=False)
             axes.axhline(1.0, color=style.INK, linewidth=0.7)
             axes.set_title(BILLS[rule].partition(" (")[0], fontweight="normal")
             labels = [source.title.partition(" (")[0] + _dataset(source) for source in sources]

@@ -11,6 +11,7 @@ from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, sweep_sources
 from moeless.report import style
+from moeless.report.bar_figures import Bars, bars
 
 #: Variant to (policy, changes of the workload); None is the full system's policy. The paper shows the first and last.
 VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -49,7 +50,8 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         plots[costs] = Plot(
             _figure(results, sources, costs),
             f"Mean MoE-layer time with one component taken away or replaced, relative to the full system; "
-            f"{options.cluster}, {costs} costs (n = {min(row[-1] for row in rows):,} layer runs or more a bar).",
+            f"{options.cluster}, {costs} costs (n = {min(row[-1] for row in rows):,} layer runs or more a bar). "
+            f"Whiskers: {serving.PAIRED}.",
             common_kind(sources),
             common_label(sources),
         )
@@ -74,31 +76,13 @@ def _finding(results: Mapping[str, Any], sources: list[Source], costs: str) -> F
 
 
 def _figure(results: Mapping[str, Any], sources: list[Source], costs: str) -> Any:
-    names = list(VARIANTS)
     look = style.series([source.title for source in sources])
-    with style.drawing() as plt:
-        figure, axes = plt.subplots(
-            figsize=(style.COLUMN, 0.9 + 0.3 * len(names) * max(1.0, 0.55 * len(sources))), layout="constrained"
-        )
-        height = 0.8 / len(sources)
-        y = np.arange(len(names))[::-1]
-        for order, source in enumerate(sources):
-            times = np.array([results[f"{source.key}|{costs}|{name}"]["layer"]["mean_ms"] for name in names])
-            place = y + ((len(sources) - 1) / 2 - order) * height
-            one = look[source.title]
-            axes.barh(place, times / times[0], height * 0.92, color=one.colour, label=source.title)
-            for at, ratio in zip(place, times / times[0], strict=True):
-                axes.text(ratio, at, f" {ratio:.2f}", va="center", fontsize=6.5)
-        axes.axvline(1.0, color=style.INK, linewidth=0.7)
-        axes.set_yticks(y, names)
-        axes.grid(True, axis="x")
-        axes.grid(False, axis="y")
-        axes.margins(x=0.12)
-        axes.set(xlabel="mean layer time ÷ full system's", title=f"Ablation, {costs} costs")
-        if len(sources) > 1:
-            figure.legend(loc="outside lower center", ncols=2)
-        plt.close(figure)
-    return figure
+    series = {}
+    for source in sources:
+        rows = [results[f"{source.key}|{costs}|{name}"] for name in VARIANTS]
+        ratio_N3 = np.array([serving.ratio(row, rows[0]) for row in rows])
+        series[source.title] = Bars(ratio_N3[:, 0], look[source.title].colour, ratio_N3[:, 1], ratio_N3[:, 2])
+    return bars(list(VARIANTS), series, xlabel="mean layer time ÷ full system's", title=f"Ablation, {costs} costs")
 
 
 EXPERIMENT = Experiment(

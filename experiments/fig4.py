@@ -29,19 +29,25 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     rows = []
     findings = []
     for costs in options.costs:
-        found = serving.cells(results, source, costs)
+        kept = serving.rows_of(results, source, costs)
+        found = [serving.cell(data) for data in kept]
         rows += [serving.row(source, one) for one in found]
         where = f"{source.title} on {options.cluster}, {costs} costs"
         plots[f"{costs}-time"] = Plot(
-            result_figures.layer_time_cdf(found, "MoE-layer time"),
+            result_figures.layer_time_cdf(found, "MoE-layer time", [serving.distribution(data)[1:] for data in kept]),
             f"Serverful unbalanced (static), serverful balanced (EPLB), serverless (MoEless): {where} "
-            f"(n = {found[0].layer.samples:,} layer runs each).",
+            f"(n = {found[0].layer.samples:,} layer runs each). Bands: {serving.BAND}.",
             source.kind,
             source.label,
         )
         plots[f"{costs}-bills"] = Plot(
-            result_figures.bills(found, "Cost of the same work"),
-            f"The paper bills an expert while its own layer runs; the other two rules stand beside it: {where}.",
+            result_figures.bills(
+                found,
+                "Cost of the same work",
+                {"paper": [serving.interval(data, "billing.paper") for data in kept]},
+            ),
+            f"The paper bills an expert while its own layer runs; the other two rules stand beside it: {where} "
+            f"(n = {found[0].layer.samples:,} layer runs each). {serving.WHISKERS}",
             source.kind,
             source.label,
             wide=True,

@@ -58,19 +58,21 @@ def _draw(options: Options, results: Mapping[str, Any], dataset: str, claims: li
         grid: dict[str, dict[str, line_figures.Line]] = {}
         samples = []
         for source in sources:
-            found = serving.cells(results, source, costs)
+            kept = serving.rows_of(results, source, costs)
+            found = [serving.cell(data) for data in kept]
             samples += [one.layer.samples for one in found]
             rows += [serving.row(source, one) for one in found]
             for text in (text for one in found for text in one.warnings):
                 warned.setdefault(text, []).append(source.title)
-            shown = dict(zip(names(found), found, strict=True))
+            shown = {name: serving.distribution(data) for name, data in zip(names(found), kept, strict=True)}
             grid[source.title] = {
-                name: line_figures.Line(np.array(one.layer.cdf_ms), np.arange(101)) for name, one in shown.items()
+                name: line_figures.Line(middle, np.arange(101), left=left, right=right)
+                for name, (middle, left, right) in shown.items()
             }
             curves += [
-                [source.title, costs, name, percent, time]
-                for name, one in shown.items()
-                for percent, time in enumerate(one.layer.cdf_ms)
+                [source.title, costs, name, percent, *times]
+                for name, curve in shown.items()
+                for percent, times in enumerate(zip(*(each.tolist() for each in curve), strict=True))
             ]
         plots[costs] = Plot(
             line_figures.panels(
@@ -82,14 +84,15 @@ def _draw(options: Options, results: Mapping[str, Any], dataset: str, claims: li
                 log_x=True,
             ),
             f"Distribution of MoE-layer time on {options.cluster}, {costs} costs, one-second batches of Azure-like "
-            f"arrivals (n from {min(samples):,} to {max(samples):,} layer runs a line). † changes the model's outputs.",
+            f"arrivals (n from {min(samples):,} to {max(samples):,} layer runs a line). Bands: {serving.BAND}. "
+            "† changes the model's outputs.",
             common_kind(sources),
             common_label(sources),
             wide=len(sources) > 1,
         )
     data = {
         "results": Data(serving.COLUMNS, rows, "Each policy under each cost model", show=True),
-        "cdf": Data(["source", "costs", "policy", "per cent", "layer time (ms)"], curves),
+        "cdf": Data(["source", "costs", "policy", "per cent", "layer time (ms)", "low", "high"], curves),
     }
     warnings = [f"{text} ({', '.join(dict.fromkeys(titles))})" for text, titles in warned.items()]
     return Drawn(plots, data, claims, warnings=warnings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from moeless.experiments.base import Data, Drawn, Experiment, Options
 from moeless.experiments.catalogue import STUDIES
 from moeless.files import write_json, write_text
 from moeless.report import page
-from moeless.tracking.run import Run
+from moeless.tracking.run import Run, save_figure
 
 #: What the page and ``docs/reproduction.md`` are made from.
 RECORD = "reproduction.json"
+FORMATS = ("svg", "png", "pdf")
 CLAIM_COLUMNS = (
     "claim",
     "paper",
@@ -80,6 +81,19 @@ class Spent:
         return cls(sum(known), len(known), len(seconds) - len(known))
 
 
+def figure_name(experiment: Experiment, plot: str) -> str:
+    """How a plot's files are called."""
+    return experiment.name if plot == "main" else f"{experiment.name}-{plot}"
+
+
+def draw(experiment: Experiment, options: Options, results: Mapping[str, Any], folder: Path) -> Drawn:
+    """Draw an experiment and write its figures into ``folder``; what comes back carries no figures any more."""
+    drawn = experiment.draw(options, results)
+    for name, plot in drawn.plots.items():
+        save_figure(folder, figure_name(experiment, name), plot.figure, FORMATS)
+    return replace(drawn, plots={name: replace(plot, figure=None) for name, plot in drawn.plots.items()})
+
+
 class Publisher:
     """Collects experiments as they finish and writes each one's files at once."""
 
@@ -91,7 +105,7 @@ class Publisher:
         self._warnings: dict[str, list[str]] = {}
 
     def add(self, experiment: Experiment, drawn: Drawn, spent: Spent) -> None:
-        """Write an experiment's figures and tables; remember its claims."""
+        """Write an experiment's tables, list its figures, which :func:`draw` has written; remember its claims."""
         blocks: list[page.Text | page.Table | page.Figure] = [
             page.Text(f"**Question.** {experiment.question}"),
             *([page.Text(f"**The paper.** {experiment.stated}")] if experiment.stated else []),
@@ -100,8 +114,8 @@ class Publisher:
         ]
         figures = []
         for name, plot in drawn.plots.items():
-            full = experiment.name if name == "main" else f"{experiment.name}-{name}"
-            path = self.run.figure(full, plot.figure, experiment.title, plot.caption, ("svg", "png", "pdf"))
+            full = figure_name(experiment, name)
+            path = self.run.drawn(full, experiment.title, plot.caption)
             blocks.append(page.Figure(path, plot.caption, plot.kind, plot.label, plot.wide))
             figures.append({"name": full, "caption": plot.caption, "kind": plot.kind, "label": plot.label})
         tables = []

@@ -16,8 +16,12 @@ MODELS = {
 }
 #: Hub id of each of the paper's prompt sets.
 PROMPTS = {"lmsys": "lmsys/lmsys-chat-1m", "sharegpt": "anon8231489123/ShareGPT_Vicuna_unfiltered"}
-#: Families that the live engine serves; the others are traced for real and served in simulation.
-LIVE = {"mixtral-8x7b": "megatron", "phi-3.5-moe": "transformers"}
+#: The live engine's host for each; a model without one would be traced for real and served in simulation.
+LIVE = {"mixtral-8x7b": "megatron", "phi-3.5-moe": "transformers", "llama-4-scout": "transformers"}
+
+
+#: Where 48 GB a GPU are too few: in 16 bits, Llama-4-Scout's non-expert weights and one extra copy a layer do not fit.
+LARGER = {"llama-4-scout": ("h100x8", 80)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ def paper_model(name: str, ranks: int = 8) -> Recipe:
         f"--device-map auto --out {path}"
         for dataset, path in traces.items()
     ]
-    draw = f"moeless reproduce all --full {' '.join(f'--trace {path}' for path in traces.values())} --cluster a6000x8"
+    cluster, gigabytes = LARGER.get(name, ("a6000x8", 48))
+    given = " ".join(f"--trace {path}" for path in traces.values())
+    draw = f"moeless reproduce all --full {given} --cluster {cluster}"
     if name in LIVE:
         first = traces["lmsys"]
         commands += [
@@ -53,7 +59,7 @@ def paper_model(name: str, ranks: int = 8) -> Recipe:
         ]
         draw += f" --live live/{name}"
     weights = "its weights and the prompts from the hub (both data sets and some models ask for a login)"
-    return Recipe(f"{name}, real weights", f"{ranks} GPUs of 48 GB or more, {weights}", (*commands, draw))
+    return Recipe(f"{name}, real weights", f"{ranks} GPUs of {gigabytes} GB or more, {weights}", (*commands, draw))
 
 
 def recipes() -> list[Recipe]:

@@ -13,6 +13,7 @@ from moeless.experiments import live
 from moeless.experiments.base import Experiment, Options
 from moeless.experiments.cache import Cache
 from moeless.experiments.catalogue import find
+from moeless.experiments.drawing import drawn_in_turn
 from moeless.experiments.publish import RECORD, Publisher, Spent
 from moeless.experiments.runner import Progress, closure, run_jobs
 from moeless.experiments.sources import given
@@ -73,14 +74,16 @@ class Reproduction:
             every = {f"{name} {short}": job for name, mine in jobs.items() for short, job in mine.items()}
             results, ran = run_jobs(every, self.cache, workers=workers, progress=progress)
             told: set[str] = set()
-            for experiment in self.experiments:
+            shown = {name: {short: results[f"{name} {short}"] for short in mine} for name, mine in jobs.items()}
+            for experiment, drawn in drawn_in_turn(
+                self.experiments, self.options, shown, run.path / "figures", workers
+            ):
                 mine = jobs[experiment.name]
                 # what several experiments need counts where it is first needed
                 fresh = closure(mine.values()).keys() - told
                 told |= fresh
                 spent = Spent.of([ran.computed.get(key) for key in fresh])
-                found = {short: results[f"{experiment.name} {short}"] for short in mine}
-                publisher.add(experiment, experiment.draw(self.options, found), spent)
+                publisher.add(experiment, drawn, spent)
             for problem in (*self.left_out, *self.cache.problems):
                 run.warn(problem)
             page = publisher.finish()

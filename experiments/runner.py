@@ -95,7 +95,7 @@ def _work(
     waiting = dict(pending)
     running: dict[Future[Any], str] = {}
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=context, initializer=_quiet_worker)
+    pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=context, initializer=quiet_worker)
     try:
         while waiting or running:
             for key in _startable(waiting, {*waiting, *running.values()}, workers - len(running)):
@@ -136,7 +136,7 @@ def _startable(waiting: Mapping[str, Job], unfinished: Set[str], free: int) -> l
     return ready[:1]
 
 
-def _quiet_worker() -> None:
+def quiet_worker() -> None:
     """Interrupts are the parent's to handle; one thread per worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moeless.experiments import study
+import numpy as np
+
+from moeless.experiments import serving, study
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.report import line_figures
 
@@ -44,12 +46,10 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         layer = one.layer
         parts = [layer.parts_ms[name] for name in ("expert", "all_to_all", "control", "stall")]
         rows.append([gpus, policy, layer.mean_ms, layer.p99_ms, layer.imbalance, layer.replicas, *parts, layer.samples])
-    series = {
-        policy: line_figures.Line(
-            GPUS, [found[gpus, policy].layer.mean_ms / found[gpus, "static"].layer.mean_ms for gpus in GPUS]
-        )
-        for policy in POLICIES
-    }
+    series = {}
+    for policy in POLICIES:
+        ratio_X3 = np.array([serving.ratio(results[f"{gpus}|{policy}"], results[f"{gpus}|static"]) for gpus in GPUS])
+        series[policy] = line_figures.Line(GPUS, ratio_X3[:, 0], ratio_X3[:, 1], ratio_X3[:, 2])
     runs = min(one.layer.samples for one in found.values())
     plot = Plot(
         line_figures.lines(
@@ -57,7 +57,8 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             policies=True, log_x=True, ylim=(0, None),
         ),
         f"32 decoding requests a GPU (prompts included), {MODEL} shapes, nodes of eight H100, "
-        f"{study.physical(options)} costs, one extra slot per GPU; n = {runs:,} layer runs a point.",
+        f"{study.physical(options)} costs, one extra slot per GPU; n = {runs:,} layer runs a point; bands: "
+        f"{serving.PAIRED}.",
         "synthetic",
         "synthetic routing",
     )  # fmt: skip

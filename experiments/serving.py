@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from moeless.contracts import FloatArray
 from moeless.experiments.base import Job, Options
+from moeless.experiments.cells import intervals
 from moeless.experiments.sources import Source
 from moeless.metrics import schema
 from moeless.metrics.result import Cell
@@ -71,13 +76,67 @@ _READ: dict[int, tuple[Mapping[str, Any], Cell]] = {}
 def cell(data: Mapping[str, Any]) -> Cell:
     """A cached result row; checking it takes milliseconds, and figures ask for it many times."""
     if id(data) not in _READ:
-        _READ[id(data)] = (data, schema.from_json(Cell, data, "cached cell"))
+        row = {key: value for key, value in data.items() if key != "intervals"}
+        _READ[id(data)] = (data, schema.from_json(Cell, row, "cached cell"))
     return _READ[id(data)][1]
+
+
+def read(data: Mapping[str, Any], name: str) -> float:
+    """A figure of a result row such as ``layer.mean_ms``; NaN where it is undefined."""
+    group, _, field = name.partition(".")
+    value = (data[group] or {}).get(field)
+    return math.nan if value is None else float(value)
+
+
+def interval(data: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """Low and high of a result row's figure such as ``layer.mean_ms`` or ``cdf_ms``; NaN where none is known."""
+    low, high = data.get("intervals", {}).get(name, (math.nan, math.nan))
+    return low, high
+
+
+def ratio(mine: Mapping[str, Any], base: Mapping[str, Any], what: str = "seconds") -> tuple[float, float, float]:
+    """``mine`` over ``base`` with low and high, both resampled in the same blocks of the same workload.
+
+    Args:
+        what: ``seconds``, the mean layer time, or ``bill``, the paper's rule.
+    """
+    name = {"seconds": "layer.mean_ms", "bill": "billing.paper"}[what]
+    under = read(base, name)
+    middle = read(mine, name) / under if under else math.nan
+    blocks = [data.get("intervals", {}).get("blocks") for data in (mine, base)]
+    if None in blocks or len(blocks[0]["runs"]) != len(blocks[1]["runs"]):
+        return middle, math.nan, math.nan
+    mine_X, base_X = (intervals.per_run(each, what) for each in blocks)
+    if what == "bill":
+        # a bill is for the whole run: how many iterations it took belongs to it
+        mine_X = mine_X * (sum(blocks[0]["runs"]) / sum(blocks[1]["runs"]))
+    if not base_X.all():
+        return middle, math.nan, math.nan
+    low, high = intervals.bounds(mine_X / base_X)
+    return middle, low, high
+
+
+def distribution(data: Mapping[str, Any]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The percentiles of a row's layer time, milliseconds, and where each lies between; NaN where not known."""
+    middle = np.array(data["layer"]["cdf_ms"], np.float64)
+    low, high = (np.broadcast_to(np.asarray(each, np.float64), middle.shape) for each in interval(data, "cdf_ms"))
+    return middle, low, high
+
+
+#: How intervals are told under a figure.
+BAND = "90 % interval, bootstrap over blocks of consecutive iterations of the run"
+PAIRED = "90 % interval of the ratio, bootstrap over blocks of consecutive iterations, the same in both runs"
+WHISKERS = f"Whiskers on the paper's rule: {BAND}; the other rules bill one run's wall-clock time."
 
 
 def cells(results: Mapping[str, Any], source: Source, costs: str) -> list[Cell]:
     """Rows of one source under one cost model, in the order of their jobs."""
-    return [cell(data) for name, data in results.items() if name.startswith(f"{source.key}|{costs}|")]
+    return [cell(data) for data in rows_of(results, source, costs)]
+
+
+def rows_of(results: Mapping[str, Any], source: Source, costs: str) -> list[Mapping[str, Any]]:
+    """The same rows as they are kept, intervals included."""
+    return [data for name, data in results.items() if name.startswith(f"{source.key}|{costs}|")]
 
 
 def of(rows: Sequence[Cell], planner: str) -> Cell:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moeless.experiments import serving
 from moeless.experiments.base import Data, Job, Options, Plot
 from moeless.experiments.sources import Source, at_hand, common_kind, common_label, synthetic
 from moeless.metrics.result import Cell
+from moeless.placement import PLANNERS
 from moeless.report import line_figures
 
 #: Continuous batching, as engines serve. Planning every fourth iteration keeps a quick study within seconds.
@@ -39,6 +42,11 @@ COLUMNS = (
 def source_of(options: Options) -> Source:
     """The reader's first trace, or made-up routing of the first model asked for."""
     return at_hand(options, [synthetic(options, (options.models or ("phi-3.5-moe",))[0], "lmsys")])[0]
+
+
+def elastic() -> tuple[str, ...]:
+    """Our planner, in each way in which it is installed."""
+    return tuple(name for name in ("elastic", "elastic-ahead") if name in PLANNERS.names())
 
 
 def physical(options: Options) -> str:
@@ -97,7 +105,7 @@ def lines(
     results: Mapping[str, Any],
     x: Mapping[str, float],
     policies: Sequence[str],
-    value: Callable[[Cell], float],
+    value: str | Callable[[Cell], float],
     *,
     xlabel: str,
     ylabel: str,
@@ -105,12 +113,15 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
 ) -> Plot:
-    """A figure over the settings whose place on the axis ``x`` gives, a line per policy."""
+    """A figure over the settings whose place on the axis ``x`` gives, a line per policy.
+
+    Args:
+        value: what is read off each run: a field such as ``layer.mean_ms``, drawn with its interval where the run
+            knows one, or a function.
+    """
     source = source_of(options)
-    series = {
-        policy: line_figures.Line(list(x.values()), [value(found(results, label, policy)) for label in x])
-        for policy in policies
-    }
+    series = {policy: line(results, x, policy, value) for policy in policies}
+    banded = any(np.isfinite(np.asarray(one.low, np.float64)).any() for one in series.values() if one.low is not None)
     runs = min(found(results, label, policy).layer.samples for label in x for policy in policies)
     return Plot(
         line_figures.lines(
@@ -124,10 +135,27 @@ def lines(
             ylim=(None, None) if log_y else (0, None),
         ),
         f"{title}: {source.title} on {source.cluster or options.cluster}, {physical(options)} costs, continuous "
-        f"batching, one run per point (n = {runs:,} layer runs or more).",
+        f"batching, one run per point (n = {runs:,} layer runs or more){band_words(value) if banded else ''}.",
         common_kind([source]),
         common_label([source]),
     )
+
+
+def line(
+    results: Mapping[str, Any], x: Mapping[str, float], policy: str, value: str | Callable[[Cell], float]
+) -> line_figures.Line:
+    """One policy's line; without bounds where ``value`` is a function."""
+    rows = [results[f"{label}|{policy}"] for label in x]
+    if callable(value):
+        return line_figures.Line(list(x.values()), [value(serving.cell(row)) for row in rows])
+    low, high = zip(*(serving.interval(row, value) for row in rows), strict=True)
+    return line_figures.Line(list(x.values()), [serving.read(row, value) for row in rows], low, high)
+
+
+def band_words(value: str | Callable[[Cell], float]) -> str:
+    """What the bands of such a figure are."""
+    request = isinstance(value, str) and value.startswith("request.")
+    return f"; bands: {'90 % interval, bootstrap over requests' if request else serving.BAND}"
 
 
 def change(mine: float, theirs: float) -> str:

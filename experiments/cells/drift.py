@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments.cells import serving
-from moeless.metrics import schema
+from moeless.experiments.cells import intervals, serving
 from moeless.simulator.routing import Replay
 from moeless.workloads.lengths import Workload
 
@@ -35,5 +34,4 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     if blocks:
         bench.workload = in_blocks(bench.workload)
         bench.replay = Replay(bench.served.topk_TLK, bench.workload, bench.spec.E, bench.cluster.G)
-    data: dict[str, Any] = schema.to_json(bench.run_cell(costs, policy).cell)
-    return data
+    return intervals.row(bench.run_cell(costs, policy), bench.spec, bench.cluster.G)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moeless.cluster import cluster
 from moeless.contracts import Policy, Request
 from moeless.costs import COSTS
-from moeless.metrics import schema
+from moeless.experiments.cells import intervals
 from moeless.predictors import PREDICTORS
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import Replay, SimulationSettings, resolve, simulate
@@ -73,5 +73,4 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
         evidence="synthetic",
         labels={"requests": count, "extra_slots": params["extra_slots"], "layers": spec.L},
     )
-    data: dict[str, Any] = schema.to_json(done.cell)
-    return data
+    return intervals.row(done, spec, where.G)

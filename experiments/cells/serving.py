@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moeless.contracts import Policy
-from moeless.metrics import schema
+from moeless.experiments.cells import intervals
 from moeless.metrics.requests import parse_goodput
 from moeless.simulator.bench import Bench, BenchConfig
 
@@ -37,7 +37,6 @@ def prepare(params: dict[str, Any], needs: list[Any]) -> tuple[Bench, str, Polic
 
 
 def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
-    """One policy under one cost model: a result row; parameters as in :func:`prepare`."""
+    """One policy under one cost model: a result row with intervals; parameters as in :func:`prepare`."""
     bench, costs, policy = prepare(params, needs)
-    data: dict[str, Any] = schema.to_json(bench.run_cell(costs, policy).cell)
-    return data
+    return intervals.row(bench.run_cell(costs, policy), bench.spec, bench.cluster.G)

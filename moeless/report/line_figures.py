@@ -14,12 +14,17 @@ from moeless.report import style
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one series; ``low`` and ``high`` bound each point where known."""
+    """Points of one series; ``low`` and ``high`` bound each point where known.
+
+    ``left`` and ``right`` bound it along x instead, as for the percentiles of a distribution.
+    """
 
     x: ArrayLike
     y: ArrayLike
     low: ArrayLike | None = None
     high: ArrayLike | None = None
+    left: ArrayLike | None = None
+    right: ArrayLike | None = None
 
 
 def lines(
@@ -118,6 +123,9 @@ def _draw(axes: Any, name: str, line: Line, look: style.Look) -> None:
     if line.low is not None and line.high is not None:
         low, high = np.asarray(line.low, np.float64), np.asarray(line.high, np.float64)
         axes.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0)
+    if line.left is not None and line.right is not None:
+        left, right = np.asarray(line.left, np.float64), np.asarray(line.right, np.float64)
+        axes.fill_betweenx(y, left, right, color=look.colour, alpha=0.18, linewidth=0)
 
 
 def _scales(axes: Any, log_x: bool, log_y: bool, whole_x: bool) -> None:

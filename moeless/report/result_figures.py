@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from moeless.contracts import FloatArray
 from moeless.metrics.result import Cell
 from moeless.report import style
+from moeless.report.bar_figures import whiskers
 from moeless.report.line_figures import legend_columns
 
 #: Part of a layer's time to its name and colour, in the order of the stack.
@@ -67,8 +69,15 @@ def layer_time_parts(cells: Sequence[Cell], title: str = "Mean MoE-layer time") 
     return figure
 
 
-def layer_time_cdf(cells: Sequence[Cell], title: str = "MoE-layer time, distribution") -> Any:
-    """Cumulative distribution of layer time, one line per policy that kept its percentiles."""
+def layer_time_cdf(
+    cells: Sequence[Cell],
+    title: str = "MoE-layer time, distribution",
+    bands: Sequence[tuple[FloatArray, FloatArray]] = (),
+) -> Any:
+    """Cumulative distribution of layer time, one line per policy that kept its percentiles.
+
+    ``bands`` are the low and high percentiles of each such cell, milliseconds.
+    """
     kept = [cell for cell in cells if cell.layer.cdf_ms]
     shown = names(kept)
     look = style.looks([cell.policy for cell in kept])
@@ -79,6 +88,9 @@ def layer_time_cdf(cells: Sequence[Cell], title: str = "MoE-layer time, distribu
             x = np.asarray(cell.layer.cdf_ms) * scale
             one = look[cell.policy]
             axes.plot(x, np.linspace(0, 100, len(x)), color=one.colour, linestyle=one.line, label=name)
+        for cell, (low, high) in zip(kept, bands, strict=False):
+            y = np.linspace(0, 100, len(low))
+            axes.fill_betweenx(y, low * scale, high * scale, color=look[cell.policy].colour, alpha=0.18, linewidth=0)
         spread = [value for cell in kept for value in cell.layer.cdf_ms if value > 0]
         if spread and max(spread) > 30 * min(spread):
             axes.set_xscale("log")
@@ -90,8 +102,15 @@ def layer_time_cdf(cells: Sequence[Cell], title: str = "MoE-layer time, distribu
     return figure
 
 
-def bills(cells: Sequence[Cell], title: str = "Three bills for the same work") -> Any:
-    """One panel per billing rule; a policy's bar has one colour in all of them."""
+def bills(
+    cells: Sequence[Cell],
+    title: str = "Three bills for the same work",
+    spans: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Any:
+    """One panel per billing rule; a policy's bar has one colour in all of them.
+
+    ``spans`` are each cell's low and high by a rule; a whisker shows them.
+    """
     shown = names(cells)
     look = style.looks([cell.policy for cell in cells])
     with style.drawing() as plt:
@@ -104,7 +123,11 @@ def bills(cells: Sequence[Cell], title: str = "Three bills for the same work") -
             for position, value, cell in zip(y, values, cells, strict=True):
                 one = look[cell.policy]
                 axes.barh(position, value, color=one.colour, hatch=one.hatch, edgecolor="white", linewidth=0)
-                axes.text(value, position, f" {_short(value)}", va="center", fontsize=7)
+                low, high = (spans or {}).get(rule, [(np.nan, np.nan)] * len(cells))[len(cells) - 1 - int(position)]
+                if np.isfinite(low) and np.isfinite(high):
+                    whiskers(axes, [value], [position], [low], [high], horizontal=True)
+                end = np.nanmax([value, high])
+                axes.text(end, position, f" {_short(value)}", va="center", fontsize=7)
             axes.grid(True, axis="x")
             axes.grid(False, axis="y")
             axes.margins(x=0.22)

@@ -25,6 +25,7 @@ POLICY_COLOURS = {
     "eplb-hierarchical": "#a6761d",
     "moeless": "#0072b2",
     "elastic": "#009e73",
+    "elastic-ahead": "#00513b",
     "metro": "#56b4e9",
     "llep": "#d55e00",
     "craft": "#882255",

@@ -21,12 +21,18 @@ PARTS = {
 }
 
 
+#: Marks kept at most; beyond, every second one goes.
+MARKS = 1024
+
+
 class LayerRecord:
     """Layer times of every pair, and sums of everything else.
 
     Attributes:
         tally: sums over the pairs recorded, by the columns of ``moeless.simulator.kernels``.
         stalls: exposed waiting by cause, seconds over the whole run.
+        marks: (iterations so far, replica-seconds and misc seconds billed so far), now and then: how evenly the bill
+            grew, for intervals.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -35,6 +41,7 @@ class LayerRecord:
         self._billed = np.zeros(kernels.NUM_TALLIES)
         self.tally = np.zeros(kernels.NUM_TALLIES)
         self.stalls: dict[str, float] = defaultdict(float, cold=0.0)
+        self.marks: list[tuple[int, float, float]] = []
 
     def append(self, time_IL: FloatArray) -> None:
         """Keep the layer seconds of some iterations; their tally has been added already."""
@@ -43,12 +50,16 @@ class LayerRecord:
             self._times = np.concatenate([self._times, np.empty_like(self._times)])
         self._times[self._iterations : need] = time_IL
         self._iterations = need
+        self.marks.append((need, float(self.tally[kernels.OWN]), float(self.tally[kernels.MISC])))
+        if len(self.marks) > MARKS:
+            del self.marks[::2]
 
     def restart(self) -> None:
         """End of warm-up: forget the figures, keep what is billed."""
         self._billed += self.tally
         self.tally[:] = 0.0
         self._iterations = 0
+        self.marks.clear()
 
     @property
     def billed(self) -> FloatArray:

@@ -75,17 +75,12 @@ class Run:
 
         ``title`` and ``caption`` go into the list of figures from which a page can be written again.
         """
-        import matplotlib as mpl
+        save_figure(self.path / "figures", name, figure, formats)
+        return self.drawn(name, title, caption)
 
+    def drawn(self, name: str, title: str = "", caption: str = "") -> Path:
+        """List a figure that is already in the folder, drawn by another process; return the SVG's path."""
         folder = self.path / "figures"
-        for kind in formats:
-            metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else None
-
-            def save(partial: Path, kind: str = kind, metadata: Any = metadata) -> None:
-                figure.savefig(partial, format=kind, metadata=metadata)
-
-            with mpl.rc_context(_SAVE | {"svg.hashsalt": name}):
-                write_atomic(folder / f"{name}.{kind}", save)
         self.manifest["figures"].append({"name": name, "title": title, "caption": caption})
         self.mirror.image(name, folder / f"{name}.png", title or name)
         return folder / f"{name}.svg"
@@ -187,6 +182,23 @@ def start_run(
                 raise RunFailed(f"the disk is full; what was written so far is kept in {path}") from error
             raise
         run._finish("ok", None)
+
+
+def save_figure(folder: Path, name: str, figure: Any, formats: Sequence[str]) -> None:
+    """Write a matplotlib figure in each format; equal figures give equal bytes."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_SAVE | {"svg.hashsalt": name}):
+        # the layout is solved once, not anew for every format
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for kind in formats:
+            metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else None
+
+            def save(partial: Path, kind: str = kind, metadata: Any = metadata) -> None:
+                figure.savefig(partial, format=kind, metadata=metadata)
+
+            write_atomic(folder / f"{name}.{kind}", save)
 
 
 def _record(run: Run, error: BaseException, existed: bool) -> None:
