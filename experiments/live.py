@@ -50,7 +50,7 @@ def jobs(options: Options) -> Mapping[str, Job]:
     params = {
         "policies": ["static", "eplb", serving.moeless_policy(source), "elastic"],
         "ranks": RANKS,
-        "requests": options.pick(24, 100),
+        "requests": options.pick(16, 100),
         "output_tokens": 32,
         "request_rate": None,
         "seed": options.seed,

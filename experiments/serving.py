@@ -98,9 +98,9 @@ def ratio(mine: Mapping[str, Any], base: Mapping[str, Any], what: str = "seconds
     """``mine`` over ``base`` with low and high, both resampled in the same blocks of the same workload.
 
     Args:
-        what: ``seconds``, the mean layer time, or ``bill``, the paper's rule.
+        what: ``seconds``, the mean layer time; ``bill``, the paper's rule; or ``replicas`` of a layer.
     """
-    name = {"seconds": "layer.mean_ms", "bill": "billing.paper"}[what]
+    name = {"seconds": "layer.mean_ms", "bill": "billing.paper", "replicas": "layer.replicas"}[what]
     under = read(base, name)
     middle = read(mine, name) / under if under else math.nan
     blocks = [data.get("intervals", {}).get("blocks") for data in (mine, base)]

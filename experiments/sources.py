@@ -13,6 +13,8 @@ from moeless.tracking.environment import fingerprint
 
 _RECORDING = "moeless.experiments.cells.recording"
 _SYNTHETIC = "moeless.experiments.cells.synthetic"
+#: Distances that predictors are fitted and measured at.
+DISTANCES = (1, 2, 3, 4, 5)
 _PREDICTION = "moeless.experiments.cells.prediction"
 
 
@@ -34,6 +36,7 @@ class Source:
         quick_requests: how many requests a quick serving run takes; the paper's planner is simulated layer by layer.
         layers: MoE layers.
         inputs: whether it holds what gates see.
+        ahead: distances that predictors are fitted at.
     """
 
     title: str
@@ -49,6 +52,7 @@ class Source:
     cluster: str | None = None
     layers: int = 0
     inputs: bool = False
+    ahead: tuple[int, ...] = DISTANCES
 
 
 def given(options: Options) -> list[Source]:
@@ -78,7 +82,7 @@ def _given(options: Options, path: Path) -> Source:
         "synthetic routing" if trace.info.synthetic else "bundled model" if spec.name == "bundled" else "real routing",
         f"given-{mark['sha256'][:8]}",
         spec.name,
-        quick_requests=min(60, max(4, int(2000 / output))),
+        quick_requests=min(60, max(8, int(3000 / output))),
         layers=spec.L,
         inputs=trace.has_router_inputs,
     )
@@ -103,13 +107,9 @@ def bundled(options: Options, router_inputs: bool = True) -> Source:
     return _with_predictor(options, replace(source, layers=preset("bundled").L, inputs=router_inputs))
 
 
-#: Distances that predictors are fitted and measured at.
-DISTANCES = (1, 2, 3, 4, 5)
-
-
 def distances(source: Source) -> tuple[int, ...]:
     """Those that the model has layers for."""
-    return tuple(d for d in DISTANCES if d < source.layers)
+    return tuple(d for d in source.ahead if d < source.layers)
 
 
 def fitted_predictor(options: Options, source: Source, method: str, evaluate: bool = True) -> Job:
@@ -126,26 +126,29 @@ def fitted_predictor(options: Options, source: Source, method: str, evaluate: bo
     return Job(label, f"{_PREDICTION}:fit", params, (source.job,), artefact=True)
 
 
-#: Mean prompt and output tokens of the two data sets' stand-ins, at quick size; a quarter of the full size.
-_LENGTHS = {"lmsys": (200, 40), "sharegpt": (300, 60)}
+#: Mean prompt and output tokens of the two data sets' stand-ins, at quick and at full size.
+_LENGTHS = {"lmsys": ((120, 24), (800, 160)), "sharegpt": ((180, 36), (1200, 240))}
 
 
 def synthetic(options: Options, model: str, dataset: str) -> Source:
     """Made-up routing with the model's shapes; the two data sets differ in popularity and lengths."""
-    prompt, output = _LENGTHS[dataset]
+    prompt, output = options.pick(*_LENGTHS[dataset])
     params = {
         "model": model,
         "dataset": dataset,
         "requests": options.pick(60, 400),
-        "prompt_tokens": options.pick(prompt, 4 * prompt),
-        "output_tokens": options.pick(output, 4 * output),
+        "prompt_tokens": prompt,
+        "output_tokens": output,
         "seed": options.seed,
     }
     job = Job(f"make up routing of {model}, {dataset}", f"{_SYNTHETIC}:trace", params, artefact=True)
     key = f"{model}-{dataset}"
     source = Source(model, job, "synthetic", "synthetic", "synthetic routing", key, model, quick_requests=12)
     # how well made-up routing is predicted says nothing about a model: fitted, not measured
-    source = _with_predictor(options, replace(source, layers=preset(model).L), evaluate=False)
+    # the sweeps alone look further than one layer ahead
+    swept = dataset == "lmsys" and model == (options.models or PAPER_MODELS)[0]
+    source = replace(source, layers=preset(model).L, ahead=DISTANCES if swept else (1,))
+    source = _with_predictor(options, source, evaluate=False)
     if model == "llama-4-scout" and options.cluster == "a6000x8":
         # in 16 bits, one extra copy per GPU and layer beside the KV cache is more than 48 GB
         return replace(source, title="llama-4-scout (h100x8)", cluster="h100x8")

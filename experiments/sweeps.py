@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,9 +12,10 @@ from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, distances, sweep_sources
 from moeless.metrics.result import Cell
+from moeless.placement.paper import PaperParams
 from moeless.report import line_figures
 
-#: Workloads a point stands on; they differ in arrivals and in which requests come.
+#: Workloads a point stands on at full size, one at quick size; they differ in arrivals and in which requests come.
 WORKLOADS = 3
 
 
@@ -36,10 +37,12 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read off each run; ``relative`` divides by each line's first point."""
+    """What is read off each run: a field of the result, and what its blocks call it; ``relative`` divides by each
+    line's first point."""
 
     ylabel: str
-    value: Callable[[Cell], float]
+    field: str
+    what: Literal["seconds", "replicas"]
     relative: bool = False
 
 
@@ -57,11 +60,17 @@ THRESHOLD = Sweep(
     "V",
     lambda _: (0.2, 0.4, 0.6, 0.8, 1.0),
     lambda options, source, costs, v, seed: serving.job(
-        options, source, serving.moeless_policy(source), costs, planner={"cv_threshold": v}, seed=seed
+        options,
+        source,
+        serving.moeless_policy(source),
+        costs,
+        seed=seed,
+        # the paper's own threshold is the planner's default, whose runs other figures share
+        **({} if v == PaperParams().cv_threshold else {"planner": {"cv_threshold": v}}),
     ),
 )
-TIME = Reading("mean layer time (ms)", lambda one: one.layer.mean_ms, relative=True)
-REPLICAS = Reading("replicas per layer", lambda one: one.layer.replicas)
+TIME = Reading("mean layer time (ms)", "layer.mean_ms", "seconds", relative=True)
+REPLICAS = Reading("replicas per layer", "layer.replicas", "replicas")
 
 
 def experiment(
@@ -94,7 +103,7 @@ class Stated:
 
 
 def _seeds(options: Options) -> list[int]:
-    return [options.seed + order for order in range(WORKLOADS)]
+    return [options.seed + order for order in range(options.pick(1, WORKLOADS))]
 
 
 def _name(source: Source, costs: str, point: float, seed: int) -> str:
@@ -117,20 +126,15 @@ def _draw(
         changes = {}
         for source in sources:
             points = sweep.points(source)
-            found_PS = [
-                [serving.cell(results[_name(source, costs, point, seed)]) for seed in _seeds(options)]
-                for point in points
-            ]
+            kept_PS = [[results[_name(source, costs, point, seed)] for seed in _seeds(options)] for point in points]
             rows += [
-                [source.title, costs, point, seed, *_figures(one)]
-                for point, found_S in zip(points, found_PS, strict=True)
-                for seed, one in zip(_seeds(options), found_S, strict=True)
+                [source.title, costs, point, seed, *_figures(serving.cell(one))]
+                for point, kept_S in zip(points, kept_PS, strict=True)
+                for seed, one in zip(_seeds(options), kept_S, strict=True)
             ]
-            value_PS = np.array([[reading.value(one) for one in found_S] for found_S in found_PS])
+            value_PS = np.array([[serving.read(one, reading.field) for one in kept_S] for kept_S in kept_PS])
             changes[source.title] = 100.0 * (float((value_PS[-1] / value_PS[0]).mean()) - 1.0)
-            # sources differ by orders of magnitude, workloads too: each is compared with itself
-            drawn_PS = value_PS / value_PS[0] if reading.relative else value_PS
-            series[source.title] = line_figures.Line(points, drawn_PS.mean(1), drawn_PS.min(1), drawn_PS.max(1))
+            series[source.title] = _line(points, kept_PS, reading)
         plots[costs] = Plot(
             line_figures.lines(
                 series,
@@ -141,14 +145,39 @@ def _draw(
                 reference=1.0 if reading.relative else None,
                 whole_x=sweep.whole,
             ),
-            f"MoEless on {options.cluster} under {costs} costs; mean and range of {WORKLOADS} workloads a point "
-            f"(n = {min(row[-1] for row in rows):,} layer runs or more each).",
+            f"MoEless on {options.cluster} under {costs} costs (n = {min(row[-1] for row in rows):,} layer runs or "
+            f"more a point); {_band(options, reading)}.",
             common_kind(sources),
             common_label(sources),
         )
         findings.append(_finding(stated, changes, costs, common_kind(sources)))
     columns = ["source", "costs", sweep.xlabel, "seed", "mean layer (ms)", "replicas per layer", "warm rate"]
     return Drawn(plots, {"points": Data([*columns, "layer runs"], rows)}, findings=findings)
+
+
+def _line(
+    points: Sequence[float], kept_PS: Sequence[Sequence[Mapping[str, Any]]], reading: Reading
+) -> line_figures.Line:
+    """Mean and range over workloads; of a single workload, its value and its bootstrap interval."""
+    if len(kept_PS[0]) == 1:
+        # sources differ by orders of magnitude, workloads too: each is compared with itself
+        shown_P3 = [
+            serving.ratio(kept_S[0], kept_PS[0][0], reading.what)
+            if reading.relative
+            else (serving.read(kept_S[0], reading.field), *serving.interval(kept_S[0], reading.field))
+            for kept_S in kept_PS
+        ]
+        middle, low, high = zip(*shown_P3, strict=True)
+        return line_figures.Line(points, middle, low, high)
+    value_PS = np.array([[serving.read(one, reading.field) for one in kept_S] for kept_S in kept_PS])
+    shown_PS = value_PS / value_PS[0] if reading.relative else value_PS
+    return line_figures.Line(points, shown_PS.mean(1), shown_PS.min(1), shown_PS.max(1))
+
+
+def _band(options: Options, reading: Reading) -> str:
+    if len(_seeds(options)) > 1:
+        return f"mean and range of {WORKLOADS} workloads"
+    return f"bands: {serving.PAIRED if reading.relative else serving.BAND}"
 
 
 def _figures(one: Cell) -> list[float]:

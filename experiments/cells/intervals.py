@@ -29,8 +29,9 @@ _POINTS = 201
 def row(simulation: Simulation, spec: MoESpec, gpus: int) -> dict[str, Any]:
     """A result row as JSON, with ``intervals`` beside its own fields: low and high by ``group.field``.
 
-    ``cdf_ms`` is [low, high] of each percentile of layer time; ``blocks`` are each block's seconds, layer runs and
-    share of the paper's bill, from which two runs are compared in pairs. What has too few samples is left out.
+    ``cdf_ms`` is [low, high] of each percentile of layer time; ``blocks`` are each block's seconds, layer runs,
+    replicas and share of the paper's bill, from which two runs are compared in pairs. What has too few
+    samples is left out.
     """
     data: dict[str, Any] = schema.to_json(simulation.cell)
     return {**data, "intervals": schema.to_json(intervals(simulation, spec, gpus))}
@@ -76,7 +77,9 @@ def _layers(record: LayerRecord, bill: float, byte_2: FloatArray) -> dict[str, A
     blocks = np.array_split(times_IL, min(BLOCKS, len(times_IL)))
     runs_B = np.array([block.size for block in blocks], np.float64)
     seconds_B = np.array([block.sum(dtype=np.float64) for block in blocks])
-    bill_B = _bill(record, np.cumsum([len(block) for block in blocks]), byte_2)
+    end_B = np.cumsum([len(block) for block in blocks])
+    own_B, misc_B, replicas_B = _grown(record, end_B)
+    bill_B = byte_2[0] * own_B + byte_2[1] * misc_B
     points_BP = np.stack([np.percentile(block, np.linspace(0, 100, _POINTS)) for block in blocks])
     drawn_XB = draws(len(blocks))
     cdf_XQ = np.stack([np.percentile(points_BP[drawn_B], np.arange(101)) for drawn_B in drawn_XB])
@@ -87,20 +90,22 @@ def _layers(record: LayerRecord, bill: float, byte_2: FloatArray) -> dict[str, A
         "layer.p50_ms": cdf_TQ[:, 50].tolist(),
         "layer.p99_ms": cdf_TQ[:, 99].tolist(),
         "cdf_ms": np.round(cdf_TQ, 9).tolist(),
-        "blocks": {"seconds": seconds_B, "runs": runs_B, "bill": bill_B},
+        "layer.replicas": bounds(replicas_B[drawn_XB].sum(1) / runs_X),
     }
     if bill_B.sum() > 0:
         # the run's bill, had it been made of other blocks
         scale = bill * runs_B.sum() / bill_B.sum()
         found["billing.paper"] = bounds(scale * bill_B[drawn_XB].sum(1) / runs_X)
-    return {**found, "blocks": {name: value_B.tolist() for name, value_B in found["blocks"].items()}}
+    blocks_B = {"seconds": seconds_B, "runs": runs_B, "bill": bill_B, "replicas": replicas_B}
+    return {**found, "blocks": {name: value_B.tolist() for name, value_B in blocks_B.items()}}
 
 
-def _bill(record: LayerRecord, end_B: IntArray, byte_2: FloatArray) -> FloatArray:
-    """Byte-seconds of the paper's rule in each block; between two marks of the record it grows evenly."""
-    mark_M3 = np.array([(0, 0.0, 0.0), *record.marks])
-    grown_B2 = np.stack([np.interp(end_B, mark_M3[:, 0], mark_M3[:, column]) for column in (1, 2)], axis=1)
-    return np.diff(grown_B2, axis=0, prepend=0.0) @ byte_2
+def _grown(record: LayerRecord, end_B: IntArray) -> FloatArray:
+    """Replica-seconds, misc seconds and replicas of each block; between two marks of the record they grow evenly."""
+    mark_M4 = np.array([(0, 0.0, 0.0, 0.0), *record.marks])
+    upto_3B = np.stack([np.interp(end_B, mark_M4[:, 0], mark_M4[:, column]) for column in (1, 2, 3)])
+    grown_3B: FloatArray = np.diff(upto_3B, axis=1, prepend=0.0)
+    return grown_3B
 
 
 def _requests(name: str, value_N: FloatArray) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class LayerRecord:
     Attributes:
         tally: sums over the pairs recorded, by the columns of ``moeless.simulator.kernels``.
         stalls: exposed waiting by cause, seconds over the whole run.
-        marks: (iterations so far, replica-seconds and misc seconds billed so far), now and then: how evenly the bill
-            grew, for intervals.
+        marks: (iterations, replica-seconds and misc seconds billed, replicas counted) so far, now and then: how evenly
+            these grew, for intervals.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -41,7 +41,7 @@ class LayerRecord:
         self._billed = np.zeros(kernels.NUM_TALLIES)
         self.tally = np.zeros(kernels.NUM_TALLIES)
         self.stalls: dict[str, float] = defaultdict(float, cold=0.0)
-        self.marks: list[tuple[int, float, float]] = []
+        self.marks: list[tuple[int, float, float, float]] = []
 
     def append(self, time_IL: FloatArray) -> None:
         """Keep the layer seconds of some iterations; their tally has been added already."""
@@ -50,7 +50,8 @@ class LayerRecord:
             self._times = np.concatenate([self._times, np.empty_like(self._times)])
         self._times[self._iterations : need] = time_IL
         self._iterations = need
-        self.marks.append((need, float(self.tally[kernels.OWN]), float(self.tally[kernels.MISC])))
+        own, misc, replicas = (float(self.tally[at]) for at in (kernels.OWN, kernels.MISC, kernels.REPLICAS))
+        self.marks.append((need, own, misc, replicas))
         if len(self.marks) > MARKS:
             del self.marks[::2]
 
