@@ -64,7 +64,7 @@ def command(
     )
     plan = reproduce.prepare(what, options, cache)
     if dry_run:
-        common.dry_run(plan.config(), plan.estimate())
+        common.dry_run(plan.config(), plan.estimate(jobs))
     with common.progress() as bar:
         task = bar.add_task("", total=None)
         try:

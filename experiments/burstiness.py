@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moeless.experiments import study
+from moeless.experiments import serving, study
 from moeless.experiments.base import Drawn, Experiment, Job, Options
 
 POLICIES = ("static", "eplb:history", "moeless:history", "elastic:history")
@@ -22,7 +22,7 @@ def _points() -> dict[str, dict[str, Any]]:
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
-    requests = options.pick(24, 1000)
+    requests = options.pick(24, serving.FULL)
     return study.jobs(options, POLICIES, _points(), max_requests=requests, goodput=list(study.OBJECTIVES))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moeless.experiments import study
+from moeless.experiments import serving, study
 from moeless.experiments.base import Drawn, Experiment, Job, Options
 
 POLICIES = ("moeless:history", "elastic:history")
@@ -28,7 +28,7 @@ def _points() -> dict[str, dict[str, Any]]:
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
-    common = {"max_requests": options.pick(8, 1000), "goodput": list(study.OBJECTIVES)}
+    common = {"max_requests": options.pick(8, serving.FULL), "goodput": list(study.OBJECTIVES)}
     made = study.jobs(options, POLICIES, _points(), **common)
     for distance in DISTANCES:
         for policy in AHEAD:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moeless.experiments import study
+from moeless.experiments import serving, study
 from moeless.experiments.base import Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import common_kind, common_label
 from moeless.report import style
@@ -33,7 +33,7 @@ def _policies(label: str) -> tuple[str, ...]:
 def _jobs(options: Options) -> Mapping[str, Job]:
     made: dict[str, Job] = {}
     for label, changes in _points().items():
-        made |= study.jobs(options, _policies(label), {label: changes}, max_requests=options.pick(24, 1000))
+        made |= study.jobs(options, _policies(label), {label: changes}, max_requests=options.pick(24, serving.FULL))
     function = "moeless.experiments.cells.drift:serve"
     return {name: dataclasses.replace(job, function=function) for name, job in made.items()}
 

@@ -39,7 +39,7 @@ def _jobs(options: Options) -> Mapping[str, Job]:
             **{
                 **study.CONTINUOUS,
                 "request_rate": RATE,
-                "max_requests": options.pick(2 * source.quick_requests, 1000),
+                "max_requests": options.pick(2 * source.quick_requests, serving.FULL),
             },
         )
         for source in _sources(options)

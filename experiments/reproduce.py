@@ -9,7 +9,7 @@ from typing import Any
 from moeless.cluster import cluster
 from moeless.costs import COSTS
 from moeless.errors import UserError
-from moeless.experiments import live
+from moeless.experiments import live, timing
 from moeless.experiments.base import Experiment, Options
 from moeless.experiments.cache import Cache
 from moeless.experiments.catalogue import find
@@ -51,13 +51,18 @@ class Reproduction:
             "cache": str(self.cache.root),
         }
 
-    def estimate(self) -> dict[str, Any]:
-        """How many jobs there are, and how many of them the cache holds."""
+    def estimate(self, workers: int = 2) -> dict[str, Any]:
+        """How many jobs there are, how many of them the cache holds, and how long the others will take."""
         every: dict[str, Any] = {}
         for experiment in self.experiments:
             every |= closure(experiment.jobs(self.options).values())
-        kept = sum(self.cache.has(job) for job in every.values())
-        return {"jobs": len(every), "cached": kept, "memory": "below 2 GiB per process at quick size"}
+        missing = [job for job in every.values() if not self.cache.has(job)]
+        return {
+            "jobs": len(every),
+            "cached": len(every) - len(missing),
+            **timing.plan(missing, workers),
+            "memory": f"below {4 if self.options.full else 2} GiB per process",
+        }
 
     def run(
         self, *, out: Path | None, wandb: bool | None, workers: int, progress: Progress | None = None

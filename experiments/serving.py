@@ -16,6 +16,9 @@ from moeless.metrics import schema
 from moeless.metrics.result import Cell
 
 _SERVE = "moeless.experiments.cells.serving:serve"
+#: Requests of a full run: the paper's planner, planning anew in every layer of every iteration, simulates some
+#: thousand layers a second, so that all figures together take hours.
+FULL = 200
 #: The four systems of the paper's figures; the predictor of ``moeless`` depends on what the trace holds.
 BASELINES = ("static", "eplb:history", "oracle")
 #: How the paper calls them.
@@ -29,7 +32,7 @@ def workload(options: Options, source: Source) -> dict[str, Any]:
         "arrivals": "azure-like",
         "batching": "one-second",
         "lengths": "trace",
-        "max_requests": options.pick(source.quick_requests, 1000),
+        "max_requests": options.pick(source.quick_requests, FULL),
         "seed": options.seed,
     }
 

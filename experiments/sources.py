@@ -136,7 +136,7 @@ def synthetic(options: Options, model: str, dataset: str) -> Source:
     params = {
         "model": model,
         "dataset": dataset,
-        "requests": options.pick(60, 400),
+        "requests": options.pick(60, 700),
         "prompt_tokens": prompt,
         "output_tokens": output,
         "seed": options.seed,

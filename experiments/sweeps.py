@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,8 @@ from moeless.report import line_figures
 
 #: Workloads a point stands on at full size, one at quick size; they differ in arrivals and in which requests come.
 WORKLOADS = 3
+#: Requests of each workload at full size.
+FULL = 60
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def experiment(
 
     def jobs(options: Options) -> Mapping[str, Job]:
         return {
-            _name(source, costs, point, seed): sweep.job(options, source, costs, point, seed)
+            _name(source, costs, point, seed): _sized(options, sweep.job(options, source, costs, point, seed))
             for source in sweep_sources(options)
             for costs in options.costs
             for point in sweep.points(source)
@@ -100,6 +102,11 @@ class Stated:
 
     text: str
     rises: bool
+
+
+def _sized(options: Options, job: Job) -> Job:
+    """Full sweeps have many points: each takes fewer requests than the other figures' runs."""
+    return replace(job, params={**job.params, "max_requests": FULL}) if options.full else job
 
 
 def _seeds(options: Options) -> list[int]:

@@ -33,7 +33,9 @@ def test_the_systems_of_the_paper_stay_apart_for_colour_blind_readers(kind: str)
         linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
         return np.clip(np.array(BLINDNESS[kind]) @ linear, 0, 1) ** (1 / 2.2)
 
-    colours = [style.POLICY_COLOURS[name] for name in ("static", "eplb", "moeless", "elastic", "oracle")]
+    colours = [
+        style.POLICY_COLOURS[name] for name in ("static", "eplb", "moeless", "elastic", "elastic-ahead", "oracle")
+    ]
     for one, other in itertools.combinations(colours, 2):
         assert np.linalg.norm(seen(one) - seen(other)) > 0.1, (one, other)
 
