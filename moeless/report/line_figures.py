@@ -60,6 +60,8 @@ def lines(
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         axes.set_ylim(*ylim)
         _scales(axes, log_x, log_y, whole_x)
+        if not log_y:
+            _room(axes, ylim, reference)
         if len(names) > 1 or reference_label:
             figure.legend(loc="outside lower center", ncols=columns)
         plt.close(figure)
@@ -85,9 +87,16 @@ def panels(
     columns = min(2 if len(grid) == 4 else columns, len(grid))
     rows = -(-len(grid) // columns)
     width = style.COLUMN if columns == 1 else style.WIDE
+    # the legend's rows add to the height, so that they never squeeze the axes
+    below = 0.16 * (-(-len(names) // legend_columns(names or [""], width)) - 1)
     with style.drawing() as plt:
         figure, axes_YX = plt.subplots(
-            rows, columns, figsize=(width, 0.6 + 1.85 * rows), layout="constrained", sharey=share_y, squeeze=False
+            rows,
+            columns,
+            figsize=(width, 0.6 + 1.85 * rows + below),
+            layout="constrained",
+            sharey=share_y,
+            squeeze=False,
         )
         flat = axes_YX.ravel()
         for axes, (panel, series) in zip(flat, grid.items(), strict=False):
@@ -138,6 +147,18 @@ def _scales(axes: Any, log_x: bool, log_y: bool, whole_x: bool) -> None:
         axes.set_yscale("log")
     if whole_x and not log_x:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def _room(axes: Any, ylim: tuple[float | None, float | None], reference: float | None) -> None:
+    """Lines do not run along the upper edge, and noise below a per cent does not look like a finding."""
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if ylim == (0, None) and axes.dataLim.ymax > 0:
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+    low, high = axes.get_ylim()
+    least = 0.02 * abs(reference or 0.0)
+    if ylim == (None, None) and high - low < least:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def _few_log_ticks(axis: Any) -> None:
