@@ -204,6 +204,7 @@ class Publisher:
             )
             if text
         )
+        what = what if paper else what.replace("beyond it", "beyond the paper")
         made = f"{what} at {size} size gave {figures} figures ({computed} results computed, {cached} from the cache)."
         return [made, *_held(self.record), *_headline(claims)]
 
