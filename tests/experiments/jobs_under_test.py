@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def interrupt(params: dict[str, Any], needs: list[Any]) -> None:
 def die(params: dict[str, Any], needs: list[Any]) -> None:
     """Stands for a worker killed for lack of memory."""
     os._exit(9)
+
+
+def park(params: dict[str, Any], needs: list[Any]) -> None:
+    """Leaves its process id in the ``log`` file and never ends by itself."""
+    Path(params["log"]).write_text(str(os.getpid()))
+    signal.pause()
 
 
 def huge(params: dict[str, Any], needs: list[Any]) -> str:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,39 @@ def test_a_dead_worker_ends_in_a_sentence(cache: Cache, log: Path) -> None:
     jobs = {"a": Job("die", f"{MODULE}:die"), "b": _square(2, log)}
     with pytest.raises(RunFailed, match="a worker process died"):
         run_jobs(jobs, cache, workers=2)
+
+
+def test_a_killed_run_keeps_what_was_finished_and_leaves_no_worker_behind(tmp_path: Path, log: Path) -> None:
+    parked = tmp_path / "pid.txt"
+    program = f"""
+from pathlib import Path
+from moeless.experiments.base import Job
+from moeless.experiments.cache import Cache
+from moeless.experiments.runner import run_jobs
+if __name__ == "__main__":
+    jobs = {{
+        "a": Job("square", "jobs_under_test:square", {{"x": 2, "log": {str(log)!r}}}),
+        "b": Job("park", "jobs_under_test:park", {{"log": {str(parked)!r}}}),
+    }}
+    run_jobs(jobs, Cache(Path({str(tmp_path / "cache")!r})))
+"""
+    (tmp_path / "program.py").write_text(program)
+    run = subprocess.Popen([sys.executable, str(tmp_path / "program.py")])
+    wait_until(lambda: parked.exists() and parked.read_text() != "")
+    worker = int(parked.read_text())
+    assert Path(f"/proc/{worker}").exists()
+    run.kill()
+    run.wait()
+    wait_until(lambda: not Path(f"/proc/{worker}").exists())
+    _, ran = run_jobs({"a": _square(2, log)}, Cache(tmp_path / "cache"))
+    assert ran.cached == 1
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_full_disk_ends_in_a_sentence_and_a_resumable_state(tmp_path: Path, log: Path) -> None:
