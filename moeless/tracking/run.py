@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -178,7 +179,7 @@ def start_run(
             yield run
         except BaseException as error:
             _record(run, error, existed)
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, Exception) and _disk_full(error):
                 raise RunFailed(f"the disk is full; what was written so far is kept in {path}") from error
             raise
         run._finish("ok", None)
@@ -199,6 +200,17 @@ def save_figure(folder: Path, name: str, figure: Any, formats: Sequence[str]) ->
                 figure.savefig(partial, format=kind, metadata=metadata)
 
             write_atomic(folder / f"{name}.{kind}", save)
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: libraries wrap it in errors of their own, other processes in text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _record(run: Run, error: BaseException, existed: bool) -> None:

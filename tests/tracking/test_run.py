@@ -106,9 +106,25 @@ def test_default_folders_are_named_by_time_command_and_name_and_never_shared(
     assert all("-serve-bench-gpt-oss-20b" in run.name for run in runs)
 
 
-def test_a_full_disk_ends_in_a_sentence_and_keeps_what_was_written(tmp_path: Path) -> None:
+def _behind_another(error: OSError) -> Exception:
+    """What a compressing writer raises when closing its file fails on top."""
+    wrapped = ValueError("inconsistent stream state")
+    wrapped.__context__ = error
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        _behind_another(OSError(errno.ENOSPC, "No space left on device")),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["plain", "wrapped", "told in text"],
+)
+def test_a_full_disk_ends_in_a_sentence_and_keeps_what_was_written(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(RunFailed, match="disk is full"):
-        _write_then_raise(tmp_path / "run", OSError(errno.ENOSPC, "No space left on device"))
+        _write_then_raise(tmp_path / "run", error)
     assert read_manifest(tmp_path / "run")["status"] == "failed"
 
 
