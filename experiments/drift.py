@@ -12,7 +12,8 @@ from moeless.experiments.sources import common_kind, common_label
 from moeless.report import style
 from moeless.report.bar_figures import Bars, bars
 
-POLICIES = ("static", "eplb:history", "moeless:history", "moeless:last", "moeless:oracle:1", "elastic:history")
+MOELESS = ("moeless:history", "moeless:last", "moeless:oracle:1")
+POLICIES = ("static", "eplb:history", *MOELESS, *study.elastic("history"))
 ORDERS = {"mixed": False, "one domain after the other": True}
 #: Seconds between EPLB's plans; the paper's example of ten minutes never plans in a quick run.
 REPLAN = {"": 600.0, ", EPLB plans every 2 s": 2.0}

@@ -11,7 +11,8 @@ from moeless.experiments import serving, study
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.report import line_figures
 
-POLICIES = ("static", "eplb:history", "eplb-hierarchical:history", "moeless:history", "elastic:history", "oracle")
+EPLB = ("eplb:history", "eplb-hierarchical:history")
+POLICIES = ("static", *EPLB, "moeless:history", *study.elastic("history"), "oracle")
 GPUS = (8, 32, 128, 512, 1024)
 MODEL = "deepseek-v3"
 COLUMNS = ("GPUs", *study.COLUMNS[1:6], "experts (ms)", "all-to-all (ms)", "control (ms)", "waiting (ms)", "layer runs")

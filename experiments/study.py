@@ -44,9 +44,10 @@ def source_of(options: Options) -> Source:
     return at_hand(options, [synthetic(options, (options.models or ("phi-3.5-moe",))[0], "lmsys")])[0]
 
 
-def elastic() -> tuple[str, ...]:
-    """Our planner, in each way in which it is installed."""
-    return tuple(name for name in ("elastic", "elastic-ahead") if name in PLANNERS.names())
+def elastic(predictor: str = "") -> tuple[str, ...]:
+    """Our planner, in each way in which it is installed; as policies where a predictor is named."""
+    names = [name for name in ("elastic", "elastic-ahead") if name in PLANNERS.names()]
+    return tuple(f"{name}:{predictor}" if predictor else name for name in names)
 
 
 def physical(options: Options) -> str:
