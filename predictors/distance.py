@@ -21,6 +21,8 @@ from moeless.contracts import FloatArray, IntArray, Phase
 if TYPE_CHECKING:
     from moeless.predictors.base import LoadPredictor
 
+#: The largest distance that ``auto`` considers.
+LONGEST = 8
 #: Weight of the newest layer time in the running mean.
 NEWEST = 0.2
 

@@ -71,7 +71,7 @@ def fit_blend(given: FitInput) -> Blend:
     kind, inner = part_of(settings.options, rows.trace.has_router_inputs)
     part: TokenLevel = kind.fit(replace(given, settings=replace(settings, options=inner)))
 
-    sample = given.sample(part.reads, validation=True)
+    sample = given.calibration(part.reads)
     pairs = pairs_of(rows.spec.L, settings.distances)
     first = [(BEFORE, target + 1) for target in range(min(max(settings.distances), rows.spec.L))]
     tokens = TokenLoads(part, rows, sample.row_T, pairs)

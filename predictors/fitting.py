@@ -65,6 +65,14 @@ class FitInput:
         """Where a stage of the fit keeps its state, None where it cannot be taken up again."""
         return None if self.checkpoints is None else self.checkpoints.stage(stage)
 
+    def calibration(self, reads: Any) -> Sample:
+        """Validation requests that variances and mixtures are chosen on: all of them, up to ``CALIBRATION_LIMIT``.
+
+        A quarter of the training tokens is enough to stop early by, since tokens are many; how far whole iterations
+        stray is known from requests alone, which are few.
+        """
+        return Sample(self.rows, self.split.validation, reads, CALIBRATION_LIMIT, self.settings.seed)
+
     def sample(self, reads: Any, *, validation: bool = False, share: float = 1.0) -> Sample:
         """The training or the validation sample, or a share of it."""
         requests = self.split.validation if validation else self.split.fit
@@ -118,6 +126,8 @@ def fit(
     return predictor, time.perf_counter() - started
 
 
+#: Tokens of validation requests that are forecast to calibrate on.
+CALIBRATION_LIMIT = 50_000
 #: Sizes of the iterations on which variances are calibrated.
 CALIBRATION_TOKENS = (32, 256, 1024)
 
@@ -125,7 +135,7 @@ CALIBRATION_TOKENS = (32, 256, 1024)
 def calibrate(predictor: TokenLevel, given: FitInput, pairs: Sequence[tuple[int, int]]) -> dict[Any, Variance]:
     """Variance coefficients of each pair, from iterations composed of validation requests."""
     rows = given.rows
-    sample = given.sample(predictor.reads, validation=True)
+    sample = given.calibration(predictor.reads)
     tokens = TokenLoads(predictor, rows, sample.row_T, pairs)
     made = []
     for phase in available_phases(rows):

@@ -1,7 +1,8 @@
 """Deciding, on every rank alike, where copies live and which of them serve which tokens.
 
-Each MoE layer has one gather. It carries this rank's token counts, its part of the forecast for the layer at the
-policy's distance, and which copies of this layer are complete or on their way. From the gathered words every rank
+Each MoE layer has one gather. It carries this rank's token counts, its part of the forecasts made from this layer, and
+which copies of this layer are complete or on their way. A predictor that forecasts the first layers, which no layer
+precedes by the distance, adds one gather before them. From the gathered words every rank
 computes the same quotas, the same next plan and the same moves, so nothing else has to be agreed upon.
 
 Plans are made on a thread beside the model and adopted by all ranks at the same point: those of a layer ahead when
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from moeless.contracts import BoolArray, Context, Forecast, InstanceState, IntArray, LayerPlan, Phase
+from moeless.contracts import AUTO, BoolArray, Context, Forecast, InstanceState, IntArray, LayerPlan, Phase
 from moeless.engine.core import PartTimes
 from moeless.engine.exchange import Exchange
 from moeless.engine.history import LiveHistory
@@ -27,6 +29,7 @@ from moeless.engine.planning import Planning
 from moeless.engine.policy import LONG_HORIZON, LivePolicy
 from moeless.engine.store import ReplicaStore
 from moeless.placement.keep_kernels import hardly_changed
+from moeless.predictors.distance import LONGEST, DistanceRule
 from moeless.serverless import KeepAlive
 
 
@@ -83,6 +86,10 @@ class Controller:
         # what each layer's plan was made for; a forecast that hardly differs leaves it, as in the simulator
         self._planned_LE = np.zeros((self.spec.L, self.spec.E))
         self._tolerance = float(getattr(policy.params, "keep", 0.0))
+        # at which distance each target is forecast: given, or chosen anew for every iteration
+        self._distance_L = np.full(self.spec.L, policy.policy.distance)
+        self.rule = self._distance_rule() if self.ahead and policy.policy.distance == AUTO else None
+        self._layer_started, self._carried_exchange = 0.0, 0.0
         self.planning = Planning(policy)
         store.deploy([self._own(plan) for plan in self.plans], self.keep_alive, 0.0)
 
@@ -93,8 +100,19 @@ class Controller:
     def _own(self, plan: LayerPlan) -> list[int]:
         return np.unique(plan.expert_R[plan.gpu_R == self.rank]).tolist()
 
-    def begin(self, phase: Phase, tokens: int, now: float) -> None:
-        """Start an iteration of so many tokens over all ranks; ``now`` is equal on all of them."""
+    def _distance_rule(self) -> DistanceRule:
+        """As the simulator has it: forecast and plan, and a copy from the slowest place it may come from."""
+        costs, spec = self.policy.costs, self.spec
+        copy = max(costs.load_seconds(spec.expert_bytes, tier, 0) for tier in ("peer", "peer-slow", "host"))
+        return DistanceRule(self.policy.predictor, costs.background_seconds(self.policy.policy) + copy, LONGEST)
+
+    def begin(self, phase: Phase, tokens: int, now: float, token_T: IntArray | None = None) -> None:
+        """Start an iteration; collective where the predictor forecasts the first layers.
+
+        Args:
+            tokens: over all ranks; ``now``: equal on all of them.
+            token_T: ids of this rank's tokens, where it has some.
+        """
         started = time.thread_time()
         self._phase, self._tokens, self._now = phase, tokens, now
         self._skip = self.ahead and tokens < self.settings.skip_below_tokens
@@ -108,10 +126,31 @@ class Controller:
         self._plans_now = self.ahead and not self._skip and self._since_plan % self.settings.plan_every == 0
         self._since_plan += 1
         if self._plans_now:
-            for layer in range(min(self.policy.policy.distance, self.spec.L)):
-                self._plan(layer, self.policy.from_share(self.history.share(layer), tokens))
+            if self.rule is not None:
+                self._distance_L = self.rule.choose(phase, tokens)
+            first = [target for target in range(self.spec.L) if target < self._distance_L[target]]
+            for target, forecast in zip(first, self._forecast_first(first, token_T), strict=True):
+                self._plan(target, forecast)
         # the first layer's record is charged with it
         self._carried += time.thread_time() - started
+
+    def _forecast_first(self, targets: list[int], token_T: IntArray | None) -> list[Forecast]:
+        """Layers that nothing precedes: by the predictor where it knows how, which takes a gather; else history."""
+        if not targets or not getattr(self.policy.predictor, "forecasts_first", False):
+            return [self.policy.from_share(self.history.share(target), self._tokens) for target in targets]
+        words = [self._first_words(target, int(self._distance_L[target]), token_T) for target in targets]
+        began = time.perf_counter()
+        words_S = self.exchange.gather(np.concatenate(words))
+        self._carried_exchange += time.perf_counter() - began
+        parts = np.split(words_S, len(targets), axis=1)
+        return [self._summed(part_S) for part_S in parts]
+
+    def _first_words(self, target: int, distance: int, token_T: IntArray | None) -> IntArray:
+        """This rank's part of a first layer's forecast."""
+        if token_T is None or not len(token_T):
+            return np.zeros(2 * self.spec.E, np.int64)
+        context = self._context(target, len(token_T), token_T=token_T)
+        return _words(self.policy.predictor.predict(context, target - distance, distance))
 
     def _plan(self, layer: int, forecast: Forecast, horizon: int = 1) -> None:
         plan, held = self.plans[layer], self._held_L[layer]
@@ -142,13 +181,13 @@ class Controller:
             self._adopt_planned()
         self.planning.settle(times)
         ids_TK = topk_TK.cpu().numpy()
-        plan, E = self.plans[layer], self.spec.E
-        target = layer + self.policy.policy.distance
-        forecasts = self._plans_now and target < self.spec.L
+        plan, E, L = self.plans[layer], self.spec.E, self.spec.L
+        targets = [t for t in range(layer + 1, L) if self._plans_now and self._distance_L[t] == t - layer]
         tells = self._moves and not self._skip
         parts = [np.bincount(ids_TK.reshape(-1), minlength=E).astype(np.int64)]
-        if forecasts:
-            parts.append(self._forecast_words(layer, target, hidden_TH, ids_TK))
+        parts += [self._forecast_words(layer, target, hidden_TH, ids_TK) for target in targets]
+        if self.rule is not None:
+            parts.append(self._seconds_word())
         if tells:
             parts.append(pack(*self.store.held(layer)))
         times.control += time.thread_time() - started + self._carried
@@ -156,14 +195,20 @@ class Controller:
 
         began = time.perf_counter()
         words_S = self.exchange.gather(np.concatenate(parts))
-        times.exchange += time.perf_counter() - began
+        times.exchange += time.perf_counter() - began + self._carried_exchange
+        self._carried_exchange = 0.0
 
         started = time.thread_time()
         load_SE = words_S[:, :E]
         if tells:
             self._held_L[layer] = Held.unpack(words_S[:, -num_words(E) :], E)
-        if forecasts:
-            self._plan_ahead(target, words_S[:, E : 3 * E])
+        for index, target in enumerate(targets):
+            self._plan(target, self._summed(words_S[:, (1 + 2 * index) * E : (3 + 2 * index) * E]))
+        if self.rule is not None and layer > 0:
+            # the slowest rank's time is the layer's
+            at = (1 + 2 * len(targets)) * E
+            seconds_S = np.ascontiguousarray(words_S[:, at]).view(np.float64)
+            self.rule.note(layer - 1, self._phase, float(seconds_S.max()))
         usable_R = self._usable(plan)
         quota_SR = self.policy.dispatch(load_SE, plan, usable_R)
         self.history.add(layer, load_SE.sum(0), self._phase, self._tokens)
@@ -183,27 +228,37 @@ class Controller:
         return self.policy.planner.cadence != "once"
 
     def _forecast_words(self, layer: int, target: int, hidden_TH: torch.Tensor, ids_TK: IntArray) -> IntArray:
-        """This rank's part of the forecast as the bits of float64 mean and variance."""
-        E = self.spec.E
+        """This rank's part of the forecast."""
         if not len(ids_TK):
-            return np.zeros(2 * E, np.int64)
+            return np.zeros(2 * self.spec.E, np.int64)
         inputs = hidden_TH.float().cpu().numpy() if self.policy.predictor.reads == "router_inputs" else None
-        forecast = self.policy.predictor.predict(
-            Context(
-                router_input_TH=inputs,
-                topk_TK=ids_TK,
-                history_E=self.history.share(target),
-                last_load_E=self.history.last(target, self._phase),
-                tokens=len(ids_TK),
-                phase=self._phase,
-                recent_E=self.history.recent(target),
-            ),
-            layer,
-            target - layer,
-        )
-        return np.concatenate([forecast.mean_E, forecast.var_E]).view(np.int64)
+        context = self._context(target, len(ids_TK), router_input_TH=inputs, topk_TK=ids_TK)
+        return _words(self.policy.predictor.predict(context, layer, target - layer))
 
-    def _plan_ahead(self, target: int, words_S: IntArray) -> None:
-        E = self.spec.E
+    def _context(self, target: int, tokens: int, **inputs: Any) -> Context:
+        """What is known of a target, with what this rank sees of the iteration."""
+        return Context(
+            history_E=self.history.share(target),
+            last_load_E=self.history.last(target, self._phase),
+            tokens=tokens,
+            phase=self._phase,
+            recent_E=self.history.recent(target),
+            **({"router_input_TH": None, "topk_TK": None} | inputs),
+        )
+
+    def _summed(self, words_S: IntArray) -> Forecast:
+        """The ranks' parts as one forecast; variances add."""
         total = np.ascontiguousarray(words_S).view(np.float64).sum(0)
-        self._plan(target, Forecast(total[:E], total[E:], self._tokens, self.policy.policy.predictor))
+        mean_E, var_E = np.split(total, 2)
+        return Forecast(mean_E, var_E, self._tokens, self.policy.policy.predictor)
+
+    def _seconds_word(self) -> IntArray:
+        """What the layer before took on this rank, from its start to now, as the bits of a float64."""
+        now = time.perf_counter()
+        seconds, self._layer_started = now - self._layer_started, now
+        return np.array([seconds]).view(np.int64)
+
+
+def _words(forecast: Forecast) -> IntArray:
+    """Mean and variance as the bits of float64."""
+    return np.concatenate([forecast.mean_E, forecast.var_E]).view(np.int64)

@@ -103,8 +103,11 @@ def resolve_live(
         raise UserError(f"policy {text}: {planner.name} plans at intervals from history; write {planner.name}:history")
     if planner.needs_forecast and planner.cadence == "iteration":
         predictor = _predictor(name, spec, model, predictors)
-        if policy.distance == AUTO:
-            raise UserError(f"policy {text}: the live engine takes a number as distance; auto is simulated only")
+        if policy.distance == AUTO and predictor.skill(0, 1, Phase.DECODE, 32) is None:
+            raise UserError(
+                f"policy {text}: distance auto goes by what fitting measured, and {name} was not fitted at distance 1; "
+                "write a number, or name a predictor made by train-predictor"
+            )
         if policy.distance >= spec.L:
             raise UserError(f"policy {text}: the distance must be below the model's {spec.L} MoE layers")
     try:
@@ -114,7 +117,7 @@ def resolve_live(
     budget = Budget.even(spec.E, cluster.G, 0 if planner.name == "static" else extra_slots, spec.expert_bytes)
     label = ORACLE if lossy else policy.planner
     if name != "none":
-        label += f":{name}" + (f":{policy.distance}" if predictor is not None and name != "history" else "")
+        label += f":{name}" + (f":{policy.distance or 'auto'}" if predictor is not None and name != "history" else "")
     return LivePolicy(
         label,
         Policy(policy.planner, name, policy.distance),

@@ -125,9 +125,9 @@ class ServingLoop:
         self.experts.first_token = sum(
             span.stop - span.start for span, rank in zip(iteration.spans, ranks, strict=True) if rank < self.rank
         )
-        self.experts.controller.begin(iteration.phase, iteration.tokens, now)
         self._emitted: list[int] = []
         if not own:
+            self.experts.controller.begin(iteration.phase, iteration.tokens, now)
             self.host.idle_step()
             self.experts.routing.clear()
             return
@@ -144,6 +144,7 @@ class ServingLoop:
             row += span.stop - span.start
             if span.stop >= live.request.prompt_tokens:
                 emits.append((span.request, span.stop, row - 1))
+        self.experts.controller.begin(iteration.phase, iteration.tokens, now, np.array(tokens, np.int64))
         positions = [position for span in own for position in range(span.start, span.stop)]
         wanted = list(range(row)) if self.settings.prompt_nll else [at for _, _, at in emits]
         device = self.host.device

@@ -14,15 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless.contracts import AUTO, BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
-from moeless.predictors.distance import DistanceRule
+from moeless.predictors.distance import LONGEST, DistanceRule
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Outage
 from moeless.simulator.history import LoadHistory
 from moeless.simulator.keeping import Keeping
 from moeless.simulator.runtime import PolicyRuntime
-
-#: The largest distance that ``auto`` considers.
-LONGEST = 8
 
 
 @dataclass(frozen=True)

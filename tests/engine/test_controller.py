@@ -1,0 +1,144 @@
+"""The controller's forecasts: which layers are asked from where, and that token ids reach the first ones."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from moeless.cluster import cluster
+from moeless.contracts import AUTO, Forecast, Phase
+from moeless.engine.controller import Controller, ControlSettings
+from moeless.engine.core import PartTimes
+from moeless.engine.policy import resolve_live
+from moeless.errors import UserError
+from moeless.traces.specs import resolve_spec
+
+TOKENS = np.array([3, 1, 4, 1, 5, 9])
+
+
+class Asked:
+    """Forecasts tokens on expert 0 alone with a skill that fades, and notes what it was asked."""
+
+    name, reads, forecasts_first = "asked", "topk", True
+
+    def __init__(self, spec):
+        self.spec, self.calls = spec, []
+
+    def skill(self, layer, distance, phase, tokens):
+        return 0.0 if layer < 0 else 0.5**distance
+
+    def predict(self, context, layer, distance):
+        self.calls.append((layer, distance, context.tokens, context.token_T))
+        mean_E = np.eye(self.spec.E)[0] * context.tokens * self.spec.K
+        return Forecast(mean_E, np.full(self.spec.E, 0.5), context.tokens, self.name)
+
+
+class TwoRanks:
+    """Collectives of rank 0 whose peer says the same."""
+
+    ranks = SimpleNamespace(rank=0, world=2)
+    gathers = 0
+
+    def gather(self, words):
+        self.gathers += 1
+        return np.stack([words, words])
+
+
+class Store:
+    """Holds every expert."""
+
+    def __init__(self, experts):
+        self.experts = experts
+
+    def deploy(self, *_):
+        pass
+
+    def provision(self, *_):
+        pass
+
+    def held(self, layer):
+        return np.ones(self.experts, np.bool_), np.zeros(self.experts, np.bool_)
+
+    def ready(self, layer, expert):
+        return True
+
+
+@pytest.fixture
+def run(tiny):
+    """Run iterations of a policy at a distance; gives the predictor, the controller and its plans asked for."""
+    spec = dataclasses.replace(resolve_spec(str(tiny("mixtral"))), dtype="float32", expert_dtype="float32")
+    spec = dataclasses.replace(spec, moe_layers=tuple(range(5)), num_layers=5)
+    policy = resolve_live(
+        "moeless:history:1",
+        spec=spec,
+        cluster=cluster("cpu8").with_gpus(2),
+        costs="roofline",
+        extra_slots=1,
+        model=tiny("mixtral"),
+    )
+
+    def go(distance, iterations=1):
+        asked = Asked(spec)
+        chosen = dataclasses.replace(policy.policy, predictor="asked", distance=distance)
+        mine = dataclasses.replace(policy, predictor=asked, policy=chosen)
+        controller = Controller(mine, TwoRanks(), Store(spec.E), ControlSettings())
+        planned = []
+        plan = controller._plan
+        controller._plan = lambda layer, forecast, *rest: (
+            planned.append((layer, forecast)),
+            plan(layer, forecast, *rest),
+        )
+        topk_TK = torch.arange(len(TOKENS) * spec.K).reshape(len(TOKENS), spec.K) % spec.E
+        for _ in range(iterations):
+            asked.calls.clear()
+            planned.clear()
+            controller.begin(Phase.PREFILL, 2 * len(TOKENS), 0.0, TOKENS)
+            for layer in range(spec.L):
+                controller.decide(layer, torch.zeros(len(TOKENS), spec.hidden_size), topk_TK, PartTimes())
+        controller.close()
+        return asked, controller, planned
+
+    return go
+
+
+def test_first_layers_are_forecast_from_token_ids_and_ranks_add_up(run):
+    asked, controller, planned = run(2)
+    first, later = [call for call in asked.calls if call[0] < 0], [call for call in asked.calls if call[0] >= 0]
+    assert [call[:3] for call in first] == [(-2, 2, 6), (-1, 2, 6)]
+    assert all(call[3] is TOKENS for call in first)
+    assert [call[:2] for call in later] == [(0, 2), (1, 2), (2, 2)]
+    assert controller.exchange.gathers == 1 + 5
+    assert [layer for layer, _ in planned] == [0, 1, 2, 3, 4]
+    for _, forecast in planned:
+        assert forecast.mean_E[0] == 2 * len(TOKENS) * asked.spec.K
+        assert forecast.var_E.tolist() == [1.0] * asked.spec.E
+
+
+def test_auto_goes_by_the_layer_times_that_ranks_tell_each_other(run):
+    asked, controller, planned = run(AUTO)
+    # nothing was known of layer times: the farthest there is
+    assert [call[:2] for call in asked.calls if call[0] >= 0] == [(0, 4)]
+    assert sorted(layer for layer, _ in planned) == [0, 1, 2, 3, 4]
+    # layers take some time and copies none: one layer ahead
+    controller.rule.prepare_seconds = 0.0
+    assert controller.rule.choose(Phase.PREFILL, 12).tolist() == [1, 1, 1, 1, 1]
+    # copies that take for ever are planned before the iteration
+    controller.rule.prepare_seconds = 1e9
+    assert controller.rule.choose(Phase.PREFILL, 12).tolist() == [1, 2, 3, 4, 5]
+    # what was told of no phase is not known
+    assert controller.rule.choose(Phase.DECODE, 12).tolist() == [1, 2, 3, 4, 4]
+
+
+def test_auto_needs_a_fitted_skill(tiny):
+    spec = dataclasses.replace(resolve_spec(str(tiny("mixtral"))), dtype="float32", expert_dtype="float32")
+    with pytest.raises(UserError, match="not fitted at distance 1"):
+        resolve_live(
+            "moeless:last:auto",
+            spec=spec,
+            cluster=cluster("cpu8").with_gpus(2),
+            costs="roofline",
+            extra_slots=1,
+            model=tiny("mixtral"),
+        )
