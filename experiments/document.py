@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeless.experiments import why
+from moeless.experiments import timing, why
+from moeless.experiments.base import Job, Options
+from moeless.experiments.catalogue import find
 from moeless.experiments.publish import CLAIM_COLUMNS, FINDING_COLUMNS, claim_rows, finding_rows
 from moeless.experiments.recipes import Recipe, recipes
+from moeless.experiments.runner import closure
 from moeless.files import read_json, write_json, write_text
 from moeless.report.page import cell_text
 
@@ -70,7 +73,7 @@ def render(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         *(f"- {text}\n" for text in why.paragraphs(record)),
         "\n",
         "## How long each takes\n\n",
-        _durations(experiments),
+        _durations(experiments, facts),
         "\n## Figures and tables of the paper\n",
         *(_section(entry) for entry in experiments if not entry["study"]),
         "\n## Beyond the paper\n",
@@ -91,13 +94,20 @@ def _made(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     )
 
 
-def _durations(experiments: Sequence[Mapping[str, Any]]) -> str:
+def _durations(experiments: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     """Results that several experiments share count where they were first needed."""
     rows = [
         [f"`moeless reproduce {entry['name']}`", entry["title"], round(entry["seconds"], 1), entry["computed"]]
         for entry in experiments
     ]
-    return _table(["command", "what", "seconds in that run", "results computed"], rows)
+    table = _table(["command", "what", "seconds in that run", "results computed"], rows)
+    if "full_minutes" not in facts:
+        return table
+    return (
+        f"{table}\nSeconds are summed over worker processes. At full size everything is planned at about "
+        f"{facts['full_minutes'] / 60:.0f} hours on two cores (`moeless reproduce all --full --dry-run` says how long "
+        "what is missing will take); it resumes result by result.\n"
+    )
 
 
 def _section(entry: Mapping[str, Any]) -> str:
@@ -129,11 +139,22 @@ def keep(run: Path) -> None:
     config = manifest["config"]
     traces = "".join(f" --trace {Path(path).name}" for path in config["traces"])
     facts["command_line"] = f"moeless reproduce all{traces}{' --beside' if config['beside'] else ''}"
+    facts["full_minutes"] = _full_minutes()
     write_json(REFERENCE / "reproduction.json", read_json(run / "reproduction.json"))
     write_json(REFERENCE / "facts.json", facts)
+    for path in REFERENCE.glob("*.csv"):
+        path.unlink()
     for path in sorted((run / "data").glob("*.csv")):
         if path.stat().st_size <= 64 * 1024:
             shutil.copyfile(path, REFERENCE / path.name)
+
+
+def _full_minutes() -> float:
+    """What ``--full --dry-run`` plans for everything on two cores."""
+    jobs: dict[str, Job] = {}
+    for experiment in find("all"):
+        jobs |= closure(experiment.jobs(Options(full=True)).values())
+    return float(timing.plan(jobs.values(), 2)["minutes_about"])
 
 
 def main(arguments: Sequence[str]) -> None:
