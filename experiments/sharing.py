@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from moeless.experiments import serving, study
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
@@ -70,15 +73,23 @@ class _Way:
     gpu_seconds: float
     resident: float
     worst_ttft_ms: float
+    requests: int
     note: str = ""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """90 % interval of ``good`` after so many requests (Wilson's score interval)."""
+        z, n, share = 1.645, self.requests, self.good
+        middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
     @property
     def met(self) -> bool:
         return self.good >= TARGET
 
 
-def _own(results: Mapping[str, Any], name: str, gpus: int) -> list[tuple[float, float, float, float]]:
-    """Of each tenant: share of good requests, GPU seconds, resident GB·s, mean time to first token."""
+def _own(results: Mapping[str, Any], name: str, gpus: int) -> list[tuple[float, float, float, float, int]]:
+    """Of each tenant: share of good requests, GPU seconds, resident GB·s, mean time to first token, requests."""
     cells = [serving.cell(results[f"{name}|{gpus}|{place}"]) for place in range(TENANTS)]
     found = []
     # GPUs that are never given back are held until the last tenant is done, like a pool's
@@ -88,8 +99,9 @@ def _own(results: Mapping[str, Any], name: str, gpus: int) -> list[tuple[float, 
         assert request is not None
         assert request.request_goodput is not None
         seconds = one.billing.gpu_seconds if OWN[name][1] else gpus * last
-        good = request.request_goodput * request.duration / (request.completed + request.failed)
-        found.append((good, seconds, one.billing.resident, request.mean_ttft_ms))
+        count = request.completed + request.failed
+        good = request.request_goodput * request.duration / count
+        found.append((good, seconds, one.billing.resident, request.mean_ttft_ms, count))
     return found
 
 
@@ -98,8 +110,9 @@ def _ways(results: Mapping[str, Any]) -> list[_Way]:
     for name in OWN:
         by_gpus = {gpus: _own(results, name, gpus) for gpus in GPUS}
         for gpus, all_of in by_gpus.items():
-            good, seconds, resident, ttft = zip(*all_of, strict=True)
-            ways.append(_Way(name, f"{TENANTS} × {gpus}", min(good), sum(seconds), sum(resident), max(ttft)))
+            good, seconds, resident, ttft, counts = zip(*all_of, strict=True)
+            count = counts[good.index(min(good))]
+            ways.append(_Way(name, f"{TENANTS} × {gpus}", min(good), sum(seconds), sum(resident), max(ttft), count))
     for name in SHARED:
         for gpus in GPUS:
             one = results[f"{name}|{gpus}"]
@@ -112,6 +125,7 @@ def _ways(results: Mapping[str, Any]) -> list[_Way]:
                     one["gpu_seconds"],
                     one["resident"],
                     max(one["mean_ttft_ms"]),
+                    one["requests"],
                     note,
                 )
             )
@@ -135,12 +149,11 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         for w in ways
     ]
     names = list(dict.fromkeys(way.name for way in ways))
-    series = {
-        name: line_figures.Line(
-            [way.gpu_seconds for way in ways if way.name == name], [100 * way.good for way in ways if way.name == name]
-        )
-        for name in names
-    }
+    series = {}
+    for name in names:
+        mine = [way for way in ways if way.name == name]
+        low, high = (100 * np.array([way.span[end] for way in mine]) for end in (0, 1))
+        series[name] = line_figures.Line([way.gpu_seconds for way in mine], [100 * way.good for way in mine], low, high)
     plot = Plot(
         line_figures.lines(
             series, xlabel="GPU·s of all models", ylabel="requests within objectives (%)",
@@ -149,7 +162,9 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         ),
         f"{TENANTS} models of {sources[0].title}'s shapes with bursts of their own (gamma gaps, shape {SHAPE:g}, "
         f"{RATE:g} requests/s each), {GPUS[0]} to {GPUS[-1]} H100 for each or for all, {study.physical(options)} "
-        f"costs; objectives {' and '.join(OBJECTIVES)} ms. Of own GPUs the worst tenant's share is shown.",
+        f"costs; objectives {' and '.join(OBJECTIVES)} ms. Of own GPUs the worst tenant's share is shown. "
+        f"Bands: 90 % Wilson intervals (n from {min(w.requests for w in ways)} to {max(w.requests for w in ways)} "
+        "requests a point).",
         common_kind(sources),
         common_label(sources),
     )  # fmt: skip
