@@ -82,11 +82,12 @@ def _given(options: Options, path: Path) -> Source:
         "synthetic routing" if trace.info.synthetic else "bundled model" if spec.name == "bundled" else "real routing",
         f"given-{mark['sha256'][:8]}",
         spec.name,
-        quick_requests=min(60, max(8, int(3000 / output))),
+        quick_requests=min(60, max(12, int(3000 / output))),
         layers=spec.L,
         inputs=trace.has_router_inputs,
     )
-    return _with_predictor(options, source)
+    # beside the bundled model the prediction figures are about that one: measuring ids alone would take minutes unread
+    return _with_predictor(options, source, evaluate=source.inputs or not options.beside)
 
 
 def _with_predictor(options: Options, source: Source, evaluate: bool = True) -> Source:
