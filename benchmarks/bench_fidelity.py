@@ -1,15 +1,17 @@
 """Fidelity: the simulator, fed with a CPU profile of this machine, against the live 2-rank engine.
 
-Run: python benchmarks/bench_fidelity.py [--requests N] [--profile FILE]
-Three steps, about two minutes: profile the bundled model's parts (or take FILE), serve a workload live for
-calibration, serve another one live and predict it. *Layer*: the recorded loads of each iteration go through the
-``measured`` cost model, as they are, and with what the calibration run took beyond it (the engine's Python and small
-operations), a linear function of the layer's tokens. *Requests*: the whole workload is simulated with the recorded
-routing and the live scheduler's settings; what an iteration takes beyond the profile's layer times (attention, head,
-Python) is a linear function of its tokens, fitted on the calibration run. Errors are relative to what was measured. Run
-it on an idle machine with two cores: on a busy one the waits of the exchange, which no profile can know, decide.
+Run: python benchmarks/bench_fidelity.py [--requests N] [--repeats N] [--profile FILE]
+Profiles the bundled model's parts and the engine's layer (or takes FILE; three minutes), then serves two workloads
+live, several times each. All requests of a workload are there at the start, so that every repetition runs the same
+iterations; what is compared is the median over repetitions of each layer and of each request, and how far one
+repetition is from the median of the others says what a prediction could reach. A live layer begins when its last rank
+enters it. *Layer*: the recorded loads of each iteration go through the ``measured`` cost model as they are; nothing is
+fitted on live runs. *Requests*: the second workload is simulated whole with the recorded routing and the live
+scheduler's settings; what an iteration takes beyond the profile's layers (attention, head, Python) is a linear function
+of its tokens, fitted on the first workload. Errors are relative to what was measured. Run it on an idle machine with
+two cores: on a busy one the waits of the exchange, which no profile can know, decide.
 
-Axes: S ranks, I iterations, L layers, N requests.
+Axes: S ranks, I iterations, L layers, N requests, B repetitions.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import cluster
-from moeless.contracts import IntArray, LayerPlan, Policy, Request
+from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy, Request
 from moeless.costs.measured import MeasuredCosts
 from moeless.costs.nonexpert import NonExpertTime
 from moeless.engine.bench import LiveBench, LiveConfig
-from moeless.engine.results import CellRecords, read_records
+from moeless.engine.results import layer_seconds, read_records
 from moeless.engine.workload import WorkloadSettings
 from moeless.simulator import Replay, SimulationSettings, resolve
 from moeless.simulator.loop import Run
@@ -39,14 +41,27 @@ from moeless.spec import MoESpec
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
 
+OUTPUT_TOKENS = 32
+#: Requests at work at a time: others wait, so that batches are of many sizes.
+MAX_RUNNING = 12
+
 
 @dataclass(frozen=True)
 class Live:
-    """A live run: its requests, records, and every token's experts in order of (request, position)."""
+    """A workload served several times: medians, and every token's experts in order of (request, position).
+
+    Attributes:
+        expert_BIL, layer_BIL: seconds of the slowest rank's experts (processor time) and of the layer.
+        iteration_I: seconds of each iteration; ``first_N``, ``last_N`` of each request to its first and last token.
+    """
 
     spec: MoESpec
     requests: tuple[Request, ...]
-    records: CellRecords
+    expert_BIL: FloatArray
+    layer_BIL: FloatArray
+    iteration_I: FloatArray
+    first_N: FloatArray
+    last_N: FloatArray
     load_ILSE: IntArray
     topk_TLK: np.ndarray
     base_N: IntArray
@@ -58,9 +73,9 @@ class KeepingBench(LiveBench):
     live: Live
 
     def _cells(self, job: Any, out: Path) -> list[Any]:
-        records, spec = read_records(job, 0), job.spec
-        parts = [dict(np.load(job.folder / f"records-0-{rank}.npz")) for rank in range(job.ranks)]
-        load = np.zeros((len(records.end_I), spec.L, job.ranks, spec.E), np.int64)
+        every, spec = [read_records(job, cell) for cell in range(len(job.policies))], job.spec
+        parts = [dict(np.load(job.folder / f"records-{job.recorded_cell}-{rank}.npz")) for rank in range(job.ranks)]
+        load = np.zeros((len(every[0].end_I), spec.L, job.ranks, spec.E), np.int64)
         for rank, part in enumerate(parts):
             at, experts = part["trace_iteration"], part["trace_experts"]
             layer = np.broadcast_to(np.arange(spec.L)[None, :, None], experts.shape)
@@ -68,17 +83,38 @@ class KeepingBench(LiveBench):
         columns = {n: np.concatenate([p[f"trace_{n}"] for p in parts]) for n in ("request", "position", "experts")}
         order = np.lexsort((columns["position"], columns["request"]))
         base_N = np.searchsorted(columns["request"][order], np.arange(len(job.requests)))
-        requests = tuple(live.request for live in job.requests)
-        self.live = Live(spec, requests, records, load, columns["experts"][order].astype(np.uint16), base_N)
+        for records in every:
+            if not np.array_equal(records.column("tokens").sum(0)[:, 0], load[:, 0].sum((1, 2))):
+                raise RuntimeError("repetitions of a workload ran different iterations")
+        seconds = [layer_seconds(records, own_only=False) for records in every]
+        finished = [sorted(records.finished, key=lambda entry: int(entry["request"])) for records in every]
+        first, last = (
+            np.median([[entry["token_times"][at] - entry["arrival"] for entry in one] for one in finished], 0)
+            for at in (0, -1)
+        )
+        self.live = Live(
+            spec,
+            tuple(live.request for live in job.requests),
+            np.stack([one.expert for one in seconds]),
+            np.stack([one.total for one in seconds]),
+            np.median([records.end_I - records.start_I for records in every], 0),
+            first,
+            last,
+            load,
+            columns["experts"][order].astype(np.uint16),
+            base_N,
+        )
         return super()._cells(job, out)
 
 
-def serve(count: int, rate: float, seed: int) -> Live:
-    """Serve a workload under static EP on two ranks."""
+def serve(count: int, repeats: int, seed: int) -> Live:
+    """Serve a workload under static EP on two ranks, several times in one launch."""
+    # all arrive at once: which requests an iteration holds does not depend on how fast the last one was
     workload = WorkloadSettings(
-        requests=count, arrivals=f"poisson:{rate}", prompt_tokens=256, output_tokens=32, seed=seed
+        requests=count, arrivals="constant:1e9", prompt_tokens=256, output_tokens=OUTPUT_TOKENS, seed=seed
     )
-    bench = KeepingBench(LiveConfig(("static",), workload, ranks=2, record=True))
+    policies = ("static",) * repeats
+    bench = KeepingBench(LiveConfig(policies, workload, ranks=2, max_running=MAX_RUNNING, record=True))
     with tempfile.TemporaryDirectory() as scratch:
         bench.run(Path(scratch) / "run")
     return bench.live
@@ -114,11 +150,12 @@ def tokens_I(live: Live) -> np.ndarray:
 def predict(live: Live, costs: MeasuredCosts, plans: Sequence[LayerPlan]) -> tuple[np.ndarray, np.ndarray]:
     """Expert and whole layer seconds of the recorded loads, ``[I, L]``."""
     expert, layer = np.zeros(live.load_ILSE.shape[:2]), np.zeros(live.load_ILSE.shape[:2])
+    # static EP on real ranks gathers counts too; a profile of the engine's layer holds it
+    gather = 0.0 if costs.exchange.engine is not None else costs.exchange.gather_seconds()
     for i, load_LSE in enumerate(live.load_ILSE):
         for at, plan in enumerate(plans):
             time = costs.layer_seconds(np.ascontiguousarray(load_LSE[at][:, plan.expert_R]), plan)
-            # static EP on real ranks gathers counts too
-            expert[i, at], layer[i, at] = time.expert, time.total + costs.exchange.gather_seconds()
+            expert[i, at], layer[i, at] = time.expert, time.total + gather
     return expert, layer
 
 
@@ -127,47 +164,48 @@ def errors(name: str, predicted: Sequence[float] | np.ndarray, measured: Sequenc
     mine, theirs = np.asarray(predicted, float).ravel(), np.asarray(measured, float).ravel()
     single = float(np.mean(np.abs(mine - theirs) / theirs))
     mean = mine.mean() / theirs.mean() - 1
-    print(f"{name:<52} {1e3 * theirs.mean():9.3f} {1e3 * mine.mean():9.3f} {100 * single:8.1f} {100 * mean:+8.1f}")
+    print(f"{name:<56} {1e3 * theirs.mean():9.3f} {1e3 * mine.mean():9.3f} {100 * single:8.1f} {100 * mean:+8.1f}")
 
 
 def compare(live: Live, calibration: Live, profile: Path) -> None:
     """Print the table."""
     where = cluster("cpu2")
     costs = MeasuredCosts(live.spec, where, str(profile))
+    if costs.exchange.engine is None:
+        print("! the profile holds no layer of the engine: remake it with `moeless profile --ranks 2`")
     runtime = resolve(Policy("static"), spec=live.spec, cluster=where, costs=costs, extra_slots=0, predictors={})
     plans = runtime.deployment([None] * live.spec.L)
     expert, layer = predict(live, costs, plans)
-    before = predict(calibration, costs, plans)[1]
-    wall, wall_before = (one.records.column("total").max(0) for one in (live, calibration))
-    beyond = Rest(np.repeat(tokens_I(calibration), live.spec.L), (wall_before - before).ravel())
-    more = layer + beyond.at(tokens_I(live))[:, None]
-    print(f"{'':<52} {'live ms':>9} {'sim ms':>9} {'MAE %':>8} {'mean %':>8}")
-    errors("experts of the slowest rank (processor time)", expert, live.records.column("compute").max(0))
-    errors("MoE layer, profile alone", layer, wall)
-    errors("MoE layer, calibrated", more, wall)
-    errors("MoE layers of an iteration, calibrated", more.sum(1), wall.sum(1))
-    # how well one live run tells another: the median of the calibration's layers for everything
-    errors("(the calibration run's median layer)", np.full_like(wall, np.median(wall_before)), wall)
-    spent = calibration.records.end_I - calibration.records.start_I
-    rest = Rest(tokens_I(calibration), spent - before.sum(1))
+    wall = np.median(live.layer_BIL, 0)
+    others = np.median(live.layer_BIL[1:], 0)
+    print(f"{'':<56} {'live ms':>9} {'sim ms':>9} {'MAE %':>8} {'mean %':>8}")
+    errors("experts of the slowest rank (processor time)", expert, np.median(live.expert_BIL, 0))
+    errors("MoE layer", layer, wall)
+    errors("MoE layers of an iteration", layer.sum(1), wall.sum(1))
+    errors("(the first repetition for the others' median: layer)", live.layer_BIL[0], others)
+    errors("(the same, layers of an iteration)", live.layer_BIL[0].sum(1), others.sum(1))
+    for few, many in ((1, 9), (9, 33), (33, 1 << 20)):
+        at = (live.load_ILSE[:, 0].sum((1, 2)) / live.spec.K >= few) & (
+            live.load_ILSE[:, 0].sum((1, 2)) / live.spec.K < many
+        )
+        if at.any():
+            errors(f"MoE layer, {at.sum()} iterations of {few} to {many - 1} tokens", layer[at], wall[at])
+    beyond = calibration.iteration_I - predict(calibration, costs, plans)[1].sum(1)
     run = Run(
         Replay(live.topk_TLK, Workload(live.requests, False, (), live.base_N), live.spec.E, where.G),
         live.requests,
-        Continuous(live.requests, where.G, token_budget=2048, max_running=64),
+        Continuous(live.requests, where.G, token_budget=2048, max_running=MAX_RUNNING),
         runtime,
         SimulationSettings(),
         None,
         None,
         None,
     )
-    run.nonexpert = rest  # type: ignore[assignment]
+    run.nonexpert = Rest(tokens_I(calibration), beyond)  # type: ignore[assignment]
     run.to_the_end()
     times = run.clocks.times()
-    finished = sorted(live.records.finished, key=lambda entry: int(entry["request"]))
-    first = np.array([entry["token_times"][0] - entry["arrival"] for entry in finished])
-    last = np.array([entry["token_times"][-1] - entry["arrival"] for entry in finished])
-    errors("request, time to first token, calibrated", times.ttft_N, first)
-    errors("request, end to end, calibrated", times.e2el_N, last)
+    errors("request, time to first token, rest calibrated", times.ttft_N, live.first_N)
+    errors("request, end to end, rest calibrated", times.e2el_N, live.last_N)
     for warning in costs.warnings:
         print(f"! {warning}")
 
@@ -176,15 +214,15 @@ def main() -> None:
     """Profile, calibrate, predict."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--rate", type=float, default=4.0)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", type=Path, default=None)
     arguments = parser.parse_args()
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         # live runs first: they fork, which a process that has started threads must not
-        calibration = serve(arguments.requests, arguments.rate, arguments.seed)
-        live = serve(arguments.requests, arguments.rate, arguments.seed + 1)
+        calibration = serve(arguments.requests, arguments.repeats, arguments.seed)
+        live = serve(arguments.requests, arguments.repeats, arguments.seed + 1)
         profile = arguments.profile or Path(scratch) / "cpu.json"
         if arguments.profile is None:
             command = [sys.executable, "-m", "moeless", "profile", "--model", "bundled", "--device", "cpu"]
@@ -193,7 +231,10 @@ def main() -> None:
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
-        print(f"bundled model, 2 ranks, {len(live.records.end_I)} iterations, {len(live.requests)} requests, static EP")
+        print(
+            f"bundled model, 2 ranks, static EP: {len(live.iteration_I)} iterations, {len(live.requests)} requests, "
+            f"{arguments.repeats} repetitions"
+        )
         print(f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after, on {os.cpu_count()} cores")
         compare(live, calibration, profile)
 

@@ -82,6 +82,13 @@ class ExchangeTimes:
         # ranks wait for each other even where nothing travels
         return max(worst, float(self.fast.seconds[0]))
 
+    @property
+    def engine(self) -> Exchange | None:
+        """Where the engine's own layer was measured among exactly that many ranks."""
+        found = self.measured
+        whole = found is not None and found.ranks == self.cluster.num_gpus and found.engine_rest is not None
+        return found if whole else None
+
     def _measured(self, sizes: FloatArray) -> float:
         assert self.measured is not None
         ranks = self.cluster.num_gpus

@@ -176,15 +176,19 @@ class MeasuredCosts(CostModel):
         for g, tokens in enumerate(tokens_G.tolist()):
             # sorting a GPU's tokens by expert, and adding the results back in the tokens' order
             seconds_G[g] += self.profile.parts["permute"].at(tokens) + self.profile.parts["combine"].at(tokens)
+            if (engine := self.exchange.engine) is not None and engine.engine_expert is not None:
+                seconds_G[g] += engine.engine_expert.at(tokens / self.spec.K)
         return seconds_G
 
     def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
         seconds = 2.0 * self.exchange.seconds(bytes_SG)
-        source = self.profile.parts.get("source")
-        if source is not None:
-            # the fullest source rank sorts its tokens by destination and adds up what comes back
-            sent = float(np.asarray(bytes_SG, np.float64).sum(1).max(initial=0.0))
-            seconds += source.at(sent / (self.spec.token_bytes * self.spec.K))
+        # the fullest source rank sorts its tokens by destination and adds up what comes back
+        sent = float(np.asarray(bytes_SG, np.float64).sum(1).max(initial=0.0))
+        tokens = sent / (self.spec.token_bytes * self.spec.K)
+        if (source := self.profile.parts.get("source")) is not None:
+            seconds += source.at(tokens)
+        if (engine := self.exchange.engine) is not None and engine.engine_rest is not None:
+            seconds += engine.engine_rest.at(tokens)
         return seconds
 
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
@@ -208,7 +212,9 @@ class MeasuredCosts(CostModel):
         if dispatch is None:
             self._warn(f"the dispatch of {policy.planner} was not measured: the roofline model's constant is taken")
             dispatch = roofline.DISPATCH_SECONDS
-        return self.exchange.gather_seconds() + dispatch
+        # a layer measured as a whole holds its gather, whatever the policy
+        gather = 0.0 if self.exchange.engine is not None else self.exchange.gather_seconds()
+        return gather + dispatch
 
     def background_seconds(self, policy: Policy) -> float:
         if not self.charge_control or policy.planner == "static":

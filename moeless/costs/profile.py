@@ -58,7 +58,9 @@ class ExpertGrid:
 class Exchange:
     """One direction of an all-to-all among ``ranks``: fullest rank's bytes to seconds.
 
-    ``uniform`` is every rank sending evenly to all; ``hot`` is every rank sending to one.
+    ``uniform`` is every rank sending evenly to all; ``hot`` is every rank sending to one. ``engine_expert`` and
+    ``engine_rest`` are what the engine's own layer took among these ranks beyond its parts, over a rank's tokens: its
+    expert part, and everything else, the gather included. None where that was not measured.
     """
 
     ranks: int
@@ -66,6 +68,8 @@ class Exchange:
     uniform: Curve
     hot: Curve
     gather_seconds: float
+    engine_expert: Curve | None = None
+    engine_rest: Curve | None = None
 
 
 @dataclass(frozen=True)

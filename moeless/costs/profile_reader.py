@@ -188,7 +188,18 @@ class _Check:
         if len(hot.seconds) != len(hot.x) or (hot.seconds > uniform.seconds * (1 + 1e-12)).any():
             raise self.fail(f"{where}: hot_seconds must be as many as bytes, none above the even exchange's")
         gather = self.positive(entry.get("gather_seconds"), f"{where}.gather_seconds")
-        return Exchange(ranks, str(entry.get("backend")), uniform, hot, gather)
+        expert, rest = None, None
+        if "engine" in entry:
+            engine = self.mapping(entry["engine"], f"{where}.engine")
+            expert, rest = (
+                self.curve(
+                    {"tokens": engine.get("tokens"), "seconds": engine.get(f"{name}_seconds")},
+                    f"{where}.engine.{name}",
+                    "tokens",
+                )
+                for name in ("expert", "rest")
+            )
+        return Exchange(ranks, str(entry.get("backend")), uniform, hot, gather, expert, rest)
 
     def grid(self, value: Any, index: int) -> ExpertGrid:
         where = f"experts[{index}]"

@@ -195,7 +195,8 @@ class Controller:
 
         began = time.perf_counter()
         words_S = self.exchange.gather(np.concatenate(parts))
-        times.exchange += time.perf_counter() - began + self._carried_exchange
+        times.gather = time.perf_counter() - began
+        times.exchange += times.gather + self._carried_exchange
         self._carried_exchange = 0.0
 
         started = time.thread_time()

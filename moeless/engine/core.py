@@ -24,6 +24,8 @@ class PartTimes:
 
     Attributes:
         control: own processor time on the critical path.
+        gather: the part of ``exchange`` in which counts were gathered, by the clock; on all ranks but the last to
+            come it is mostly waiting for that one.
         planning: the planning thread's own processor time; ``plan_wait`` is how long this thread waited for it by the
             clock, ``plan_exposed`` how long it would have waited had the two threads a core each.
     """
@@ -31,6 +33,7 @@ class PartTimes:
     control: float = 0.0
     stall: float = 0.0
     exchange: float = 0.0
+    gather: float = 0.0
     compute: float = 0.0
     total: float = 0.0
     planning: float = 0.0

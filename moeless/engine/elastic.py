@@ -14,7 +14,7 @@ from moeless.engine.core import PartTimes, run_layer
 from moeless.engine.ffn import ExpertFFN
 
 #: Parts of a layer's time in a record, in seconds; see :class:`moeless.engine.core.PartTimes`.
-PARTS = ("control", "stall", "exchange", "compute", "total", "planning", "plan_wait", "plan_exposed")
+PARTS = ("control", "stall", "exchange", "gather", "compute", "total", "planning", "plan_wait", "plan_exposed")
 #: Columns of a record: seconds by part, then this rank's tokens and copies.
 COLUMNS = (*PARTS, "tokens", "replicas", "active", "warm", "resident")
 

@@ -90,15 +90,19 @@ class LayerSeconds:
 def layer_seconds(records: CellRecords, own_only: bool) -> LayerSeconds:
     """A layer's time is the slowest rank's.
 
-    By the wall where every rank has a core. Otherwise (``own_only``) the sum of the largest compute, control and
-    stall time that any rank spent itself, the exchange left out. Control includes what planning beside the model
-    exposed: by the wall the time that was waited for it, otherwise the planner's own time that no other work hid.
+    By the wall where every rank has a core, from when the last rank came to the layer: what the others waited for a
+    slower attention, told by how much longer their gather took, is no part of it. Otherwise (``own_only``) the sum of
+    the largest compute, control and stall time that any rank spent itself, the exchange left out. Control includes what
+    planning beside the model exposed: by the wall the time that was waited for it, otherwise the planner's own time
+    that no other work hid.
     """
     exposed = records.column("plan_exposed" if own_only else "plan_wait")
     expert, control = records.column("compute").max(0), (records.column("control") + exposed).max(0)
     stall = records.column("stall").max(0)
     known = expert + control + stall
-    exchange = np.zeros_like(known) if own_only else np.maximum(0.0, records.column("total").max(0) - known)
+    gather = records.column("gather")
+    wall = (records.column("total") - (gather - gather.min(0))).max(0)
+    exchange = np.zeros_like(known) if own_only else np.maximum(0.0, wall - known)
     return LayerSeconds(expert, exchange, control, stall)
 
 

@@ -24,6 +24,7 @@ from moeless.profiling.collectives import measure_exchange
 from moeless.profiling.control import measure_control
 from moeless.profiling.copies import measure_copies, measure_overlap
 from moeless.profiling.experts import kernels_for, measure_experts
+from moeless.profiling.layers import beyond_parts, layer_fits, measure_layers
 from moeless.profiling.parts import measure_parts
 from moeless.profiling.timing import QUICK, Effort
 from moeless.spec import MoESpec
@@ -128,7 +129,7 @@ def make_plan(spec: MoESpec, device_name: str, options: ProfileOptions) -> Plan:
     peak = (max(active) * spec.expert_params + rows * row_values) * value
     flops = spec.expert_flops * sum(tokens) * sum(active) * effort.least * len(dtypes)
     cells = len(tokens) * len(active) * len(dtypes) * (1 if cuda else 2)
-    guess = cells * effort.budget * 1.2 + flops / (5e14 if cuda else 3e10) + 12 * len(ranks) + 10
+    guess = cells * effort.budget * 1.2 + flops / (5e14 if cuda else 3e10) + 25 * len(ranks) + 10
     sizes = COPY_SIZES[device.type][::2] if options.quick else COPY_SIZES[device.type]
     return Plan(device, tuple(dtypes), tokens, active, effort, tuple(sizes), ranks, float(peak), float(guess))
 
@@ -157,8 +158,19 @@ def profile_model(
     for count in plan.ranks:
         progress(f"exchange among {count} ranks")
         exchange.append(measure_exchange(count, device.type, options.quick))
+    layers = {}
+    for count in plan.ranks:
+        # more ranks than cores take turns: their wall time is no layer's
+        if device.type == "cpu" and count <= len(os.sched_getaffinity(0)) and layer_fits(spec):
+            progress(f"the engine's layer among {count} ranks")
+            layers[count] = measure_layers(spec, count, options.quick)
     with torch.no_grad():
-        return _measure(spec, plan, options, folder, progress, exchange, findings, load_before, effort)
+        document = _measure(spec, plan, options, folder, progress, exchange, findings, load_before, effort)
+    for entry in exchange:
+        if entry["ranks"] in layers:
+            entry["engine"] = beyond_parts(document, spec, layers[entry["ranks"]])
+    parse_profile(document, "just measured")
+    return document
 
 
 def _measure(
@@ -193,7 +205,7 @@ def _measure(
     progress("copies")
     copies = measure_copies(device, plan.copies, folder, effort)
     overlap = measure_overlap(device, dtypes[0], max(plan.copies))
-    document = {
+    return {
         "format": FORMAT,
         "kind": KIND,
         "name": f"{device.type}-{spec.name}",
@@ -226,8 +238,6 @@ def _measure(
         "links": None if exchange else options.links,
         "control": measure_control(spec),
     }
-    parse_profile(document, "just measured")
-    return document
 
 
 def default_kernel(grids: list[dict[str, Any]], dtype: str) -> str:

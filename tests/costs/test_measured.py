@@ -189,6 +189,28 @@ def test_what_a_source_rank_does_around_the_exchange_is_added():
     assert costs.all_to_all_seconds(bytes_SG) - plain.all_to_all_seconds(bytes_SG) == pytest.approx(1.49e-6)
 
 
+def test_a_measured_engine_layer_adds_what_its_parts_do_not_hold():
+    law = np.outer(ACTIVE, np.array(TOKENS) * 1e-7)
+    engine = {"tokens": [1, 101], "expert_seconds": [1e-6, 2e-6], "rest_seconds": [1e-5, 2e-5]}
+    plain, whole = (costs_of(law, exchange=[entry]) for entry in (EXCHANGE, EXCHANGE | {"engine": engine}))
+    plan = LayerPlan.build(0, np.arange(32), np.arange(32) // 16, np.ones(32, bool), num_experts=32, num_gpus=2)
+    # each rank has 51 tokens of four rows; one expert takes as many rows as 51 tokens have
+    bytes_SG = np.full((2, 2), 102.0 * SPEC.token_bytes)
+    load_R = np.zeros(32, np.int64)
+    load_R[3] = 4 * 51
+    beyond = whole.expert_seconds(load_R, plan) - plain.expert_seconds(load_R, plan)
+    assert beyond == pytest.approx([1.5e-6, 0.0])
+    assert whole.all_to_all_seconds(bytes_SG) - plain.all_to_all_seconds(bytes_SG) == pytest.approx(1.5e-5)
+    # the layer that was measured gathers
+    elastic = Policy.parse("elastic")
+    saved = plain.control_seconds(elastic, 0) - whole.control_seconds(elastic, 0)
+    assert saved == pytest.approx(EXCHANGE["gather_seconds"])
+    # nothing is said of other numbers of ranks
+    assert costs_of(law, gpus=4, exchange=[EXCHANGE | {"engine": engine}]).exchange.engine is None
+    with pytest.raises(UserError, match=r"engine.rest.seconds must not descend"):
+        costs_of(law, exchange=[EXCHANGE | {"engine": engine | {"rest_seconds": [2e-5, 1e-5]}}])
+
+
 def test_link_model_fills_in_where_no_ranks_were_measured():
     costs = costs_of(np.outer(ACTIVE, np.array(TOKENS) * 1e-7), gpus=8, links="h100-dgx")
     bytes_SG = np.full((8, 8), 2e6)

@@ -13,6 +13,7 @@ from moeless.costs.profile_reader import load_profile, parse_profile, shipped_pr
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_json
 from moeless.profiling import busy, run
+from moeless.profiling.layers import layer_fits
 from moeless.profiling.run import ProfileOptions, make_plan
 from moeless.spec import PRESETS, preset
 
@@ -30,6 +31,17 @@ def test_a_profile_measured_here_is_one_that_the_cost_model_takes(quick_profile,
     assert costs.layer_seconds(even, plan).all_to_all > 0
     assert all(seconds > 0 for seconds in (costs.terms().token_seconds, costs.terms().link_seconds))
     assert not any("exchange" in warning for warning in costs.warnings)
+
+
+def test_a_profile_holds_the_engines_layer_among_ranks(quick_profile):
+    entry = quick_profile["exchange"][0]["engine"]
+    assert entry["tokens"][0] == 1
+    assert entry["layers"] >= preset("bundled").L * len(entry["tokens"])
+    # a layer is no less than its experts, and more than its parts say
+    assert (np.array(entry["layer"]) > np.array(entry["layer_expert"])).all()
+    assert min(entry["rest_seconds"] + entry["expert_seconds"]) > 0
+    mixtral = preset("mixtral-8x7b")
+    assert not layer_fits(mixtral)
 
 
 def test_a_profile_says_where_and_how_it_was_made(quick_profile):

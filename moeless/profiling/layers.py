@@ -1,0 +1,210 @@
+"""The engine's own MoE layer among ranks, beside the sum of its parts.
+
+Parts timed in a loop of their own find warm caches and ranks that are awake; in a layer they do not, and there is
+Python between them. So forked ranks run the engine's layers, attention and router of the model's shapes between them,
+on made-up routing; the medians of what a layer takes beyond its parts go into the profile, over a rank's tokens.
+
+Run as a program of its own, for ranks are forked from a process that has computed nothing:
+``python -m moeless.profiling.layers RANKS SPEC.json OUT.npz [--quick]``.
+
+Axes: N layers measured, S source ranks, E experts, T tokens of a rank, H hidden, K top-k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moeless.allocator import keep_freed_memory
+from moeless.cluster import Cluster, cluster
+from moeless.contracts import Phase
+from moeless.costs.measured import MeasuredCosts
+from moeless.costs.profile_reader import parse_profile
+from moeless.engine import groups
+from moeless.engine.controller import Controller, ControlSettings
+from moeless.engine.elastic import PARTS, ElasticExperts
+from moeless.engine.exchange import Exchange
+from moeless.engine.ffn import GatedFFN, silu_gate
+from moeless.engine.hostmem import HostExperts
+from moeless.engine.launch import ForkedRanks
+from moeless.engine.policy import resolve_live
+from moeless.engine.store import ReplicaStore
+from moeless.errors import RunFailed
+from moeless.placement.static import static_plan
+from moeless.profiling.monotone import monotone_curve
+from moeless.profiling.parts import AttentionBlock, route
+from moeless.spec import MoESpec
+
+#: Tokens of each rank.
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024)
+#: Walks through the layers, the fewest for the largest numbers of tokens.
+WALKS, QUICK_WALKS = (24, 6), (3, 2)
+#: Weights of the layers that are gone through; a model of which not even one fits is not measured so.
+LAYER_BYTES = 2**30
+#: The longest run of tokens that attends to itself between two layers.
+ATTENDED = 128
+TIMEOUT_SECONDS = 240
+
+
+def layer_fits(spec: MoESpec) -> bool:
+    """Whether a layer's experts are few enough bytes to be held by forked ranks."""
+    return spec.E * spec.expert_params * 4 <= LAYER_BYTES
+
+
+def measure_layers(spec: MoESpec, ranks: int, quick: bool) -> dict[str, np.ndarray]:
+    """Loads and seconds of layers, as :func:`_rank_main` leaves them.
+
+    Raises:
+        RunFailed: the ranks ended without a result.
+    """
+    with tempfile.TemporaryDirectory(prefix="moeless-layers-") as folder:
+        out, shapes = Path(folder) / "layers.npz", Path(folder) / "spec.json"
+        shapes.write_text(json.dumps(spec.to_json()), encoding="utf-8")
+        command = [sys.executable, "-m", "moeless.profiling.layers", str(ranks), str(shapes), str(out)]
+        ended = subprocess.run(
+            [*command, *(["--quick"] if quick else [])],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+            check=False,
+        )
+        if ended.returncode or not out.exists():
+            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RunFailed(f"measuring the engine's layer among {ranks} ranks failed: {last}")
+        with np.load(out) as arrays:
+            return dict(arrays)
+
+
+def beyond_parts(document: Mapping[str, Any], spec: MoESpec, layers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """An exchange's ``engine`` entry: per number of tokens, the median of what layers took beyond the profile's parts.
+
+    Args:
+        document: the profile without that entry.
+        layers: from :func:`measure_layers`.
+    """
+    load_NSE = layers["load_NSE"]
+    costs = MeasuredCosts(spec, _machine(load_NSE.shape[1]), parse_profile(document, "just measured"))
+    plan = static_plan(0, spec.E, load_NSE.shape[1])
+    parts = [costs.layer_seconds(np.ascontiguousarray(load_SE[:, plan.expert_R]), plan) for load_SE in load_NSE]
+    expert_N = layers["expert_N"] - np.array([part.expert for part in parts])
+    rest_N = layers["layer_N"] - layers["expert_N"] - np.array([part.all_to_all for part in parts])
+    tokens = np.unique(layers["tokens_N"])
+
+    def curve(beyond_N: np.ndarray) -> list[float]:
+        middle = [float(np.median(beyond_N[layers["tokens_N"] == count])) for count in tokens]
+        # parts may be dearer alone than together; a curve is of positive times
+        return monotone_curve(np.maximum(middle, 1e-6)).tolist()
+
+    def middle(values_N: np.ndarray) -> list[float]:
+        return [float(np.median(values_N[layers["tokens_N"] == count])) for count in tokens]
+
+    return {
+        "tokens": tokens.tolist(),
+        "expert_seconds": curve(expert_N),
+        "rest_seconds": curve(rest_N),
+        "layer": middle(layers["layer_N"]),
+        "layer_expert": middle(layers["expert_N"]),
+        "layers": len(load_NSE),
+    }
+
+
+def _machine(ranks: int) -> Cluster:
+    return cluster("cpu2" if ranks <= 2 else "cpu8").with_gpus(ranks)
+
+
+def _rank_main(rank: int, ranks: int, spec: MoESpec, out: Path, quick: bool) -> None:
+    """Run the layers; rank 0 writes loads ``load_NSE``, ``tokens_N``, and seconds ``layer_N`` and ``expert_N``."""
+    torch.manual_seed(0)
+    keep_freed_memory()
+    at = groups.join(
+        rank, ranks, init_method=f"file://{out.with_suffix('.init')}", timeout_seconds=float(TIMEOUT_SECONDS)
+    )
+    exchange = Exchange(at)
+    depth = int(np.clip(LAYER_BYTES // (spec.E * spec.expert_params * 4), 1, spec.L))
+    spec = dataclasses.replace(spec, num_layers=depth, moe_layers=tuple(range(depth)))
+    width = spec.expert_intermediate_size
+    gated = spec.expert_matrices == 3
+    shapes = {"up": (width * (2 if gated else 1), spec.hidden_size), "down": (spec.hidden_size, width)}
+    ffn = GatedFFN(shapes, torch.float32, silu_gate if gated else torch.nn.functional.gelu)
+    weights = HostExperts(out.with_suffix(".weights"), spec.L, spec.E, shapes, torch.float32)
+    for layer in range(rank, spec.L, ranks):
+        for expert in range(spec.E):
+            weights.fill(
+                layer, expert, {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+            )
+    exchange.barrier()
+    machine = _machine(ranks)
+    policy = resolve_live("static", spec=spec, cluster=machine, costs="roofline", extra_slots=0, model=Path())
+    store = ReplicaStore(
+        weights, spec.L, int(policy.budget.slots_G.max()), at.device, torch.float32, rank=rank, group=at.moves
+    )
+    experts = ElasticExperts(Controller(policy, exchange, store, ControlSettings()), ffn)
+    found: list[tuple[int, np.ndarray, float, float]] = []
+    with torch.inference_mode():
+        attention = AttentionBlock(spec, torch.float32, at.device)
+        gates = torch.randn(spec.L, spec.E, spec.hidden_size) * spec.hidden_size**-0.5
+        for count in TOKENS[:: 3 if quick else 1]:
+            many, few = QUICK_WALKS if quick else WALKS
+            for walk in range((many if count <= TOKENS[-6] else few) + 1):
+                layers = _walk(experts, attention, gates, spec, count)
+                # the first one finds nothing in place
+                found += layers if walk else []
+    experts.controller.close()
+    store.close()
+    if rank == 0:
+        tokens, loads, seconds, computing = zip(*found, strict=True)
+        arrays = {"tokens_N": np.array(tokens), "load_NSE": np.stack(loads)}
+        np.savez(out, **arrays, layer_N=np.array(seconds), expert_N=np.array(computing))  # type: ignore[arg-type]
+    exchange.barrier()
+    groups.leave()
+
+
+def _walk(
+    experts: ElasticExperts, attention: AttentionBlock, gates: torch.Tensor, spec: MoESpec, count: int
+) -> list[tuple[int, np.ndarray, float, float]]:
+    """One iteration of ``count`` tokens a rank: tokens, loads ``[S, E]``, seconds of each layer and of its experts."""
+    controller = experts.controller
+    hidden_TH = torch.randn(count, spec.hidden_size)
+    controller.begin(Phase.MIXED, count * controller.world, 0.0)
+    experts.rows.clear()
+    chosen = []
+    for layer in range(spec.L):
+        hidden_TH = hidden_TH + attention.prefill(hidden_TH[-ATTENDED:]).mean(0)
+        topk_TK, weights_TK = route(hidden_TH, gates[layer], spec.K)
+        hidden_TH = hidden_TH + experts(layer, hidden_TH, topk_TK, weights_TK)
+        chosen.append(np.bincount(topk_TK.numpy().reshape(-1), minlength=spec.E))
+    rows = torch.tensor([row[: len(PARTS)] for row in experts.rows], dtype=torch.float64)
+    words = torch.cat([torch.tensor(np.array(chosen), dtype=torch.float64), rows], 1)
+    every = [torch.empty_like(words) for _ in range(controller.world)]
+    dist.all_gather(every, words)
+    all_SLX = torch.stack(every).numpy()
+    part = {name: all_SLX[..., spec.E + at] for at, name in enumerate(PARTS)}
+    # from when the last rank came, as live layers are timed
+    late = part["gather"] - part["gather"].min(0)
+    seconds, computing = (part["total"] - late).max(0), part["compute"].max(0)
+    loads = all_SLX[..., : spec.E].astype(np.int64)
+    return [(count, loads[:, at], float(seconds[at]), float(computing[at])) for at in range(spec.L)]
+
+
+def main(arguments: list[str]) -> int:
+    """Fork the ranks and wait for them."""
+    ranks, out = int(arguments[0]), Path(arguments[2])
+    spec = MoESpec.from_json(json.loads(Path(arguments[1]).read_text(encoding="utf-8")))
+    torch.set_num_threads(1)
+    ForkedRanks(lambda rank: _rank_main(rank, ranks, spec, out, "--quick" in arguments), ranks).wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
