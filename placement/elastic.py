@@ -35,6 +35,7 @@ from moeless.placement import dispatch_kernels as kernels
 from moeless.placement.base import Planner
 from moeless.placement.choose_kernels import ChoiceTerms, choose, choose_layers, sort_plan
 from moeless.placement.dispatch import serving_R
+from moeless.placement.judge_kernels import draw_scenarios
 from moeless.placement.layout import static_layout
 from moeless.placement.threads import in_parallel
 from moeless.spec import MoESpec
@@ -115,6 +116,8 @@ def _normal_CE(seed: int, scenarios: int, num_experts: int) -> FloatArray:
 
 
 _POLICY = Policy("elastic")
+#: Scenarios on which a plan is checked by the cost model itself: the first mirrored pairs.
+_CHECKED = 4
 
 
 @lru_cache(maxsize=64)
@@ -166,7 +169,8 @@ def plan_layer(
         expert_R, gpu_R,
     )  # fmt: skip
     sort_plan(count, terms, expert_R, gpu_R, primary_R)
-    return LayerPlan(x.layer, expert_R[:count], gpu_R[:count], primary_R[:count])
+    plan = LayerPlan(x.layer, expert_R[:count], gpu_R[:count], primary_R[:count])
+    return _where_it_pays(plan, x, skip, terms, costs, params)
 
 
 def plan_layers(
@@ -204,9 +208,40 @@ def plan_layers(
 
     in_parallel(some, layers, layers * spec.E * max(1, params.scenarios))
     return [
-        LayerPlan(x.layer, expert_LR[i, :n], gpu_LR[i, :n], primary_LR[i, :n])
+        _where_it_pays(
+            LayerPlan(x.layer, expert_LR[i, :n], gpu_LR[i, :n], primary_LR[i, :n]), x, skip_L[i], terms, costs, params
+        )
         for i, (x, n) in enumerate(zip(inputs_L, count_L.tolist(), strict=True))
     ]
+
+
+def _where_it_pays(
+    plan: LayerPlan, x: PlanInput, skip: float, terms: ChoiceTerms, costs: CostModel, params: ElasticParams
+) -> LayerPlan:
+    """The plan, or its primaries alone where the cost model itself sees it save no more than ``skip`` seconds.
+
+    The search knows a cost model by straight lines. Where it is a table (of measurements), these may promise more
+    than the table keeps: an exchange, say, whose time hardly depends on its bytes.
+    """
+    if skip < 0 or plan.num_extra == 0 or costs.kernel_terms() is not None:
+        return plan
+    mean_E, ranks = x.forecast.mean_E, costs.cluster.num_gpus
+    normal_CE = terms.normal_CE if len(terms.normal_CE) else np.zeros((1, len(mean_E)))
+    load_CE = np.empty(normal_CE.shape, np.int64)
+    count = draw_scenarios(mean_E, x.forecast.var_E, params.doubt_of(x.phase), normal_CE, load_CE)
+    usable = np.ones(plan.R, np.bool_)
+    saved = 0.0
+    for load_E in load_CE[: min(count, _CHECKED)]:
+        # every rank sends alike: tokens 0, ranks, 2 ranks ... of an expert are the first rank's
+        load_SE = (load_E + ranks - 1 - np.arange(ranks)[:, None]) // ranks
+        static_SR = np.zeros((ranks, plan.R), np.int64)
+        kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, usable, static_SR)
+        quota_SR = _dispatch_checked(load_SE, plan, usable, np.empty_like(static_SR), costs, params)
+        saved += costs.layer_seconds(static_SR, plan).total - costs.layer_seconds(quota_SR, plan).total
+    if saved / min(count, _CHECKED) > skip:
+        return plan
+    kept = plan.primary_R
+    return LayerPlan(plan.layer, plan.expert_R[kept], plan.gpu_R[kept], plan.primary_R[kept])
 
 
 def dispatch(
