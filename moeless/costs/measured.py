@@ -127,6 +127,11 @@ class MeasuredCosts(CostModel):
         machine = self.profile.document["machine"]
         if (machine.get("device") == "cpu") != (cluster.device.name == CPU.name):
             self._warn(f"times are those of {self.profile.device}, cluster {cluster.name} is of {cluster.device.name}")
+        if "source" not in self.profile.parts and cluster.num_gpus > 1:
+            self._warn(
+                f"profile {self.profile.name} has no times of a source rank's sorting and adding up (it was made by an "
+                "older program): they count as none"
+            )
         if self.grid.dtype != spec.expert_dtype:
             self._warn(f"experts stored as {spec.expert_dtype} are timed as {self.grid.dtype}")
 

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.cluster import cluster
-from moeless.contracts import LayerPlan, Policy
+from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput, Policy
 from moeless.costs import COSTS
 from moeless.costs.measured import MeasuredCosts, linear_terms
 from moeless.costs.profile_reader import FIELDS, load_profile, parse_profile
 from moeless.errors import UserError
+from moeless.placement import elastic
 from moeless.profiling.monotone import monotone_grid
 from moeless.spec import preset
 
@@ -144,11 +145,13 @@ def test_extrapolation_is_flagged():
     costs = costs_of(np.outer(ACTIVE, np.maximum(np.array(TOKENS) * 1e-7, 1e-6)))
     assert costs.warnings == (
         "no exchange was measured: the stated links of cluster h100x8@2 are taken",
+        "profile made has no times of a source rank's sorting and adding up (it was made by an older program): "
+        "they count as none",
         "experts stored as mxfp4 are timed as bfloat16",
     )
     seconds = costs.grouped_seconds(np.array([2048] * 7), np.zeros(7, np.int64))[0]
     assert seconds == pytest.approx(7 * 2048e-7)
-    assert costs.warnings[2:] == (
+    assert costs.warnings[3:] == (
         "more than 6 active experts on a GPU are extrapolated",
         "more than 1024 tokens per expert are extrapolated",
     )
@@ -209,6 +212,26 @@ def test_a_measured_engine_layer_adds_what_its_parts_do_not_hold():
     assert costs_of(law, gpus=4, exchange=[EXCHANGE | {"engine": engine}]).exchange.engine is None
     with pytest.raises(UserError, match=r"engine.rest.seconds must not descend"):
         costs_of(law, exchange=[EXCHANGE | {"engine": engine | {"rest_seconds": [2e-5, 1e-5]}}])
+
+
+def test_elastic_keeps_no_copies_that_a_table_sees_save_less_than_dispatch_costs():
+    # a line through this exchange promises much for equal bytes; by the table one full rank takes hardly any time
+    entry = EXCHANGE | {"bytes": [1000, 10**9], "seconds": [1e-5, 1e-1], "hot_seconds": [1e-5, 2e-5]}
+    mean_E = np.random.default_rng(0).dirichlet(np.full(SPEC.E, 0.3)) * 40_000
+    x = PlanInput(0, Phase.PREFILL, Forecast(mean_E, mean_E, 10_000, "test"))
+
+    def extras(token_seconds, **params):
+        costs = costs_of(np.outer(ACTIVE, np.array(TOKENS) * token_seconds), exchange=[entry])
+        budget = Budget.even(SPEC.E, 2, 2, SPEC.expert_bytes)
+        common = {"spec": SPEC, "cluster": costs.cluster, "costs": costs, "budget": budget}
+        one = elastic.plan_layer(x, params=elastic.ElasticParams(**params), **common)
+        (other,) = elastic.plan_layers([x], params=elastic.ElasticParams(**params), **common)
+        assert one.to_json() == other.to_json()
+        return one.num_extra
+
+    assert extras(1e-12) == 0
+    assert extras(1e-12, skip=False) > 0
+    assert extras(1e-5) > 0
 
 
 def test_link_model_fills_in_where_no_ranks_were_measured():
