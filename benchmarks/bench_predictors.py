@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeless.allocator import keep_freed_memory
 from moeless.predictors.data import Rows
 from moeless.predictors.fitting import FitSettings, fit
 from moeless.predictors.gates import Gates
@@ -48,6 +49,8 @@ class MadeTrace:
 
     def router_inputs(self, start: int, stop: int) -> Any:
         """f32 ``[T, L, H]``."""
+        if start // POOL == (stop - 1) // POOL:
+            return self._pool[start % POOL : (stop - 1) % POOL + 1].astype(np.float32)
         return self._pool[np.arange(start, stop) % POOL].astype(np.float32)
 
     def load_topk(self) -> Any:
@@ -64,6 +67,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    keep_freed_memory()
     spec = preset(args.model)
     trace = MadeTrace(spec, args.tokens, args.seed)
     rows: Any = Rows(trace)  # type: ignore[arg-type]
@@ -79,7 +83,7 @@ def main() -> None:
     predictor, seconds = fit("layer_aware", rows, split, settings, gates=gates)
     print(f"layer_aware, {args.epochs} epochs: {seconds:.1f} s to fit, {seconds / 300:.2f} of the paper's 5 minutes")
     print(f"  memory {predictor.memory_bytes / 2**20:.2f} MiB ({time.perf_counter() - started:.1f} s in all)")
-    for tokens, micro in predict_microseconds(predictor, 1, (1, 32, 512)).items():
+    for tokens, micro in predict_microseconds(predictor, 1, (1, 32, 512), device=args.device).items():
         print(f"  forecast of one layer, {tokens:>4} tokens: {micro:8.1f} us, {micro / 200:.2f} of the paper's 0.2 ms")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,14 @@ class Rows:
     def inputs(self, row_T: IntArray) -> NDArray[np.float32]:
         """Gate inputs of those rows, f32 ``[T, L, H]``; runs of consecutive rows are read at once."""
         out = np.empty((len(row_T), self.spec.L, self.spec.hidden_size), np.float32)
+        # requests come one after another, each in its own order: runs are copied without an index
+        ends = np.append(np.flatnonzero(np.diff(row_T) != 1) + 1, len(row_T))
+        starts = np.concatenate([[0], ends[:-1]])
+        if len(ends) <= 1 + len(row_T) // 16:
+            for start, stop in zip(starts.tolist(), ends.tolist(), strict=True):
+                low = int(row_T[start]) if stop > start else 0
+                out[start:stop] = self.trace.router_inputs(low, low + stop - start)
+            return out
         order = np.argsort(row_T, kind="stable")
         ascending = row_T[order]
         # gaps of a few rows are cheaper to read than to skip
@@ -139,13 +148,22 @@ class Sample:
         starts = np.arange(0, self.tokens, size)
         if rng is not None:
             starts = rng.permutation(starts)
+        if self._cache is None:
+            # the next block is read while this one is worked on
+            with ThreadPoolExecutor(1, "moeless-blocks") as reader:
+                coming = [reader.submit(self._read, int(starts[0]), size)]
+                for start in [*starts[1:].tolist(), None]:
+                    block = coming.pop().result()
+                    if start is not None:
+                        coming.append(reader.submit(self._read, start, size))
+                    yield block
+            return
         for start in starts.tolist():
-            if self._cache is not None and start in self._cache:
-                yield self._cache[start]
-                continue
-            row_T = self.row_T[start : start + size]
-            topk_TLK = self._rows.topk_TLK[row_T].astype(np.int64)
-            block = Block(self._rows.inputs(row_T) if self._reads == "router_inputs" else topk_TLK, topk_TLK)
-            if self._cache is not None:
-                self._cache[start] = block
-            yield block
+            if start not in self._cache:
+                self._cache[start] = self._read(start, size)
+            yield self._cache[start]
+
+    def _read(self, start: int, size: int) -> Block:
+        row_T = self.row_T[start : start + size]
+        topk_TLK = self._rows.topk_TLK[row_T].astype(np.int64)
+        return Block(self._rows.inputs(row_T) if self._reads == "router_inputs" else topk_TLK, topk_TLK)

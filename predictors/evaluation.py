@@ -126,7 +126,7 @@ class Evaluator:
         predictor.check_spec(self.rows.spec, "the trace")
         pairs = pairs_of(self.rows.spec.L, self.settings.distances)
         part = predictor.token_part
-        tokens = None if part is None else TokenLoads(part, self.rows, self.row_T, pairs)
+        tokens = None if part is None else TokenLoads(part, self.rows, self.row_T, pairs, with_hits=True)
         if getattr(predictor, "forecasts_first", False):
             # the first layers, from what is known before any has run
             pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.settings.distances))]]

@@ -1,5 +1,9 @@
 """Fitting the blend: its part, then weights and variances on validation requests.
 
+All validation requests are used, whatever the part was fitted on: how far whole iterations stray depends on their
+texts, so that few requests make variances too narrow. What is left of that is corrected by 1 + 1/n, n being the
+iterations' worth of different tokens.
+
 Axes: I iterations, E experts, S sources.
 """
 
@@ -78,6 +82,8 @@ def fit_blend(given: FitInput) -> Blend:
     table = _table(given, len(first))
     sets = _windows(rows, sample.requests, tokens, options.windows, settings.seed)
     sizes = sorted({size for _, size in sets})
+    known = {(phase, size): sets.get((phase, size)) or sets[_other(phase), size] for phase in PHASES for size in sizes}
+    independent_of = {key: _independent(windows) for key, windows in known.items()}
     share_LE = rows.share_LE(given.split.fit)
     weight = np.zeros((len(pairs) + len(first), len(PHASES), len(sizes), len(mixing.SOURCES)))
     error, variance = np.zeros((*weight.shape[:3], 2)), np.zeros((*weight.shape[:3], 2))
@@ -85,18 +91,17 @@ def fit_blend(given: FitInput) -> Blend:
         measured = layer != BEFORE and part.covers(layer, distance)
         for column, phase in enumerate(PHASES):
             for index, size in enumerate(sizes):
-                windows = sets.get((phase, size)) or sets[_other(phase), size]
+                windows = known[phase, size]
                 share_SIE, load_IE = _sources(
                     rows, tokens if measured else None, table, share_LE, windows, layer, distance
                 )  # fmt: skip
                 true_IE = load_IE / load_IE.sum(1, keepdims=True)
-                found = mixing.choose(
-                    share_SIE, true_IE, _independent(phase, sample.tokens, size, windows), options.steps
-                )
+                independent = independent_of[phase, size]
+                found = mixing.choose(share_SIE, true_IE, independent, options.steps)
                 weight[row, column, index] = found.weight_S
                 error[row, column, index] = found.error, found.history_error
                 mean_IE = np.tensordot(found.weight_S, share_SIE, 1) * load_IE.sum(1, keepdims=True)
-                spread = widen(fit_variance(mean_IE, load_IE), mean_IE, load_IE)
+                spread = widen(fit_variance(mean_IE, load_IE), mean_IE, load_IE, independent)
                 variance[row, column, index] = spread.scale, spread.spread
         given.report("blend", row + 1, {"validation_error": float(error[row, ..., 0].mean())})
     return Blend(rows.spec, part, [*pairs, *first], sizes, weight, variance, error, table)
@@ -138,9 +143,10 @@ def _other(phase: Phase) -> Phase:
     return Phase.PREFILL if phase == Phase.DECODE else Phase.DECODE
 
 
-def _independent(phase: Phase, tokens: int, size: int, windows: Sequence[Window]) -> float:
-    """Iterations that share no tokens: prefill ones overlap where requests were shuffled more than once."""
-    return min(float(len(windows)), tokens / size)
+def _independent(windows: Sequence[Window]) -> float:
+    """How many iterations' worth of different tokens they hold: those of several shuffles overlap."""
+    row_T = np.concatenate([window.row_T for window in windows])
+    return min(float(len(windows)), len(windows) * len(np.unique(row_T)) / max(1, len(row_T)))
 
 
 def _sources(

@@ -95,15 +95,17 @@ def fit_from_scratch(given: FitInput) -> FromScratch:
     part = given.sample("router_inputs", share=options.search_share)
     ends = tuple(sorted({min(settings.distances), max(settings.distances)}))
 
+    recall_of: dict[TrainSettings, float] = {}
+
     def best(tried: list[TrainSettings]) -> TrainSettings:
         if len(tried) == 1:
             return tried[0]
-        recall = []
         for entry in tried:
-            short = replace(entry, epochs=options.search_epochs, patience=options.search_epochs)
-            name = f"search-{entry.learning_rate:g}-{entry.weight_decay:g}"
-            recall.append(float(np.nanmean(run(ends, short, part, name).recall_LD)))
-        return tried[int(np.argmax(recall))]
+            if entry not in recall_of:
+                short = replace(entry, epochs=options.search_epochs, patience=options.search_epochs)
+                name = f"search-{entry.learning_rate:g}-{entry.weight_decay:g}"
+                recall_of[entry] = float(np.nanmean(run(ends, short, part, name).recall_LD))
+        return max(tried, key=lambda entry: recall_of[entry])
 
     if options.learning_rate < 0:
         chosen = best([replace(chosen, learning_rate=rate) for rate in RATES])

@@ -64,6 +64,11 @@ class FromScratch(TokenLevel):
 
         return fit_from_scratch(given)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Networks on a device."""
+        self._tensor = {name: tensor.to(device) for name, tensor in self._tensor.items()}
+        return self
+
     def covers(self, layer: int, distance: int) -> bool:
         """Fitted pairs."""
         return layer >= 0 and distance in self._column and layer + distance < self.spec.L

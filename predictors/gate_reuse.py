@@ -61,6 +61,13 @@ class GateReuse(TokenLevel):
 
         return fit_gate_reuse(given)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Gates on a device."""
+        self.gate_LEH = self.gate_LEH.to(device)
+        self.bias_LE = None if self.bias_LE is None else self.bias_LE.to(device)
+        self.correction_LE = None if self.correction_LE is None else self.correction_LE.to(device)
+        return self
+
     def covers(self, layer: int, distance: int) -> bool:
         """Any pair of layers of the model; at distance 0 it is the layer's own router."""
         return layer >= 0 and distance >= 0 and layer + distance < self.spec.L

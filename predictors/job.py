@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeless.allocator import keep_freed_memory
 from moeless.errors import UserError
 from moeless.files import check_writable, folder_atomic, sha256, write_json
 from moeless.predictors import PREDICTORS, load_predictor
@@ -115,6 +116,8 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
     from moeless.predictors.data import Rows
     from moeless.predictors.fitting import FitSettings, fit
 
+    # every step makes and frees the same large buffers
+    keep_freed_memory()
     options = job.all_options()
     trace = job.open()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -65,6 +65,11 @@ class LayerAware(GateReuse):
 
         return fit_layer_aware(given)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Gates and their copies on a device."""
+        self._heads = {pair: (weight.to(device), bias.to(device)) for pair, (weight, bias) in self._heads.items()}
+        return super().to(device)
+
     @property
     def tuned_pairs(self) -> list[Pair]:
         """The (layer, distance) whose gate was fine-tuned."""

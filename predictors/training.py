@@ -136,7 +136,8 @@ class Problem:
 
     def load(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs ``[L, T, X]`` and chosen experts ``[L, T, K]`` on the device."""
-        inputs = torch.from_numpy(block.input_TLX).to(self.device).transpose(0, 1).contiguous()
+        # a view: matrix products read tokens at any stride, and a copy in the other order takes longer than they do
+        inputs = torch.from_numpy(block.input_TLX).to(self.device).transpose(0, 1)
         chosen = torch.from_numpy(block.topk_TLK).to(self.device).transpose(0, 1).contiguous()
         return inputs, chosen
 

@@ -54,15 +54,22 @@ def fit_variance(mean_N: NDArray[Any], load_N: NDArray[Any]) -> Variance:
     return Variance(float(scale), float(spread))
 
 
-def widen(variance: Variance, mean_N: NDArray[Any], load_N: NDArray[Any]) -> Variance:
-    """Scale a variance so that its normal 90 % interval holds 90 % of the loads given.
+def widen(
+    variance: Variance, mean_N: NDArray[Any], load_N: NDArray[Any], independent: float = float("inf")
+) -> Variance:
+    """Scale a variance so that its normal 90 % interval holds 90 % of the loads of other iterations like those given.
 
-    Loads have longer tails than a normal distribution, so that the variance itself covers too many or too few.
+    Loads have longer tails than a normal distribution, so that the variance itself covers too many or too few. The
+    mixture was chosen on the same iterations: of n independent ones, a new one's error has 1 + 1/n times the variance,
+    as that of a fitted mean has.
+
+    Args:
+        independent: n; infinity leaves what is seen.
     """
     mean, load = np.asarray(mean_N, np.float64).ravel(), np.asarray(load_N, np.float64).ravel()
     if len(mean) == 0:
         return variance
     # an interval reaches half a token further on both sides, since loads are whole numbers
     reach = np.maximum(np.abs(load - mean) - 0.5, 0.0) / np.sqrt(variance.of(mean))
-    factor = (float(np.quantile(reach, 0.9)) / NORMAL_90) ** 2
+    factor = (float(np.quantile(reach, 0.9)) / NORMAL_90) ** 2 * (1.0 + 1.0 / max(1.0, independent))
     return Variance(variance.scale * factor, variance.spread * factor)

@@ -10,7 +10,7 @@ import torch
 
 from moeless.contracts import Context, Phase
 from moeless.errors import UserError
-from moeless.predictors import PREDICTORS, load_predictor
+from moeless.predictors import PREDICTORS, load_predictor, token_loads
 from moeless.predictors.data import Rows
 from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
 from moeless.predictors.fitting import FitSettings, fit
@@ -18,7 +18,9 @@ from moeless.predictors.from_scratch import FromScratch
 from moeless.predictors.gate_reuse import GateReuse
 from moeless.predictors.gates import Gates, read_gates
 from moeless.predictors.split import split_requests
+from moeless.predictors.token_loads import TokenLoads
 from moeless.predictors.transition import Transition
+from moeless.predictors.variance import Variance, widen
 from moeless.spec import preset
 
 FITTED = ("gate_reuse", "layer_aware", "from_scratch", "transition", "frequency")
@@ -294,3 +296,28 @@ def test_another_model_s_predictor_is_refused_by_name(cli, made, tmp_path):
     assert status == 2
     assert "was fitted on bundled" in error
     assert not (tmp_path / "p" / "metrics.json").exists()
+
+
+def test_loads_in_a_scratch_file_are_those_in_memory(made, world, monkeypatch):
+    rows, split, _, fitted = world
+    row_T = rows.of(split.test)
+    windows = [row_T[:40], row_T[17:30]]
+    for name in ("layer_aware", "from_scratch"):
+        held = TokenLoads(fitted[name], rows, row_T, [(0, 1), (1, 2)], with_hits=True)
+        monkeypatch.setattr(token_loads, "LOADS_BYTES", 0)
+        monkeypatch.setattr(token_loads, "BLOCK_BYTES", 4 * rows.spec.L * rows.spec.hidden_size * 50)
+        filed = TokenLoads(fitted[name], rows, row_T, [(0, 1), (1, 2)], with_hits=True)
+        monkeypatch.undo()
+        for layer, distance in ((0, 1), (1, 2)):
+            inputs = rows.inputs(np.sort(row_T))[:, layer]
+            expected = fitted[name].token_loads(inputs, layer, distance)
+            assert np.array_equal(held.of(layer, distance), expected)
+            assert np.array_equal(filed.of(layer, distance), expected)
+            assert np.array_equal(held.hits(layer, distance), filed.hits(layer, distance))
+            assert np.array_equal(held.sums(windows, layer, distance), filed.sums(windows, layer, distance))
+
+
+def test_variance_calibrated_on_few_iterations_is_wider():
+    mean, load = np.full((4, 50), 100.0), np.random.default_rng(0).poisson(100, (4, 50))
+    many, few = widen(Variance(), mean, load), widen(Variance(), mean, load, 4.0)
+    assert few.scale == pytest.approx(1.25 * many.scale)
