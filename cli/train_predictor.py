@@ -78,7 +78,8 @@ def command(
         def report(what: str, step: int, values: Any, run: Any = None) -> None:
             if run is not None:
                 run.log({"step": step} | {f"{what}/{name}": value for name, value in values.items()})
-            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            # curves of single layers are for W&B, not for one line
+            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
             bar.update(task, completed=step, description=f"{what} {shown}")
 
         with common.artefact_run("train-predictor", method, job.resolved(), seed, [trace], wandb) as run:

@@ -1,8 +1,8 @@
 """Fitting the blend: its part, then weights and variances on validation requests.
 
 All validation requests are used, whatever the part was fitted on: how far whole iterations stray depends on their
-texts, so that few requests make variances too narrow. What is left of that is corrected by 1 + 1/n, n being the
-iterations' worth of different tokens.
+texts, so that few requests make variances too narrow. What is left of that in iterations of whole texts (prefill) is
+corrected by 1 + 1/n, n being the iterations' worth of different tokens.
 
 Axes: I iterations, E experts, S sources.
 """
@@ -101,7 +101,9 @@ def fit_blend(given: FitInput) -> Blend:
                 weight[row, column, index] = found.weight_S
                 error[row, column, index] = found.error, found.history_error
                 mean_IE = np.tensordot(found.weight_S, share_SIE, 1) * load_IE.sum(1, keepdims=True)
-                spread = widen(fit_variance(mean_IE, load_IE), mean_IE, load_IE, independent)
+                # a decode iteration draws from all requests: chance, not which texts it holds, makes it stray
+                texts = independent if phase == Phase.PREFILL else float("inf")
+                spread = widen(fit_variance(mean_IE, load_IE), mean_IE, load_IE, texts)
                 variance[row, column, index] = spread.scale, spread.spread
         given.report("blend", row + 1, {"validation_error": float(error[row, ..., 0].mean())})
     return Blend(rows.spec, part, [*pairs, *first], sizes, weight, variance, error, table)

@@ -89,9 +89,7 @@ def fit_layer_aware(given: FitInput) -> LayerAware:
         # logits come out of training at their own scale; scores within 0..1 need a small temperature
         temperature=1.0 if monotone else 0.1,
         wanted_LD=weak_LD,
-        on_epoch=lambda epoch, loss, recall: given.report(
-            "layer_aware", epoch, {"loss": loss, "validation_recall": recall}
-        ),
+        on_epoch=lambda epoch, values: given.report("layer_aware", epoch, values),
     )
     tuned = {}
     accuracy = {}

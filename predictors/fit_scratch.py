@@ -82,7 +82,7 @@ def fit_from_scratch(given: FitInput) -> FromScratch:
             tried,
             seed=settings.seed,
             checkpoint=given.checkpoint(what),
-            on_epoch=lambda epoch, loss, recall: given.report(what, epoch, {"loss": loss, "validation_recall": recall}),
+            on_epoch=lambda epoch, values: given.report(what, epoch, values),
         )
 
     chosen = TrainSettings(

@@ -126,9 +126,7 @@ def fit_transition(given: FitInput) -> Transition:
         TrainSettings(options.epochs, options.patience, options.learning_rate, options.batch_tokens),
         seed=settings.seed,
         checkpoint=given.checkpoint("transition"),
-        on_epoch=lambda epoch, loss, recall: given.report(
-            "transition", epoch, {"loss": loss, "validation_recall": recall}
-        ),
+        on_epoch=lambda epoch, values: given.report("transition", epoch, values),
         tempered=False,
     )
     state = {name: tensor.detach().numpy() for name, tensor in fitted.state.items()}

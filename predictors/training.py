@@ -8,7 +8,7 @@ Axes: L MoE layers, D distances, T tokens, E experts, K experts per token, X inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +169,7 @@ def fit_heads(
     temperature: float = 1.0,
     tempered: bool = True,
     wanted_LD: torch.Tensor | None = None,
-    on_epoch: Callable[[int, float, float], None] | None = None,
+    on_epoch: Callable[[int, Mapping[str, float]], None] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Fitted:
     """Fit all pairs; deterministic for a seed on one machine.
@@ -177,7 +177,8 @@ def fit_heads(
     Args:
         tempered: whether a temperature is fitted with the heads.
         wanted_LD: pairs to fit, None for all; the others keep their start.
-        on_epoch: called with (epoch, mean training loss, mean validation recall).
+        on_epoch: called with the epoch and its curves: training loss and validation recall, their means over the pairs
+            fitted (``loss``, ``validation_recall``) and over each source layer's (``loss/layer_03``, ...).
         checkpoint: where the state is kept after each epoch and taken up from, None for nowhere.
     """
     heads = heads.to(problem.device)
@@ -199,7 +200,7 @@ def fit_heads(
         state.start(_recall(heads, problem, validation, settings.batch_tokens))
     steps = settings.epochs * -(-sample.tokens // settings.batch_tokens)
     while bool(wanted.any()) and state.epoch < settings.epochs and state.since_better < settings.patience:
-        total, count = 0.0, 0
+        total_LD, count = torch.zeros_like(log_temperature), 0
         for block in sample.blocks(rng, settings.batch_tokens):
             inputs, chosen = problem.load(block)
             loss_LD = problem.loss_LD(problem.scores(heads, inputs), chosen, log_temperature)
@@ -211,11 +212,11 @@ def fit_heads(
                 group["lr"] = group["peak"] * settings.learning_rate * _cosine(state.step / max(1, steps))
             optimiser.step()
             state.step += 1
-            total, count = total + float(loss.detach()) / int(wanted.sum()), count + 1
+            total_LD, count = total_LD + loss_LD.detach(), count + 1
         recall_LD = _recall(heads, problem, validation, settings.batch_tokens)
         state.end_epoch(wanted & (recall_LD > state.best_LD), recall_LD)
         if on_epoch is not None:
-            on_epoch(state.epoch, total / max(1, count), float(recall_LD[wanted].mean()))
+            on_epoch(state.epoch, _curves({"loss": total_LD / max(1, count), "validation_recall": recall_LD}, wanted))
     return Fitted(
         {name: tensor.cpu() for name, tensor in state.best.items()},
         torch.exp(state.best_temperature).cpu(),
@@ -223,6 +224,15 @@ def fit_heads(
         state.best_LD.numpy(force=True),
         state.epoch,
     )
+
+
+def _curves(value_LD: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> dict[str, float]:
+    """Means over the pairs fitted, then over those of each source layer that has some."""
+    made = {name: float(value[wanted].mean()) for name, value in value_LD.items()}
+    for layer in torch.nonzero(wanted.any(1)).flatten().tolist():
+        for name, value in value_LD.items():
+            made[f"{name}/layer_{layer:02d}"] = float(value[layer][wanted[layer]].mean())
+    return made
 
 
 def _cosine(progress: float) -> float:

@@ -271,6 +271,26 @@ def test_train_and_evaluate_commands(cli, made, tmp_path):
     assert (tmp_path / "m" / "metrics.json").exists()
 
 
+def test_curves_of_every_layer_and_epoch_are_in_the_run_that_wandb_mirrors(cli, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+    status, _, error = cli(
+        "train-predictor", made.path, "--distance", "1..2", "--out", "p", "--param", "epochs=2", "--threshold", "1",
+        "--wandb",
+    )  # fmt: skip
+    assert status == 0, error
+    (run,) = (tmp_path / "results" / "runs").iterdir()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curves = [line for line in lines if "layer_aware/loss" in line]
+    assert [line["step"] for line in curves] == [1, 2]
+    for line in curves:
+        # the last layer precedes none
+        for name in ("loss", "validation_recall"):
+            found = [line[f"layer_aware/{name}/layer_{layer:02d}"] for layer in range(made.spec.L - 1)]
+            assert min(found) <= line[f"layer_aware/{name}"] <= max(found)
+        assert f"layer_aware/loss/layer_{made.spec.L - 1:02d}" not in line
+
+
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
