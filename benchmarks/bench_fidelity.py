@@ -41,7 +41,7 @@ from moeless.spec import MoESpec
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
 
-OUTPUT_TOKENS = 32
+OUTPUT_TOKENS, AT_ONCE = 64, 1e-9
 #: Requests at work at a time: others wait, so that batches are of many sizes.
 MAX_RUNNING = 12
 
@@ -109,9 +109,15 @@ class KeepingBench(LiveBench):
 
 def serve(count: int, repeats: int, seed: int) -> Live:
     """Serve a workload under static EP on two ranks, several times in one launch."""
-    # all arrive at once: which requests an iteration holds does not depend on how fast the last one was
+    # all arrive at once: which requests an iteration holds does not depend on how fast the last one was; answers are of
+    # many lengths, so that prompts come in while others decode
     workload = WorkloadSettings(
-        requests=count, arrivals="constant:1e9", prompt_tokens=256, output_tokens=OUTPUT_TOKENS, seed=seed
+        requests=count,
+        arrivals="azure-like",
+        time_scale=AT_ONCE,
+        prompt_tokens=256,
+        output_tokens=OUTPUT_TOKENS,
+        seed=seed,
     )
     policies = ("static",) * repeats
     bench = KeepingBench(LiveConfig(policies, workload, ranks=2, max_running=MAX_RUNNING, record=True))

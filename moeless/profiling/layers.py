@@ -18,13 +18,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from moeless.allocator import keep_freed_memory
 from moeless.cluster import Cluster, cluster
@@ -36,6 +37,7 @@ from moeless.engine.controller import Controller, ControlSettings
 from moeless.engine.elastic import PARTS, ElasticExperts
 from moeless.engine.exchange import Exchange
 from moeless.engine.ffn import GatedFFN, silu_gate
+from moeless.engine.flat import FlatSpan, KVCache, attend
 from moeless.engine.hostmem import HostExperts
 from moeless.engine.launch import ForkedRanks
 from moeless.engine.policy import resolve_live
@@ -52,8 +54,8 @@ TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024)
 WALKS, QUICK_WALKS = (24, 6), (3, 2)
 #: Weights of the layers that are gone through; a model of which not even one fits is not measured so.
 LAYER_BYTES = 2**30
-#: The longest run of tokens that attends to itself between two layers.
-ATTENDED = 128
+#: Up to so many tokens of a rank are decoding requests with so many positions behind them; more are prompts of so many.
+DECODING, CONTEXT, PROMPT = 32, 128, 128
 TIMEOUT_SECONDS = 240
 
 
@@ -136,7 +138,7 @@ def _rank_main(rank: int, ranks: int, spec: MoESpec, out: Path, quick: bool) -> 
     width = spec.expert_intermediate_size
     gated = spec.expert_matrices == 3
     shapes = {"up": (width * (2 if gated else 1), spec.hidden_size), "down": (spec.hidden_size, width)}
-    ffn = GatedFFN(shapes, torch.float32, silu_gate if gated else torch.nn.functional.gelu)
+    ffn = GatedFFN(shapes, torch.float32, silu_gate if gated else functional.gelu)
     weights = HostExperts(out.with_suffix(".weights"), spec.L, spec.E, shapes, torch.float32)
     for layer in range(rank, spec.L, ranks):
         for expert in range(spec.E):
@@ -178,11 +180,12 @@ def _walk(
     hidden_TH = torch.randn(count, spec.hidden_size)
     controller.begin(Phase.MIXED, count * controller.world, 0.0)
     experts.rows.clear()
-    chosen = []
+    attended, chosen = _attention(attention, count), []
     for layer in range(spec.L):
-        hidden_TH = hidden_TH + attention.prefill(hidden_TH[-ATTENDED:]).mean(0)
-        topk_TK, weights_TK = route(hidden_TH, gates[layer], spec.K)
-        hidden_TH = hidden_TH + experts(layer, hidden_TH, topk_TK, weights_TK)
+        hidden_TH = hidden_TH + attended(layer, _norm(hidden_TH))
+        normal_TH = _norm(hidden_TH)
+        topk_TK, weights_TK = route(normal_TH, gates[layer], spec.K)
+        hidden_TH = hidden_TH + experts(layer, normal_TH, topk_TK, weights_TK)
         chosen.append(np.bincount(topk_TK.numpy().reshape(-1), minlength=spec.E))
     rows = torch.tensor([row[: len(PARTS)] for row in experts.rows], dtype=torch.float64)
     words = torch.cat([torch.tensor(np.array(chosen), dtype=torch.float64), rows], 1)
@@ -195,6 +198,45 @@ def _walk(
     seconds, computing = (part["total"] - late).max(0), part["compute"].max(0)
     loads = all_SLX[..., : spec.E].astype(np.int64)
     return [(count, loads[:, at], float(seconds[at]), float(computing[at])) for at in range(spec.L)]
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    """RMS norm in the single steps that Transformers takes."""
+    single = values.to(torch.float32)
+    return (single * torch.rsqrt(single.pow(2).mean(-1, keepdim=True) + 1e-6)).to(values.dtype)
+
+
+def _rotated(values_THD: torch.Tensor, angle_TD: torch.Tensor) -> torch.Tensor:
+    """Rotary positions."""
+    left, right = values_THD.chunk(2, -1)
+    cos, sin = angle_TD.cos()[:, None], angle_TD.sin()[:, None]
+    return values_THD * cos + torch.cat([-right, left], -1) * sin
+
+
+def _attention(block: AttentionBlock, count: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """The engine's own attention over a rank's requests, from a layer's normal input to its output."""
+    start, each = (CONTEXT, 1) if count <= DECODING else (0, PROMPT)
+    spans = [FlatSpan(at, start, start + min(each, count - at), start + each) for at in range(0, count, each)]
+    cache = KVCache()
+
+    def run(layer: int, normal_TH: torch.Tensor) -> torch.Tensor:
+        query_THD, key_TGD, value_TGD = block.project(normal_TH)
+        angle_TD = torch.arange(count)[:, None] * torch.ones(query_THD.shape[-1])
+        query_THD, key_TGD = (_rotated(_norm(part), angle_TD) for part in (query_THD, key_TGD))
+        if start:
+            for span in spans:
+                before = dataclasses.replace(span, start=0, stop=start)
+                cache.append(
+                    layer,
+                    before,
+                    key_TGD.new_zeros((start, *key_TGD.shape[1:])),
+                    value_TGD.new_zeros((start, *value_TGD.shape[1:])),
+                )
+        scale = query_THD.shape[-1] ** -0.5
+        mixed = attend(layer, cache, spans, query_THD, key_TGD, value_TGD, scale=scale)
+        return functional.linear(mixed.reshape(len(normal_TH), -1), block.out)
+
+    return run
 
 
 def main(arguments: list[str]) -> int:

@@ -77,7 +77,8 @@ class AttentionBlock:
             self.query, self.key_value = [weight(self.heads * self.key_dim, hidden)], [weight(kv_rows, hidden)]
         self.out = weight(hidden, self.heads * self.value_dim)
 
-    def _project(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries ``[T, heads, D]``, keys and values ``[T, kv heads, D]``."""
         query = key_value = hidden_TH
         for weight in self.query:
             query = functional.linear(query, weight)
@@ -89,14 +90,14 @@ class AttentionBlock:
 
     def prefill(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """One request of T tokens, causal."""
-        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in self._project(hidden_TH))
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in self.project(hidden_TH))
         grouped = self.heads != self.kv_heads
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         return functional.linear(mixed.squeeze(0).transpose(0, 1).reshape(len(hidden_TH), -1), self.out)
 
     def decode(self, hidden_TH: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """One token of each of T requests, over a cache ``[T, heads, context, dim]``."""
-        query, _, _ = self._project(hidden_TH)
+        query, _, _ = self.project(hidden_TH)
         grouped = self.heads != self.kv_heads
         mixed = functional.scaled_dot_product_attention(query.unsqueeze(2), key, value, enable_gqa=grouped)
         return functional.linear(mixed.reshape(len(hidden_TH), -1), self.out)

@@ -66,7 +66,7 @@ def test_attention_of_a_prefill_ends_where_decoding_would(model):
     block = AttentionBlock(type(spec).from_json(shapes), torch.float32, CPU)
     hidden = torch.randn(6, shapes["hidden_size"])
     whole = block.prefill(hidden)
-    _, key, value = block._project(hidden)
+    _, key, value = block.project(hidden)
     last = block.decode(hidden[-1:], key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0))
     assert relative_error(last, whole[-1:]) < 1e-5
 
