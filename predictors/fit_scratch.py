@@ -73,7 +73,7 @@ def fit_from_scratch(given: FitInput) -> FromScratch:
             distances, spec.L, spec.K, RouterRule("softmax"), None, torch.device(settings.device)
         )  # fmt: skip
         problem.scale_L = scale_L
-        heads = PerceptronHeads(spec.L, len(distances), spec.hidden_size, options.hidden, spec.E, settings.seed)
+        heads = PerceptronHeads(spec.L, distances, spec.hidden_size, options.hidden, spec.E, settings.seed)
         return fit_heads(
             heads,
             problem,

@@ -72,25 +72,31 @@ class LinearHeads(Heads):
 
 
 class PerceptronHeads(Heads):
-    """One network with a hidden layer per pair, started at random."""
+    """One network with a hidden layer per pair, started at random; those without a target are not computed."""
 
-    def __init__(self, layers: int, distances: int, width: int, hidden: int, experts: int, seed: int) -> None:
+    def __init__(self, layers: int, distances: Sequence[int], width: int, hidden: int, experts: int, seed: int) -> None:
         super().__init__()
+        self.distances = tuple(distances)
+        shape = layers, len(self.distances)
         generator = torch.Generator().manual_seed(seed)
-        first = torch.randn(layers, distances, hidden, width, generator=generator) * (2.0 / width) ** 0.5
-        second = torch.randn(layers, distances, experts, hidden, generator=generator) * (1.0 / hidden) ** 0.5
+        first = torch.randn(*shape, hidden, width, generator=generator) * (2.0 / width) ** 0.5
+        second = torch.randn(*shape, experts, hidden, generator=generator) * (1.0 / hidden) ** 0.5
         self.first = torch.nn.Parameter(first)
-        self.first_bias = torch.nn.Parameter(torch.zeros(layers, distances, hidden))
+        self.first_bias = torch.nn.Parameter(torch.zeros(*shape, hidden))
         self.second = torch.nn.Parameter(second)
-        self.second_bias = torch.nn.Parameter(torch.zeros(layers, distances, experts))
+        self.second_bias = torch.nn.Parameter(torch.zeros(*shape, experts))
 
     def forward(self, input_LTX: torch.Tensor) -> torch.Tensor:
         """Logits ``[L, D, T, E]``."""
-        layers, distances, hidden, width = self.first.shape
-        flat = self.first.reshape(layers, distances * hidden, width)
-        inner = torch.baddbmm(self.first_bias.reshape(layers, 1, -1), input_LTX, flat.transpose(1, 2)).relu()
-        inner = inner.unflatten(-1, (distances, hidden)).permute(0, 2, 1, 3)
-        return inner @ self.second.transpose(-1, -2) + self.second_bias.unsqueeze(2)
+        found = []
+        for at, distance in enumerate(self.distances):
+            # source layers that have a target; the others' logits are zero and count for nothing
+            here = slice(0, len(input_LTX) - distance)
+            first_bias, second_bias = self.first_bias[here, at].unsqueeze(1), self.second_bias[here, at].unsqueeze(1)
+            inner = torch.baddbmm(first_bias, input_LTX[here], self.first[here, at].transpose(1, 2)).relu()
+            logits = torch.baddbmm(second_bias, inner, self.second[here, at].transpose(1, 2))
+            found.append(torch.nn.functional.pad(logits, (0, 0, 0, 0, 0, distance)))
+        return torch.stack(found, 1)
 
 
 @dataclass
