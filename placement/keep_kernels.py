@@ -56,7 +56,8 @@ def kept_layers(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyp
     """Fill ``kept_L``; returns whether every plan is kept.
 
     The forecast is ``assignments`` in proportion to ``weight_LE`` (equal shares where a row is zero). A plan is kept
-    where its forecast hardly changed, or where it is static EP's and the planner would skip the layer again.
+    where its forecast hardly changed, or where it is static EP's and the planner would skip the layer again; that one
+    then counts as made for this forecast.
     """
     layers, experts = weight_LE.shape
     scenarios = len(terms.normal_CE)
@@ -78,6 +79,9 @@ def kept_layers(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyp
                     load_CE, terms.gpu_E, terms.num_gpus, terms.extra, terms.a, terms.b, terms.c, bound_C
                 )
                 kept = plain - bound_C.sum() <= terms.skip_L[layer]
+                if kept:
+                    # as good as made for this forecast: the next one is compared with it
+                    terms.planned_LE[layer] = mean_E
         kept_L[layer] = kept
         every = every and kept
     return every

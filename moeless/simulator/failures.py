@@ -87,6 +87,8 @@ class Outage:
 
     def returned(self, now: float) -> list[int]:
         """GPUs that are back by ``now``, from here on counted as working."""
+        if self.back_at_G.max() == -np.inf:
+            return []
         back = np.flatnonzero(np.isfinite(self.back_at_G) & (self.back_at_G <= now)).tolist()
         self.back_at_G[back] = -np.inf
         return back
