@@ -1,9 +1,11 @@
 """Speed of the simulator: layer events per second by policy, and how it grows with GPUs, experts and requests.
 
-Run: python benchmarks/bench_simulator.py [--hour | --growth]
+Run: python benchmarks/bench_simulator.py [--hour | --growth | --keep]
 ``--growth``: the curve to 1,024 GPUs, by experts and by requests, with memory. ``--hour``: the Azure conversation hour
-on gpt-oss-20b's routing, where ../shared/data or MOELESS_SHARED_DATA has them. Everything else runs on made-up skewed
-routing. One core; a layer event is one MoE layer of one iteration.
+on gpt-oss-20b's routing, where ../shared/data or MOELESS_SHARED_DATA has them. ``--keep``: what it costs that elastic
+leaves plans alone whose forecast hardly changed, under load enough for copies. Everything but ``--hour`` runs on
+made-up routing.
+One core; a layer event is one MoE layer of one iteration.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import numpy as np
 
 from moeless import __version__
 from moeless.cluster import Cluster, cluster
-from moeless.contracts import Policy, Request
+from moeless.contracts import Forecast, Phase, Policy, Request
 from moeless.costs import COSTS
 from moeless.experiments.cells.scale import some_layers
 from moeless.predictors import PREDICTORS
 from moeless.simulator import Replay, SimulationSettings, resolve, simulate
 from moeless.simulator.bench import Bench, BenchConfig
 from moeless.spec import MoESpec, preset
+from moeless.traces.synthetic import SyntheticParams, write_synthetic
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
 
@@ -108,18 +111,49 @@ def hour(folder: Path) -> None:
             show(f"  Azure hour, {policy}", events / seconds, events)
 
 
+def keep() -> None:
+    """Elastic's ``keep`` from 0 (every changed forecast is planned for), gpt-oss-20b's shapes, h100x8."""
+    print("gpt-oss-20b shapes, synthetic routing, h100x8, roofline costs, elastic:history:1 planning every iteration")
+    with tempfile.TemporaryDirectory() as scratch:
+        trace = Path(scratch) / "trace"
+        params = SyntheticParams(prompt_tokens=200, output_tokens=40)
+        write_synthetic(trace, preset("gpt-oss-20b"), requests=128, params=params)
+        for batching, rate, count in (("continuous", 500.0, 600), ("one-second", 300.0, 600)):
+            for tolerance in (0.0, 0.01, 0.05, 0.2):
+                config = BenchConfig(
+                    trace=trace,
+                    policies=(Policy.parse("elastic:history:1"),),
+                    costs=("roofline",),
+                    arrivals=f"poisson:{rate:g}",
+                    batching=batching,
+                    max_requests=count,
+                    planner_params={"elastic": {"keep": tolerance}},
+                )
+                start = time.process_time()
+                layer = Bench(config).run_cell("roofline", config.policies[0]).cell.layer
+                seconds = time.process_time() - start
+                print(
+                    f"{batching} at {rate:g}/s, keep {tolerance:<5g} {1e3 * layer.mean_ms:9.2f} us a layer, "
+                    f"{layer.moved_bytes / 1e9:8.2f} GB moved, {layer.replicas:6.2f} copies, {seconds:5.1f} s of CPU",
+                    flush=True,
+                )
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hour", action="store_true")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
     print(f"moeless {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.processor()}")
     print(f"{os.cpu_count()} cores, one used; command: {' '.join(sys.argv)}\n")
     if arguments.hour:
         hour(Path(os.environ.get("MOELESS_SHARED_DATA", "../shared/data")))
         return
-    if arguments.growth:
+    if arguments.keep:
+        keep()
+    elif arguments.growth:
         growth()
     else:
         speed()
@@ -135,8 +169,8 @@ def speed() -> None:
     for policy, plan_every in EVERY_ITERATION:
         show(f"{policy}, plans every iteration", *measure(spec, eight, policy, plan_every, 20, 300, 5.4))
     print("\nthe same at 500 requests/s: hundreds of running requests, prefill and decode in one iteration")
-    for policy, plan_every in (("static", 1), *EVERY_ITERATION):
-        show(f"{policy}, plans every iteration", *measure(spec, eight, policy, plan_every, 200, 40, 500.0))
+    for policy, count in (("static", 1000), ("elastic:history:1", 1000), ("moeless:history:1", 200)):
+        show(f"{policy}, plans every iteration", *measure(spec, eight, policy, 1, count, 40, 500.0))
 
 
 def growth() -> None:
@@ -144,11 +178,12 @@ def growth() -> None:
     spec, eight = preset("gpt-oss-20b"), cluster("h100x8")
     deep = some_layers("deepseek-v3", 8)
     print("deepseek-v3 shapes, 8 layers, 4 requests a GPU at once, by GPUs (nodes of eight)")
-    # beyond 128 GPUs planning one layer takes seconds: the copies to choose grow with the GPUs
-    for policy, largest in (("static", 128), ("elastic:history:1", 16)):
+    print("elastic stops at 512 GPUs: one layer's dispatch works on a table [GPUs, copies], see the last lines")
+    for policy, every, largest in (("static", 1, 128), ("elastic:history:1", 1, 16), ("elastic:history:1", 256, 64)):
         for nodes in [n for n in (1, 4, 16, 64, 128) if n <= largest]:
             where = cluster("h100x8" if nodes == 1 else f"h100x8x{nodes}")
-            show(f"  {policy}, {where.G} GPUs", *measure(deep, where, policy, 1, 4 * where.G, 128, 1e4 * where.G))
+            name = f"  {policy}, {where.G} GPUs" + (f", plans every {every}" if every > 1 else "")
+            show(name, *measure(deep, where, policy, every, 4 * where.G, 128, 1e4 * where.G))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             print(f"{'':<46} peak memory so far {peak:.2f} GiB")
     print("\nstatic, by experts, h100x8x4")
@@ -161,6 +196,38 @@ def growth() -> None:
     print("\nstatic, by requests, gpt-oss-20b shapes, h100x8")
     for count in (50, 500, 2000):
         show(f"  {count} requests", *measure(spec, eight, "static", 1, count, 200, 5.4))
+    planning(deep)
+
+
+def planning(spec: MoESpec) -> None:
+    """Seconds of planning and of dispatching one layer by GPUs, 64 tokens a GPU, popularity 1 / rank."""
+    print(f"\nelastic, one layer planned and dispatched, {spec.E} experts, by GPUs")
+    share_E = 1.0 / np.arange(1, spec.E + 1)
+    for nodes in (1, 4, 16, 64, 128):
+        where = cluster("h100x8" if nodes == 1 else f"h100x8x{nodes}")
+        runtime = resolve(
+            Policy.parse("elastic:history:1"),
+            spec=spec,
+            cluster=where,
+            costs=COSTS.get("roofline")(spec, where),
+            extra_slots=1,
+            predictors={"history": PREDICTORS.get("history")(spec)},
+        )
+        mean_E = share_E / share_E.sum() * 64 * where.G * spec.K
+        forecast = Forecast(mean_E, mean_E.copy(), 64 * where.G, "made up")
+        load_SE = np.random.default_rng(0).poisson(np.tile(mean_E / where.G, (where.G, 1)))
+        # compiled before the clock starts
+        plan = runtime.plan(0, Phase.MIXED, forecast, None)
+        runtime.dispatch(load_SE, plan, np.ones(plan.R, np.bool_))
+        start = time.process_time()
+        plan = runtime.plan(0, Phase.MIXED, forecast, None)
+        planned = time.process_time()
+        runtime.dispatch(load_SE, plan, np.ones(plan.R, np.bool_))
+        took = time.process_time() - planned
+        print(
+            f"  {where.G:>5} GPUs {1e3 * (planned - start):9.2f} ms planning, {1e3 * took:9.2f} ms dispatching", end=""
+        )
+        print(f", {plan.num_extra} extras", flush=True)
 
 
 if __name__ == "__main__":
