@@ -31,6 +31,8 @@ from moeless.predictors.variance import Variance
 from moeless.spec import MoESpec
 
 if TYPE_CHECKING:
+    import torch
+
     from moeless.predictors.fitting import FitInput
 
 Pair = tuple[int, int]
@@ -105,6 +107,10 @@ class Blend(LoadPredictor):
         """The method inside says which experts single tokens choose."""
         chosen: IntArray = self.part.predict_topk(inputs, layer, distance)
         return chosen
+
+    def to(self, device: torch.device) -> None:
+        """Bring the method inside to a device."""
+        self.part.to(device)
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
         """Mix what is known; see :class:`LoadPredictor`."""

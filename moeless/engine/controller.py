@@ -1,9 +1,11 @@
 """Deciding, on every rank alike, where copies live and which of them serve which tokens.
 
-Each MoE layer has one gather. It carries this rank's token counts, its part of the forecasts made from this layer, and
-which copies of this layer are complete or on their way. A predictor that forecasts the first layers, which no layer
-precedes by the distance, adds one gather before them. From the gathered words every rank
-computes the same quotas, the same next plan and the same moves, so nothing else has to be agreed upon.
+Each MoE layer has one gather. It carries this rank's token counts, its part of forecasts, and which copies of this
+layer are complete or on their way. The forecast for the next layer is made before this gather; one for a later layer
+beside this layer's experts, and carried by the next gather; one from past loads alone is the same on every rank and
+travels not at all. A predictor that forecasts the first layers, which no layer precedes by the distance, adds one
+gather before them. From the gathered words every rank computes the same quotas, the same next plan and the same moves,
+so nothing else has to be agreed upon.
 
 Plans are made on a thread beside the model and adopted by all ranks at the same point: those of a layer ahead when
 the next layer begins, an interval planner's (EPLB) when the next iteration begins.
@@ -23,6 +25,7 @@ import torch
 from moeless.contracts import AUTO, BoolArray, Context, Forecast, InstanceState, IntArray, LayerPlan, Phase
 from moeless.engine.core import PartTimes
 from moeless.engine.exchange import Exchange
+from moeless.engine.forecasting import Forecasting
 from moeless.engine.history import LiveHistory
 from moeless.engine.moves import CopySource, Held, moves_to, num_words, pack
 from moeless.engine.planning import Planning
@@ -90,11 +93,17 @@ class Controller:
         self._distance_L = np.full(self.spec.L, policy.policy.distance)
         self.rule = self._distance_rule() if self.ahead and policy.policy.distance == AUTO else None
         self._layer_started, self._carried_exchange = 0.0, 0.0
-        self.planning = Planning(policy)
+        # what the predictor reads of the iteration; past loads are known to every rank
+        self._reads = getattr(policy.predictor, "reads", "nothing") if self.ahead else "nothing"
+        self._carried_targets: list[int] = []
+        self.planning, self.forecasting = Planning(policy), Forecasting(exchange.ranks.device)
+        if hasattr(policy.predictor, "to"):
+            policy.predictor.to(exchange.ranks.device)
         store.deploy([self._own(plan) for plan in self.plans], self.keep_alive, 0.0)
 
     def close(self) -> None:
-        """End the planning thread; plans that were not adopted are dropped."""
+        """End the threads; plans that were not adopted are dropped."""
+        self.forecasting.close()
         self.planning.close()
 
     def _own(self, plan: LayerPlan) -> list[int]:
@@ -180,12 +189,23 @@ class Controller:
         if self.ahead:
             self._adopt_planned()
         self.planning.settle(times)
-        ids_TK = topk_TK.cpu().numpy()
         plan, E, L = self.plans[layer], self.spec.E, self.spec.L
         targets = [t for t in range(layer + 1, L) if self._plans_now and self._distance_L[t] == t - layer]
+        if self._reads == "nothing":
+            self._plan_from_past(layer, targets, times)
+            targets = []
+        near = [t for t in targets if t == layer + 1]
+        # made at the layer before, and this layer's own
+        told = [*self._carried_targets, *near]
         tells = self._moves and not self._skip
+        words = self.forecasting.collect(times)
+        began = time.thread_time()
+        soon = [self._forecast_words(layer, target, hidden_TH, topk_TK) for target in near]
+        times.forecast += time.thread_time() - began
+        # the layer's one wait for the device
+        ids_TK = topk_TK.cpu().numpy()
         parts = [np.bincount(ids_TK.reshape(-1), minlength=E).astype(np.int64)]
-        parts += [self._forecast_words(layer, target, hidden_TH, ids_TK) for target in targets]
+        parts += ([words] if words is not None else []) + soon
         if self.rule is not None:
             parts.append(self._seconds_word())
         if tells:
@@ -203,16 +223,25 @@ class Controller:
         load_SE = words_S[:, :E]
         if tells:
             self._held_L[layer] = Held.unpack(words_S[:, -num_words(E) :], E)
-        for index, target in enumerate(targets):
+        for index, target in enumerate(told):
             self._plan(target, self._summed(words_S[:, (1 + 2 * index) * E : (3 + 2 * index) * E]))
         if self.rule is not None and layer > 0:
             # the slowest rank's time is the layer's
-            at = (1 + 2 * len(targets)) * E
+            at = (1 + 2 * len(told)) * E
             seconds_S = np.ascontiguousarray(words_S[:, at]).view(np.float64)
             self.rule.note(layer - 1, self._phase, float(seconds_S.max()))
+        began = time.thread_time()
         usable_R = self._usable(plan)
         quota_SR = self.policy.dispatch(load_SE, plan, usable_R)
+        times.dispatch += time.thread_time() - began
         self.history.add(layer, load_SE.sum(0), self._phase, self._tokens)
+        self._carried_targets = [t for t in targets if t > layer + 1]
+        if self._carried_targets:
+            far = self._carried_targets
+            self.forecasting.ask(
+                lambda: np.concatenate([self._forecast_words(layer, t, hidden_TH, topk_TK, ids_TK) for t in far]),
+                hidden_TH,
+            )
         times.control += time.thread_time() - started
         for r in np.flatnonzero((plan.gpu_R == self.rank) & (quota_SR.sum(0) > 0)).tolist():
             if not self.store.ready(layer, int(plan.expert_R[r])):
@@ -228,13 +257,25 @@ class Controller:
         """Whether copies may be on their way, so that readiness has to be told."""
         return self.policy.planner.cadence != "once"
 
-    def _forecast_words(self, layer: int, target: int, hidden_TH: torch.Tensor, ids_TK: IntArray) -> IntArray:
-        """This rank's part of the forecast."""
-        if not len(ids_TK):
+    def _plan_from_past(self, layer: int, targets: list[int], times: PartTimes) -> None:
+        """Plan from past loads, which every rank knows alike; the gather hides the planner's time."""
+        began = time.thread_time()
+        for target in targets:
+            context = self._context(target, self._tokens)
+            self._plan(target, self.policy.predictor.predict(context, layer, target - layer))
+        times.forecast += time.thread_time() - began
+
+    def _forecast_words(
+        self, layer: int, target: int, hidden_TH: torch.Tensor, topk_TK: torch.Tensor, ids_TK: IntArray | None = None
+    ) -> IntArray:
+        """This rank's part of a forecast."""
+        if not len(topk_TK):
             return np.zeros(2 * self.spec.E, np.int64)
-        inputs = hidden_TH.float().cpu().numpy() if self.policy.predictor.reads == "router_inputs" else None
-        context = self._context(target, len(ids_TK), router_input_TH=inputs, topk_TK=ids_TK)
-        return _words(self.policy.predictor.predict(context, layer, target - layer))
+        # gate inputs stay where they are: only the sums leave the device
+        read: dict[str, Any] = {"router_input_TH": hidden_TH}
+        if self._reads == "topk":
+            read = {"topk_TK": topk_TK.cpu().numpy() if ids_TK is None else ids_TK}
+        return _words(self.policy.predictor.predict(self._context(target, len(topk_TK), **read), layer, target - layer))
 
     def _context(self, target: int, tokens: int, **inputs: Any) -> Context:
         """What is known of a target, with what this rank sees of the iteration."""

@@ -5,7 +5,6 @@ Axes: T tokens of this rank, K top-k, N = T*K assignments, R replicas of the lay
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from moeless.contracts import Int32Array, IntArray, LayerPlan
+from moeless.engine.device import Marks, upload
 from moeless.engine.exchange import Exchange
 from moeless.engine.ffn import ExpertFFN
 
@@ -28,6 +28,10 @@ class PartTimes:
             come it is mostly waiting for that one.
         planning: the planning thread's own processor time; ``plan_wait`` is how long this thread waited for it by the
             clock, ``plan_exposed`` how long it would have waited had the two threads a core each.
+        forecast, dispatch: parts of ``control`` in which forecasts were made here, and counts became quotas.
+        forecast_beside: own processor time of forecasts beside the experts, on another thread; its ``_wait`` and
+            ``_exposed`` are what they are of planning.
+        marks: stages on a device whose times are not read yet.
     """
 
     control: float = 0.0
@@ -39,6 +43,23 @@ class PartTimes:
     planning: float = 0.0
     plan_wait: float = 0.0
     plan_exposed: float = 0.0
+    forecast: float = 0.0
+    dispatch: float = 0.0
+    forecast_beside: float = 0.0
+    forecast_beside_wait: float = 0.0
+    forecast_beside_exposed: float = 0.0
+    marks: Marks | None = None
+
+    def settle(self) -> None:
+        """Read the stages' times: sent, computed, sent back, combined."""
+        if self.marks is None:
+            return
+        self.exchange += self.marks.seconds(0, 1) + self.marks.seconds(2, 3)
+        self.compute += self.marks.seconds(1, 2, own=True)
+        if self.marks.deferred:
+            # the host had counted up to the first mark
+            self.total += self.marks.seconds(0, 4)
+        self.marks = None
 
 
 def order_by_replica(topk_TK: torch.Tensor, quota_R: IntArray, expert_R: Int32Array) -> torch.Tensor:
@@ -50,8 +71,7 @@ def order_by_replica(topk_TK: torch.Tensor, quota_R: IntArray, expert_R: Int32Ar
     by_expert = torch.argsort(topk_TK.reshape(-1), stable=True)
     replicas = np.argsort(expert_R, kind="stable")
     replica_N = np.repeat(replicas, quota_R[replicas])
-    order = torch.from_numpy(np.argsort(replica_N, kind="stable")).to(by_expert.device)
-    return by_expert[order]
+    return by_expert[upload(np.argsort(replica_N, kind="stable"), by_expert.device)]
 
 
 def combine(
@@ -95,39 +115,32 @@ def run_layer(
     quota_Sr = quota_SR[:, here]
     receive_S = quota_Sr.sum(1).tolist()
 
-    started = time.perf_counter()
+    marks = times.marks = Marks(exchange.ranks.device)
+    marks.mark()
     rows_NH = hidden_TH.index_select(0, order_N // top_k)
     if ffn.weighs_input:
         rows_NH = rows_NH * weights_TK.reshape(-1)[order_N, None].to(rows_NH.dtype)
         weights_TK = torch.ones_like(weights_TK)
     arrived = exchange.all_to_all(rows_NH, send_G, receive_S)
-    times.exchange += time.perf_counter() - started
-
-    started = _clock(hidden_TH)
+    marks.mark()
     slot_r = [slot_of_expert.get(int(e), 0) for e in plan.expert_R[here]]
-    by_slot, count_C = _regroup(quota_Sr, slot_r, len(next(iter(slots.values()))))
-    by_slot = by_slot.to(arrived.device)
+    order, count_C = _regroup(quota_Sr, slot_r, len(next(iter(slots.values()))))
+    by_slot = upload(order, arrived.device)
     computed = ffn(arrived.index_select(0, by_slot).to(ffn.dtype), count_C, slots).to(arrived.dtype)
     returned = torch.empty_like(arrived)
     returned[by_slot] = computed
-    times.compute += _clock(hidden_TH) - started
-
-    started = time.perf_counter()
+    marks.mark()
     back = exchange.all_to_all(returned, receive_S, send_G)
-    times.exchange += time.perf_counter() - started
-    return combine(back, order_N, weights_TK, tokens, top_k)
+    marks.mark()
+    out = combine(back, order_N, weights_TK, tokens, top_k)
+    marks.mark()
+    if not marks.deferred:
+        times.settle()
+    return out
 
 
-def _regroup(quota_Sr: IntArray, slot_r: Sequence[int], num_slots: int) -> tuple[torch.Tensor, list[int]]:
+def _regroup(quota_Sr: IntArray, slot_r: Sequence[int], num_slots: int) -> tuple[IntArray, list[int]]:
     """From (source, replica) order to slot order: row indices, and rows of each slot."""
     slot_N = np.repeat(np.tile(np.asarray(slot_r, np.int64), len(quota_Sr)), quota_Sr.reshape(-1))
     count_C = np.bincount(slot_N, minlength=num_slots).tolist()
-    return torch.from_numpy(np.argsort(slot_N, kind="stable")), count_C
-
-
-def _clock(like: torch.Tensor) -> float:
-    """Own processor time on CPUs, where ranks share cores; wall time after the queued kernels on GPUs."""
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
-        return time.perf_counter()
-    return time.thread_time()
+    return np.argsort(slot_N, kind="stable"), count_C

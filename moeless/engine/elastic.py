@@ -14,7 +14,10 @@ from moeless.engine.core import PartTimes, run_layer
 from moeless.engine.ffn import ExpertFFN
 
 #: Parts of a layer's time in a record, in seconds; see :class:`moeless.engine.core.PartTimes`.
-PARTS = ("control", "stall", "exchange", "gather", "compute", "total", "planning", "plan_wait", "plan_exposed")
+PARTS = (
+    *("control", "stall", "exchange", "gather", "compute", "total", "planning", "plan_wait", "plan_exposed"),
+    *("forecast", "dispatch", "forecast_beside", "forecast_beside_wait", "forecast_beside_exposed"),
+)
 #: Columns of a record: seconds by part, then this rank's tokens and copies.
 COLUMNS = (*PARTS, "tokens", "replicas", "active", "warm", "resident")
 
@@ -36,17 +39,20 @@ class ElasticExperts:
     rows: list[tuple[float, ...]] = field(default_factory=list)
     routing: list[tuple[np.ndarray, ...]] = field(default_factory=list)  # type: ignore[type-arg]
     first_token: int = 0
+    _open: list[tuple[int, PartTimes]] = field(default_factory=list)
 
     def __call__(
         self, layer: int, hidden_TH: torch.Tensor, topk_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         """Route, exchange, compute and combine one layer; collective."""
         controller = self.controller
+        if layer == 0:
+            self.settle()
         if controller.policy.lossy:
             topk_TK = even_choice(topk_TK, _turns(controller.plans[layer]), self.first_token)
         times, started = PartTimes(), time.perf_counter()
         decision = controller.decide(layer, hidden_TH, topk_TK, times)
-        store = controller.store
+        store, decided = controller.store, time.perf_counter()
         out = run_layer(
             hidden_TH,
             topk_TK,
@@ -59,7 +65,7 @@ class ElasticExperts:
             exchange=controller.exchange,
             times=times,
         )
-        times.total = time.perf_counter() - started
+        times.total = (time.perf_counter() if times.marks is None else decided) - started
         plan, used_R = decision.plan, decision.quota_SR.sum(0)
         tokens = int(used_R[plan.gpu_R == controller.rank].sum())
         self.rows.append(
@@ -72,10 +78,25 @@ class ElasticExperts:
                 store.resident(layer),
             )
         )
+        if times.marks is not None:
+            self._open.append((len(self.rows) - 1, times))
         if self.record:
             kept = [topk_TK, weights_TK.half()] + ([hidden_TH.half()] if self.record_inputs else [])
             self.routing.append(tuple(value.cpu().numpy() for value in kept))
         return out
+
+    def settle(self) -> None:
+        """Read what the device took for the layers whose records wait for it: an iteration's at once."""
+        for index, times in self._open:
+            times.settle()
+            self.rows[index] = (*(getattr(times, part) for part in PARTS), *self.rows[index][len(PARTS) :])
+        self._open.clear()
+
+    def reset(self) -> None:
+        """Forget all records."""
+        self._open.clear()
+        self.rows.clear()
+        self.routing.clear()
 
 
 def even_choice(topk_TK: torch.Tensor, turn_E: IntArray, first: int) -> torch.Tensor:

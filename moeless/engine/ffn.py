@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional
+
+from moeless.engine.device import upload
 
 
 class ExpertFFN(Protocol):
@@ -71,7 +74,7 @@ class GatedFFN:
         return self._loop(rows_NH, count_C, slots)
 
     def _grouped(self, rows: torch.Tensor, count_C: Sequence[int], slots: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        counts = torch.tensor(count_C, dtype=torch.int32, device=rows.device)
+        counts = upload(np.array(count_C, np.int32), rows.device)
         offsets = torch.cumsum(counts, 0, dtype=torch.int32)
         out = rows
         for name in ("up", "down"):

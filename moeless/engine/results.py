@@ -93,10 +93,11 @@ def layer_seconds(records: CellRecords, own_only: bool) -> LayerSeconds:
     By the wall where every rank has a core, from when the last rank came to the layer: what the others waited for a
     slower attention, told by how much longer their gather took, is no part of it. Otherwise (``own_only``) the sum of
     the largest compute, control and stall time that any rank spent itself, the exchange left out. Control includes what
-    planning beside the model exposed: by the wall the time that was waited for it, otherwise the planner's own time
-    that no other work hid.
+    planning and forecasting beside the model exposed: by the wall the time that was waited for them, otherwise their
+    own time that no other work hid.
     """
-    exposed = records.column("plan_exposed" if own_only else "plan_wait")
+    kind = "exposed" if own_only else "wait"
+    exposed = records.column(f"plan_{kind}") + records.column(f"forecast_beside_{kind}")
     expert, control = records.column("compute").max(0), (records.column("control") + exposed).max(0)
     stall = records.column("stall").max(0)
     known = expert + control + stall
@@ -218,11 +219,27 @@ def make_cell(
             "copies": counted,
             "memory": _memory(job, facts),
             "planning_ms": 1e3 * float(records.column("planning").max(0)[warmup:].mean()),
+            "control_ms": _control(records, own_time_only(job), warmup),
             "collectives": facts[0]["collectives"],
             "prompt_perplexity": math.exp(nll / count) if count else None,
             "seed": job.seed,
         },
     )
+
+
+def _control(records: CellRecords, own_only: bool, warmup: int) -> dict[str, float]:
+    """Where a layer's control comes from, milliseconds of the rank with most of each."""
+    kind = "exposed" if own_only else "wait"
+    causes = {
+        "own": "control",
+        "of_it_forecast": "forecast",
+        "of_it_dispatch": "dispatch",
+        "planning_exposed": f"plan_{kind}",
+        "forecast_beside": "forecast_beside",
+        "forecast_beside_exposed": f"forecast_beside_{kind}",
+    }
+    most = {name: records.column(column).max(0)[warmup:] for name, column in causes.items()}
+    return {name: 1e3 * float(value.mean()) if value.size else 0.0 for name, value in most.items()}
 
 
 def _memory(job: Job, facts: list[dict[str, Any]]) -> dict[str, float]:

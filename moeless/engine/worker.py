@@ -126,8 +126,7 @@ def serve(job: Job, ranks: Ranks) -> None:
         host.moe = elastic
         elastic.controller.begin(Phase.MIXED, 0, 0.0)
         host.idle_step()
-        elastic.rows.clear()
-        elastic.routing.clear()
+        elastic.reset()
         exchange.calls.clear()
         products = getattr(host.ffn, "products", 0)
         with (job.folder / f"finished-{cell}-{ranks.rank}.jsonl").open("w", encoding="utf-8") as finished:
@@ -158,6 +157,7 @@ def serve(job: Job, ranks: Ranks) -> None:
 
 def _write(job: Job, cell: int, rank: int, served: Served, elastic: ElasticExperts, facts: Mapping[str, Any]) -> None:
     """Leave this rank's records of one cell in the run's folder."""
+    elastic.settle()
     arrays = {
         "rows_ILC": columns(elastic.rows, job.spec.L),
         "start_I": np.array(served.start_I),

@@ -38,7 +38,7 @@ class Asked:
 class TwoRanks:
     """Collectives of rank 0 whose peer says the same."""
 
-    ranks = SimpleNamespace(rank=0, world=2)
+    ranks = SimpleNamespace(rank=0, world=2, device=torch.device("cpu"))
     gathers = 0
 
     def gather(self, words):

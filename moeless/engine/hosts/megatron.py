@@ -70,7 +70,8 @@ class ElasticMoELayer(MegatronModule):
         assert self.host is not None
         probs_TE, map_TE = self.router(hidden_states)
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        topk_TK = map_TE.nonzero()[:, 1].view(len(hidden_TH), -1)
+        # not by nonzero(), whose size the host would have to wait for
+        topk_TK = map_TE.to(torch.uint8).topk(self.router.topk, dim=1).indices.sort(dim=1).values
         out = self.host.moe(self.layer, hidden_TH, topk_TK, probs_TE.gather(1, topk_TK))
         return out.view(hidden_states.shape), None
 
