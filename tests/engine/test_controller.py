@@ -16,6 +16,8 @@ from moeless.errors import UserError
 from moeless.traces.specs import resolve_spec
 
 TOKENS = np.array([3, 1, 4, 1, 5, 9])
+#: Of the copies of up to 64 experts that are complete, or on their way.
+HELD_WORDS = 2
 
 
 class Asked:
@@ -41,8 +43,12 @@ class TwoRanks:
     ranks = SimpleNamespace(rank=0, world=2, device=torch.device("cpu"))
     gathers = 0
 
+    def __init__(self):
+        self.sent = []
+
     def gather(self, words):
         self.gathers += 1
+        self.sent.append(words)
         return np.stack([words, words])
 
 
@@ -79,8 +85,9 @@ def run(tiny):
         model=tiny("mixtral"),
     )
 
-    def go(distance, iterations=1):
+    def go(distance, iterations=1, reads="topk"):
         asked = Asked(spec)
+        asked.reads = reads
         chosen = dataclasses.replace(policy.policy, predictor="asked", distance=distance)
         mine = dataclasses.replace(policy, predictor=asked, policy=chosen)
         controller = Controller(mine, TwoRanks(), Store(spec.E), ControlSettings())
@@ -95,8 +102,9 @@ def run(tiny):
             asked.calls.clear()
             planned.clear()
             controller.begin(Phase.PREFILL, 2 * len(TOKENS), 0.0, TOKENS)
+            controller.times = [PartTimes() for _ in range(spec.L)]
             for layer in range(spec.L):
-                controller.decide(layer, torch.zeros(len(TOKENS), spec.hidden_size), topk_TK, PartTimes())
+                controller.decide(layer, torch.zeros(len(TOKENS), spec.hidden_size), topk_TK, controller.times[layer])
         controller.close()
         return asked, controller, planned
 
@@ -114,6 +122,23 @@ def test_first_layers_are_forecast_from_token_ids_and_ranks_add_up(run):
     for _, forecast in planned:
         assert forecast.mean_E[0] == 2 * len(TOKENS) * asked.spec.K
         assert forecast.var_E.tolist() == [1.0] * asked.spec.E
+
+
+def test_forecasts_of_later_layers_are_made_beside_the_experts_and_told_by_the_next_gather(run):
+    _, controller, _ = run(2)
+    assert [len(words) for words in controller.exchange.sent[-5:]] == [
+        controller.spec.E * (1 + 2 * told) + HELD_WORDS for told in (0, 1, 1, 1, 0)
+    ]
+    beside = [times.forecast_beside > 0 for times in controller.times]
+    assert beside == [False, True, True, True, False]
+    assert [times.forecast_beside_wait > 0 for times in controller.times] == beside
+
+
+def test_what_past_loads_tell_is_not_sent(run):
+    asked, controller, planned = run(1, reads="nothing")
+    assert {len(words) for words in controller.exchange.sent[1:]} == {controller.spec.E + HELD_WORDS}
+    assert [call[:3] for call in asked.calls if call[0] >= 0] == [(layer, 1, 2 * len(TOKENS)) for layer in range(4)]
+    assert [layer for layer, _ in planned] == [0, 1, 2, 3, 4]
 
 
 def test_auto_goes_by_the_layer_times_that_ranks_tell_each_other(run):

@@ -49,6 +49,14 @@ class _Stream:
     def __init__(self, device=None):
         assert device is None or device.type == "cuda"
 
+    def record_event(self):
+        event = _Event(True)
+        event.record()
+        return event
+
+    def wait_event(self, event):
+        assert isinstance(event, _Event)
+
     def wait_stream(self, other):
         assert isinstance(other, _Stream)
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ import torch
 from moeless.cluster import cluster
 from moeless.costs.measured import MeasuredCosts
 from moeless.costs.profile_reader import load_profile
+from moeless.engine.controller import Decision
+from moeless.engine.device import upload
+from moeless.engine.elastic import PARTS, ElasticExperts
+from moeless.engine.exchange import Exchange
+from moeless.engine.ffn import GatedFFN, silu_gate
+from moeless.engine.forecasting import Forecasting
+from moeless.engine.groups import Ranks
 from moeless.errors import RunFailed, UserError
+from moeless.placement.static import static_plan
 from moeless.profiling import busy, ceilings, copies, run
 from moeless.profiling.run import ProfileOptions, make_plan
 from moeless.profiling.timing import Effort, measure_in_turn
@@ -115,3 +124,48 @@ def test_everything_is_measured_in_one_command_that_goes_on_where_it_stopped(gpu
     assert bench.main(asked) == 0
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == written
     assert "profile bundled" in (tmp_path / "bench.txt").read_text()
+
+
+def test_engine_layers_wait_for_the_device_once_an_iteration(gpu):
+    shapes = {"up": (8, 4), "down": (4, 4)}
+    load_SE = np.array([[3, 1]])
+    store = SimpleNamespace(
+        slots_L=[{name: torch.randn(2, *shape) for name, shape in shapes.items()}] * 2,
+        slot_of_expert=lambda _: {0: 0, 1: 1},
+        resident=lambda _: 2,
+    )
+    controller = SimpleNamespace(
+        policy=SimpleNamespace(lossy=False),
+        store=store,
+        rank=0,
+        exchange=Exchange(Ranks(0, 1, GPU, None, None, 0, 1)),
+        decide=lambda layer, *_: Decision(static_plan(layer, 2, 1), load_SE, load_SE, 2),
+    )
+    experts = ElasticExperts(controller, GatedFFN(shapes, torch.float32, silu_gate))
+    layers = torch.randn(2, 4, 4), torch.tensor([[0], [0], [1], [0]]), torch.ones(4, 1)
+    for layer in range(2):
+        experts(layer, layers[0][layer], layers[1], layers[2])
+    at = {name: PARTS.index(name) for name in ("compute", "exchange", "total")}
+    assert [row[at["compute"]] for row in experts.rows] == [0.0, 0.0]
+    assert "synchronize" not in gpu
+    experts.settle()
+    for row in experts.rows:
+        assert 0 < row[at["compute"]] < row[at["compute"]] + row[at["exchange"]] < row[at["total"]]
+    assert len(upload(np.arange(3), GPU)) == 3
+    assert gpu.count("pin_memory") == 1
+
+
+def test_a_forecast_beside_the_experts_has_a_stream_of_its_own(gpu, monkeypatch):
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: kept.append(stream))
+    forecasting, times = (
+        Forecasting(GPU),
+        SimpleNamespace(forecast_beside=0.0, forecast_beside_wait=0.0, forecast_beside_exposed=0.0),
+    )
+    forecasting.ask(lambda: np.arange(4), torch.zeros(2, 2))
+    assert forecasting.collect(times).tolist() == [0, 1, 2, 3]
+    assert forecasting.collect(times) is None
+    forecasting.close()
+    assert len(kept) == 1
+    assert times.forecast_beside > 0
+    assert gpu.count("stream") == 1
