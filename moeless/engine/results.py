@@ -259,6 +259,11 @@ def _warnings(job: Job, policy: LivePolicy, facts: list[dict[str, Any]], samples
         )
     if policy.lossy:
         warnings.append("the oracle overrides the router: its outputs differ from the model's")
+    if policy.planner.share_budget is not None:
+        warnings.append(
+            f"{policy.planner.name} gives some layers more copies than others; live, every layer has as many slots, so "
+            "it was planned with an equal budget for each"
+        )
     refused = sum(fact["refused"] for fact in facts)
     if refused:
         warnings.append(f"memory had no room for {refused} planned copies")

@@ -42,7 +42,7 @@ def _save(kind: str, folder: Path) -> Path:
     elif kind == "olmoe":
         config = transformers.OlmoeConfig(**SMALL, num_experts=6, num_experts_per_tok=2, norm_topk_prob=False)
         model = transformers.OlmoeForCausalLM(config)
-    elif kind == "llama4_text":
+    elif kind == "llama4":
         # chunked and full attention, a dense layer, weights that scale two experts' inputs, query scaling by position
         config = transformers.Llama4TextConfig(
             **SMALL | {"num_hidden_layers": 4},
@@ -56,7 +56,12 @@ def _save(kind: str, folder: Path) -> Path:
             floor_scale=4,
             attn_scale=0.5,
         )
-        model = transformers.Llama4ForCausalLM(config)
+        # the text model within a multimodal one, whose tensors carry its name before theirs
+        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        widths = ("vision_output_dim", "projector_input_dim", "projector_output_dim")
+        vision |= {"image_size": 28, "patch_size": 14} | dict.fromkeys(widths, 16)
+        whole = transformers.Llama4Config(text_config=config.to_dict(), vision_config=vision)
+        model = transformers.Llama4ForConditionalGeneration(whole)
     else:
         config = transformers.GptOssConfig(
             **SMALL, head_dim=8, num_local_experts=6, num_experts_per_tok=2, sliding_window=8, layer_types=None

@@ -236,8 +236,8 @@ def test_a_job_survives_its_file(make_job: Callable[..., Job], tmp_path: Path) -
     assert Job.read(tmp_path / "job.json") == job
 
 
-def test_llama_4_is_served_by_its_own_adapter(make_job: Callable[..., Job]) -> None:
-    job = make_job("llama4_text", policies=("moeless:history",), copy_from="peer")
+def test_llama_4_is_served_by_its_own_adapter_also_from_a_multimodal_checkpoint(make_job: Callable[..., Job]) -> None:
+    job = make_job("llama4", policies=("moeless:history",), copy_from="peer")
     launch(job)
     found = verify(job, 0)
     assert found.passed, found.sentence()
