@@ -108,9 +108,10 @@ class Blend(LoadPredictor):
         chosen: IntArray = self.part.predict_topk(inputs, layer, distance)
         return chosen
 
-    def to(self, device: torch.device) -> None:
-        """Bring the method inside to a device."""
+    def to(self, device: str | torch.device) -> Self:
+        """The method inside on a device."""
         self.part.to(device)
+        return self
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
         """Mix what is known; see :class:`LoadPredictor`."""

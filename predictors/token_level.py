@@ -44,12 +44,6 @@ class TokenLevel(LoadPredictor):
         self.rule = rule
         self.variance = dict(variance)
 
-    def to(self, device: torch.device) -> None:
-        """Bring the tensors to a device, where inputs will be."""
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device))
-
     @abstractmethod
     def covers(self, layer: int, distance: int) -> bool:
         """Whether the method can forecast ``layer + distance`` from ``layer``."""
