@@ -37,7 +37,7 @@ def seconds(job: Job) -> float:
         return _LIVE * params["requests"] / 16
     if function == "bundled" or module == "synthetic":
         tokens, layers = _shape(job)
-        return 2.0 + 1e-6 * params["requests"] * tokens * layers * (60 if function == "bundled" else 5)
+        return 2.0 + 1e-6 * params["requests"] * tokens * layers * (450 if function == "bundled" else 5)
     if "policy" in params and "max_requests" in params:
         return 0.3 + layer_runs(job) / _rate(job)
     return _REST

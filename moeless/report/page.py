@@ -185,12 +185,21 @@ def cell_text(value: Any) -> str:
     return str(value)
 
 
+#: Characters of a cell from which its column is a wide one.
+LONG = 60
+
+
 def _table(table: Table) -> str:
     numeric = [
         all(isinstance(row[i], (int, float)) or row[i] is None for row in table.rows) and bool(table.rows)
         for i in range(len(table.columns))
     ]
-    side = ["num" if number else "txt" for number in numeric]
+    # a sentence in a narrow column is a tall row
+    longest = [max((len(cell_text(row[i])) for row in table.rows), default=0) for i in range(len(table.columns))]
+    side = [
+        "num" if number else "txt long" if length > LONG else "txt"
+        for number, length in zip(numeric, longest, strict=True)
+    ]
     head = "".join(
         f'<th scope="col" class="{kind}">{_inline(name)}</th>' for kind, name in zip(side, table.columns, strict=True)
     )
@@ -198,7 +207,7 @@ def _table(table: Table) -> str:
     for row in table.rows:
         cells = "".join(f'<td class="{kind}">{_cell(value)}</td>' for kind, value in zip(side, row, strict=True))
         rows.append(f"<tr>{cells}</tr>")
-    caption = f"<caption>{_inline(table.caption)}</caption>" if table.caption else ""
+    caption = f"<caption><span>{_inline(table.caption)}</span></caption>" if table.caption else ""
     body = "\n".join(rows)
     content = f"{caption}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
     return f'<div class="scroll" tabindex="0"><table>{content}</table></div>'
