@@ -177,8 +177,8 @@ def _run(
                     spread_over_sources(load_E, q.gpus), plan, usable_R,
                     spec=spec, cluster=machine, costs=costs, params=params,
                 )  # fmt: skip
-                # a layer without extras has nothing to decide: its skip path takes no control time
-                paid = control if plan.num_extra else 0.0
+                # a layer without extras, or with shares fixed ahead, has nothing to decide and takes no control time
+                paid = control if plan.decides else 0.0
                 time.append(pair_seconds(quota_SR.sum(0), plan.gpu_R, costs)[0] + paid)
                 extras += plan.num_extra
                 if exact:

@@ -22,7 +22,7 @@ from moeless.placement import PLANNERS
 
 #: Part of static EP's time below which a gap closed says nothing.
 LEAST_ROOM = 0.02
-PLANNERS_SHOWN = ("static", "eplb", "moeless", "craft", "elastic")
+PLANNERS_SHOWN = ("static", "eplb", "moeless", "craft", "elastic", "elastic-ahead")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def gap_table(
                     plans[layer] = plan_for(planner, regime, layer, share_LE[layer], costs, budget)
                 plan = plans[layer]
                 time_B[i] = costs.layer_seconds(quotas(planner, load_SE, plan, costs), plan).total
-                control_B[i] = costs.control_seconds(Policy(name), layer) if plan.num_extra else 0.0
+                control_B[i] = costs.control_seconds(Policy(name), layer) if plan.decides else 0.0
             if name == "static":
                 static_B = time_B
             cells.append(_cell(regime, name, static_B, time_B, control_B, bound_B))

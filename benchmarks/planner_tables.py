@@ -31,7 +31,7 @@ RUNS: dict[str, list[str]] = {
     "memory": ["bench_memory_axis.py", "--figure", "docs/planners-memory.svg"],
     "distance": ["bench_distance.py"],
 }
-ORDER = ("static", "eplb", "eplb-hierarchical", "moeless", "craft", "llep", "metro", "elastic")
+ORDER = ("static", "eplb", "eplb-hierarchical", "moeless", "craft", "llep", "metro", "elastic", "elastic-ahead")
 
 
 def run(name: str) -> None:

@@ -99,12 +99,16 @@ class LayerPlan:
     """Replicas of one layer, sorted by (gpu, primary first, expert); one primary per expert.
 
     Build with :meth:`build`, which sorts and validates.
+
+    ``share_R`` is each copy's part of its expert's tokens where that is fixed ahead: the layer then gathers no counts
+    and decides nothing after the gate. None: the planner's dispatch splits, by its own rule.
     """
 
     layer: int
     expert_R: Int32Array
     gpu_R: Int32Array
     primary_R: BoolArray
+    share_R: FloatArray | None = None
 
     @classmethod
     def build(
@@ -116,18 +120,20 @@ class LayerPlan:
         *,
         num_experts: int,
         num_gpus: int,
+        share_R: Any = None,
     ) -> LayerPlan:
         """Sort the replicas and check the plan.
 
         Raises:
-            UserError: an id is out of range, or an expert has no primary or several.
+            UserError: an id is out of range, an expert has no primary or several, or its shares do not sum to 1.
         """
         expert = np.ascontiguousarray(expert_R, np.int32)
         gpu = np.ascontiguousarray(gpu_R, np.int32)
         primary = np.ascontiguousarray(primary_R, np.bool_)
-        cls(layer, expert, gpu, primary)._check_replicas(num_experts, num_gpus)
+        share = None if share_R is None else np.ascontiguousarray(share_R, np.float64)
+        cls(layer, expert, gpu, primary, share)._check_replicas(num_experts, num_gpus)
         order = np.lexsort((expert, ~primary, gpu))
-        return cls(layer, expert[order], gpu[order], primary[order])
+        return cls(layer, expert[order], gpu[order], primary[order], None if share is None else share[order])
 
     def validate(self, *, num_experts: int, num_gpus: int) -> None:
         """Raise :class:`UserError` where the plan breaks the contract."""
@@ -150,6 +156,12 @@ class LayerPlan:
         if (counts != 1).any():
             bad = int(np.flatnonzero(counts != 1)[0])
             raise UserError(f"{where}: expert {bad} has {int(counts[bad])} primaries, it needs exactly one")
+        if self.share_R is not None:
+            share = self.share_R
+            if share.shape != expert.shape or not (share >= 0).all():
+                raise UserError(f"{where}: shares must be one number of at least 0 per replica")
+            if not np.allclose(np.bincount(expert, weights=share, minlength=num_experts), 1.0, atol=1e-6):
+                raise UserError(f"{where}: the shares of an expert's copies must sum to 1")
 
     @property
     def R(self) -> int:
@@ -161,6 +173,11 @@ class LayerPlan:
         """Replicas beyond the primaries."""
         return int(self.R - self.primary_R.sum())
 
+    @property
+    def decides(self) -> bool:
+        """Whether anything is left to decide after the gate: an expert has several copies, their shares not fixed."""
+        return self.num_extra > 0 and self.share_R is None
+
     def replicas_E(self, num_experts: int) -> IntArray:
         """Copies of each expert, ``[E]``."""
         return np.bincount(self.expert_R, minlength=num_experts).astype(np.int64)
@@ -171,12 +188,15 @@ class LayerPlan:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that ``from_json`` takes back."""
-        return {
+        data: dict[str, Any] = {
             "layer": self.layer,
             "expert": self.expert_R.tolist(),
             "gpu": self.gpu_R.tolist(),
             "primary": [bool(p) for p in self.primary_R],
         }
+        if self.share_R is not None:
+            data["share"] = self.share_R.tolist()
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, num_experts: int, num_gpus: int) -> LayerPlan:
@@ -191,6 +211,7 @@ class LayerPlan:
                 np.asarray(data["expert"], np.int32),
                 np.asarray(data["gpu"], np.int32),
                 np.asarray(data["primary"], np.bool_),
+                np.asarray(data["share"], np.float64) if "share" in data else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a layer plan: {error}") from error

@@ -18,6 +18,7 @@ PLANNERS = Registry(
         "eplb-hierarchical": "moeless.placement.eplb:HIERARCHICAL",
         "moeless": "moeless.placement.paper:PLANNER",
         "elastic": "moeless.placement.elastic:PLANNER",
+        "elastic-ahead": "moeless.placement.elastic_ahead:PLANNER",
         "metro": "moeless.placement.metro:PLANNER",
         "llep": "moeless.placement.llep:PLANNER",
         "craft": "moeless.placement.craft:PLANNER",

@@ -213,7 +213,8 @@ class MeasuredCosts(CostModel):
     def control_seconds(self, policy: Policy, layer: int) -> float:
         if not self.charge_control or policy.planner not in roofline.DISPATCHING:
             return 0.0
-        dispatch = self.profile.dispatch_seconds.get(policy.planner)
+        # elastic-ahead dispatches as elastic does, where it does
+        dispatch = self.profile.dispatch_seconds.get(policy.planner.removesuffix("-ahead"))
         if dispatch is None:
             self._warn(f"the dispatch of {policy.planner} was not measured: the roofline model's constant is taken")
             dispatch = roofline.DISPATCH_SECONDS
@@ -224,7 +225,7 @@ class MeasuredCosts(CostModel):
     def background_seconds(self, policy: Policy) -> float:
         if not self.charge_control or policy.planner == "static":
             return 0.0
-        plan = self.profile.plan_seconds.get(policy.planner)
+        plan = self.profile.plan_seconds.get(policy.planner.removesuffix("-ahead"))
         if plan is None:
             self._warn(f"the planning of {policy.planner} was not measured: the roofline model's constant is taken")
             plan = roofline.PLAN_SECONDS

@@ -23,7 +23,7 @@ DISPATCH_SECONDS = 8e-6
 #: a copy to the host, then a compiled planner. The paper states under 200 microseconds for the forecast alone.
 FORECAST_SECONDS = 30e-6
 PLAN_SECONDS = 20e-6
-DISPATCHING = frozenset({"elastic", "metro", "llep"})
+DISPATCHING = frozenset({"elastic", "elastic-ahead", "metro", "llep"})
 
 
 class RooflineCosts(CostModel):

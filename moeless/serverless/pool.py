@@ -229,7 +229,10 @@ class InstancePool:
         gpu_R = np.concatenate([plan.gpu_R, gpu.astype(np.int32)])
         primary_R = np.concatenate([plan.primary_R, np.zeros(len(expert), np.bool_)])
         order = np.lexsort((expert_R, ~primary_R, gpu_R))
-        return LayerPlan(plan.layer, expert_R[order], gpu_R[order], primary_R[order])
+        share_R = plan.share_R
+        if share_R is not None:
+            share_R = np.concatenate([share_R, np.zeros(len(expert))])[order]
+        return LayerPlan(plan.layer, expert_R[order], gpu_R[order], primary_R[order], share_R)
 
     def share_memory(self, kv_bytes_G: FloatArray, now: float) -> None:
         """Give the KV cache its room: unplanned copies that are in its way are evicted, least recently used first.

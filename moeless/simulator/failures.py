@@ -96,7 +96,7 @@ class Outage:
     def evacuate(self, plan: LayerPlan) -> LayerPlan:
         """The plan without the lost GPUs: their extras go, their primaries move to the survivor with fewest copies.
 
-        An expert that keeps another copy makes that one its primary.
+        An expert that keeps another copy makes that one its primary. Shares fixed ahead are void: dispatch decides.
         """
         if not self.down:
             return plan

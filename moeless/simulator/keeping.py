@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, LayerPlan
-from moeless.placement import elastic
+from moeless.placement import elastic, elastic_ahead
 from moeless.placement.keep_kernels import KeepTerms, kept_layers
 from moeless.placement.layout import static_layout
 from moeless.simulator.runtime import PolicyRuntime
@@ -17,7 +17,7 @@ from moeless.simulator.runtime import PolicyRuntime
 class Keeping:
     """Memory of the forecasts that plans were made for.
 
-    Active for the elastic planner with forecasts from history, which are known for all layers as an iteration starts.
+    Active for the elastic planners with forecasts from history, which are known for all layers as an iteration starts.
     Others are asked for every layer.
 
     Attributes:
@@ -26,8 +26,9 @@ class Keeping:
 
     def __init__(self, runtime: PolicyRuntime) -> None:
         spec, gpus = runtime.spec, runtime.cluster.G
-        active = (
-            runtime.planner.plan_layer is elastic.plan_layer and getattr(runtime.predictor, "name", "") == "history"
+        ahead = runtime.planner.plan_layer is elastic_ahead.plan_layer
+        active = (ahead or runtime.planner.plan_layer is elastic.plan_layer) and (
+            getattr(runtime.predictor, "name", "") == "history"
         )
         gpu_E, extra, skip = np.zeros(spec.E, np.int64), 0, -np.ones(spec.L)
         tolerance, doubt, normal_CE, numbers = 0.0, 0.0, np.zeros((0, spec.E)), (0.0, 0.0, 0.0)
@@ -36,7 +37,8 @@ class Keeping:
             gpu_E, _, extra = static_layout(runtime.budget, spec, gpus)
             rates = elastic.rates_of(runtime.costs)
             tolerance, doubt, numbers = float(params.keep), float(params.decode_doubt), (rates.a, rates.b, rates.c)
-            if params.skip:
+            # shares fixed ahead may pay where dispatch does not: no bound on what dispatch saves keeps a layer static
+            if params.skip and not ahead:
                 skip = np.array([runtime.costs.control_seconds(elastic._POLICY, layer) for layer in range(spec.L)])
             normal_CE = elastic._normal_CE(params.seed, params.scenarios, spec.E)
         self.gpu_E = gpu_E

@@ -246,8 +246,8 @@ class Stage:
             usable_R, stall, warm = self._wait(plan, load_SE, clock)
             quota_SR = self.runtime.dispatch(load_SE, plan, usable_R)
             expert, exchange, load_G = self._layer_time(quota_SR, plan)
-            # primaries alone leave nothing to decide: no counts are gathered
-            control = float(self.control_L[layer]) if plan.R > self.spec.E else 0.0
+            # primaries alone, and shares fixed ahead, leave nothing to decide: no counts are gathered
+            control = float(self.control_L[layer]) if plan.decides else 0.0
             time_IL[0, layer] = kernels.tally_layer(
                 self.record.tally,
                 expert,
