@@ -80,7 +80,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Question:
-    """What one planner is asked for: a cell in each way of charging control time."""
+    """What one planner is asked for: a cell in each way of charging control time; ``params`` replace its defaults."""
 
     gpus: int
     extra_slots: int
@@ -88,6 +88,7 @@ class Question:
     know: str
     planner: str
     exact: bool = False
+    params: tuple[tuple[str, Any], ...] = ()
 
 
 @lru_cache(maxsize=8)
@@ -101,14 +102,21 @@ def _shares(routing: Routing) -> FloatArray:
 
 
 def plan_iteration(
-    name: str, forecast_L: list[Forecast], regime: Regime, budget: Budget, costs: Any, horizon: int = 1
+    name: str,
+    forecast_L: list[Forecast],
+    regime: Regime,
+    budget: Budget,
+    costs: Any,
+    horizon: int = 1,
+    params: Any = None,
 ) -> list[LayerPlan]:
     """A planner's plans of all layers, from nothing."""
     planner = PLANNERS.get(name)
     inputs = [PlanInput(layer, regime.phase, f, None, None, horizon) for layer, f in enumerate(forecast_L)]
     return plan_all_layers(
-        planner, inputs, spec=costs.spec, cluster=costs.cluster, costs=costs, budget=budget, params=planner.params()
-    )
+        planner, inputs, spec=costs.spec, cluster=costs.cluster, costs=costs, budget=budget,
+        params=params or planner.params(),
+    )  # fmt: skip
 
 
 def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forecast]] | None) -> list[Cell]:
@@ -161,15 +169,15 @@ def _run(
 ) -> tuple[FloatArray, FloatArray, float, float]:
     """Seconds of each pair by the planner's dispatch and by the exact one, mean extras, mean copies moved."""
     spec, machine, planner = costs.spec, costs.cluster, PLANNERS.get(q.planner)
-    params, control = planner.params(), costs.control_seconds(Policy(q.planner), 0)
+    params, control = planner.params(**dict(q.params)), costs.control_seconds(Policy(q.planner), 0)
     stays = q.know == "history"
-    plans = plan_iteration(q.planner, told(0), q.regime, budget, costs, LONG_HORIZON) if stays else []
+    plans = plan_iteration(q.planner, told(0), q.regime, budget, costs, LONG_HORIZON, params) if stays else []
     time, optimal, extras, moved = [], [], 0, 0
     with ExactTimes(CACHE / f"exact-{q.regime.name}-{q.gpus}-{q.extra_slots}-{q.know}.json") as times:
         for i, load_LE in enumerate(load_ILE):
             before = plans
             if not stays:
-                plans = plan_iteration(q.planner, told(i), q.regime, budget, costs)
+                plans = plan_iteration(q.planner, told(i), q.regime, budget, costs, params=params)
             moved += sum(_moved(old, new) for old, new in zip(before, plans, strict=False))
             for plan, load_E in zip(plans, load_LE, strict=True):
                 usable_R = np.ones(plan.R, np.bool_)

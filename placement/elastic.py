@@ -63,7 +63,7 @@ class ElasticParams:
     scenarios: int = 8
     doubt: float = 0.5
     decode_doubt: float = 0.25
-    economy: float = 2e-4
+    economy: float = 1e-3
     patience_iterations: int = 256
     skip: bool = True
     depth: int = 4

@@ -31,9 +31,12 @@ from moeless.placement import elastic
 from moeless.placement.base import Planner
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.dispatch import serving_R
+from moeless.placement.dispatch_kernels import static_quotas
 from moeless.placement.elastic import ElasticParams
 from moeless.placement.fixed_kernels import split_by_shares, weigh_fixed
+from moeless.placement.judge_kernels import draw_scenarios
 from moeless.placement.threads import in_parallel
+from moeless.placement.whole_model import spread_over_sources
 from moeless.spec import MoESpec
 
 
@@ -101,7 +104,23 @@ def _fixed(
         return base
     primary_R = np.arange(count) < experts
     order = np.lexsort((expert_R[:count], ~primary_R, gpu_R[:count]))
-    return LayerPlan(x.layer, expert_R[order], gpu_R[order], primary_R[order], share_R[order])
+    made = LayerPlan(x.layer, expert_R[order], gpu_R[order], primary_R[order], share_R[order])
+    return made if costs.kernel_terms() is not None or _saves(made, x, terms, costs, params) else base
+
+
+def _saves(plan: LayerPlan, x: PlanInput, terms: ChoiceTerms, costs: CostModel, params: ElasticAheadParams) -> bool:
+    """Whether a cost model that the search knows by straight lines alone sees the plan beat static EP itself."""
+    normal_CE = elastic._normal_CE(params.seed, elastic._CHECKED, len(terms.gpu_E))
+    load_CE = np.empty(normal_CE.shape, np.int64)
+    count = draw_scenarios(x.forecast.mean_E, x.forecast.var_E, params.spread_of(x.phase), normal_CE, load_CE)
+    usable, saved = np.ones(plan.R, np.bool_), 0.0
+    for load_E in load_CE[:count]:
+        load_SE = spread_over_sources(load_E, costs.cluster.num_gpus)
+        static_SR, quota_SR = np.empty((2, len(load_SE), plan.R), np.int64)
+        static_quotas(load_SE, plan.expert_R, plan.primary_R, usable, static_SR)
+        split_by_shares(load_SE, plan.expert_R, plan.primary_R, plan.share_R, usable, quota_SR)
+        saved += costs.layer_seconds(static_SR, plan).total - costs.layer_seconds(quota_SR, plan).total
+    return saved > 0.0
 
 
 def plan_layer(

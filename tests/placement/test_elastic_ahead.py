@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -166,3 +168,20 @@ def test_a_wrong_forecast_makes_fixed_shares_slower_than_static():
         static[:, home] = load_SE
         worst = max(worst, model.layer_seconds(quota, plan).total / model.layer_seconds(static, plan).total)
     assert worst > 1.0
+
+
+def test_a_cost_model_that_is_no_lines_has_the_last_word(monkeypatch):
+    model = COSTS.get("roofline")(SPEC, H100)
+    shared = {"spec": SPEC, "cluster": H100, "budget": Budget.even(32, 8, 1, SPEC.expert_bytes)}
+    monkeypatch.setattr(type(model), "kernel_terms", lambda _: None)
+    x = inputs(skewed(0, 8192))
+    assert plan_layer(x, costs=model, params=ElasticAheadParams(), **shared).share_R is not None
+    # a layer that takes longer the more copies work
+    times = type(model).layer_seconds
+
+    def dear(self, quota_SR, plan):
+        time = times(self, quota_SR, plan)
+        return replace(time, expert=time.expert + 1e-3 * (quota_SR.sum(0) > 0)[~plan.primary_R].sum())
+
+    monkeypatch.setattr(type(model), "layer_seconds", dear)
+    assert plan_layer(x, costs=model, params=ElasticAheadParams(), **shared).share_R is None
