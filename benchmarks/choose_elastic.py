@@ -28,14 +28,14 @@ TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
     "elastic": {
         "doubt": (0.3, 0.7),
         "decode_doubt": (0.15, 0.4),
-        "economy": (1e-3, 3e-3, 1e-2),
+        "economy": (2e-4, 3e-3, 1e-2),
         "fuel": (200, 800),
         "depth": (3, 5),
     },
     "elastic-ahead": {
-        "spread": (0.25, 0.55),
-        "decode_spread": (0.1, 0.25),
-        "caution": (0.0, 0.2, 0.4, 0.8),
+        "spread": (0.1, 0.4),
+        "decode_spread": (0.05, 0.2),
+        "caution": (0.0, 0.4, 0.8),
     },
 }
 #: Means that are taken to be alike.

@@ -51,9 +51,9 @@ class ElasticAheadParams(ElasticParams):
     """
 
     share_scenarios: int = 32
-    spread: float = 0.4
-    decode_spread: float = 0.15
-    caution: float = 0.1
+    spread: float = 0.25
+    decode_spread: float = 0.1
+    caution: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
