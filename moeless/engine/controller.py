@@ -259,11 +259,11 @@ class Controller:
 
     def _plan_from_past(self, layer: int, targets: list[int], times: PartTimes) -> None:
         """Plan from past loads, which every rank knows alike; the gather hides the planner's time."""
-        began = time.thread_time()
         for target in targets:
-            context = self._context(target, self._tokens)
-            self._plan(target, self.policy.predictor.predict(context, layer, target - layer))
-        times.forecast += time.thread_time() - began
+            began = time.thread_time()
+            forecast = self.policy.predictor.predict(self._context(target, self._tokens), layer, target - layer)
+            times.forecast += time.thread_time() - began
+            self._plan(target, forecast)
 
     def _forecast_words(
         self, layer: int, target: int, hidden_TH: torch.Tensor, topk_TK: torch.Tensor, ids_TK: IntArray | None = None

@@ -20,7 +20,9 @@ class LiveHistory:
     def __init__(self, layers: int, experts: int) -> None:
         self._weight_LE = np.zeros((layers, experts))
         self._last: dict[tuple[int, Phase], IntArray] = {}
-        self._recent_L: list[deque[IntArray]] = [deque(maxlen=WINDOW) for _ in range(layers)]
+        self._recent_L: list[deque[IntArray]] = [deque() for _ in range(layers)]
+        # kept as a running sum, for it is asked for in every layer
+        self._recent_LE = np.zeros((layers, experts), np.int64)
         self._seen_L = np.zeros(layers)
         self._tokens_L = np.zeros(layers)
 
@@ -28,7 +30,11 @@ class LiveHistory:
         """Note one layer's true load."""
         self._weight_LE[layer] = DECAY * self._weight_LE[layer] + load_E
         self._last[layer, phase] = load_E
-        self._recent_L[layer].append(load_E)
+        kept = self._recent_L[layer]
+        kept.append(load_E)
+        self._recent_LE[layer] += load_E
+        if len(kept) > WINDOW:
+            self._recent_LE[layer] -= kept.popleft()
         self._seen_L[layer] += 1
         self._tokens_L[layer] += tokens
 
@@ -39,8 +45,7 @@ class LiveHistory:
 
     def recent(self, layer: int) -> IntArray | None:
         """Load summed over the last ``WINDOW`` iterations, ``[E]``; None before anything was seen."""
-        kept = self._recent_L[layer]
-        return np.sum(kept, 0) if kept else None
+        return self._recent_LE[layer].copy() if self._recent_L[layer] else None
 
     def last(self, layer: int, phase: Phase) -> IntArray | None:
         """Load in the previous iteration of this phase."""

@@ -11,6 +11,7 @@ from moeless.cluster import cluster
 from moeless.contracts import AUTO, Forecast, Phase
 from moeless.engine.controller import Controller, ControlSettings
 from moeless.engine.core import PartTimes
+from moeless.engine.history import WINDOW, LiveHistory
 from moeless.engine.policy import resolve_live
 from moeless.errors import UserError
 from moeless.traces.specs import resolve_spec
@@ -167,3 +168,11 @@ def test_auto_needs_a_fitted_skill(tiny):
             extra_slots=1,
             model=tiny("mixtral"),
         )
+
+
+def test_recent_loads_are_those_of_the_last_iterations():
+    history, loads = LiveHistory(2, 3), np.random.default_rng(0).integers(0, 9, (WINDOW + 20, 3))
+    assert history.recent(1) is None
+    for count, load_E in enumerate(loads, start=1):
+        history.add(1, load_E, Phase.DECODE, 9)
+        assert history.recent(1).tolist() == loads[max(0, count - WINDOW) : count].sum(0).tolist()
