@@ -8,9 +8,10 @@ real routing where ../shared/data or MOELESS_SHARED_DATA has it. One-second batc
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,48 +39,61 @@ POLICIES = (
 MODELS = {"mixtral-8x7b": "a6000x8", "phi-3.5-moe": "a6000x8", "llama-4-scout": "h100x8", "gpt-oss-20b": "a6000x8"}
 
 
-def traces(folder: Path, requests: int) -> Iterator[tuple[str, Path]]:
-    """A trace per model; gpt-oss-20b only where its recording is there."""
-    params = SyntheticParams(prompt_tokens=200, output_tokens=40)
-    for model in list(MODELS)[:3]:
-        write_synthetic(folder / model, preset(model), requests=4 * requests, params=params)
-        yield model, folder / model
+def trace_of(model: str, folder: Path, requests: int) -> Path | None:
+    """A model's trace; None where gpt-oss-20b's recording is not there."""
+    path = folder / model
+    if model != "gpt-oss-20b":
+        params = SyntheticParams(prompt_tokens=200, output_tokens=40)
+        write_synthetic(path, preset(model), requests=4 * requests, params=params)
+        return path
     recorded = Path(os.environ.get("MOELESS_SHARED_DATA", "../shared/data")) / "routing" / "gpt-oss-20b.npz"
-    if recorded.is_file():
-        from moeless.traces.importers.npz import import_npz
+    if not recorded.is_file():
+        return None
+    from moeless.traces.importers.npz import import_npz
 
-        import_npz(recorded, folder / "gpt-oss-20b", preset("gpt-oss-20b"))
-        yield "gpt-oss-20b", folder / "gpt-oss-20b"
+    import_npz(recorded, path, preset(model))
+    return path
+
+
+def run_model(model: str, requests: int, batching: str, rate: float | None) -> list[Cell]:
+    """Every cost model and policy of a model; a policy that does not fit in memory is left out, and said."""
+    cells: list[Cell] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        trace = trace_of(model, Path(scratch), requests)
+        if trace is None:
+            return cells
+        config = BenchConfig(
+            trace=trace,
+            policies=tuple(Policy.parse(text) for text in dict.fromkeys(text for text, _ in POLICIES)),
+            costs=("paper", "roofline"),
+            cluster=MODELS[model],
+            batching=batching,
+            request_rate=rate,
+            # recorded answers of gpt-oss are ten times as long
+            max_requests=requests if model != "gpt-oss-20b" else max(4, requests // 3),
+        )
+        bench = Bench(config)
+        for costs in config.costs:
+            for text, slots in POLICIES:
+                bench.config = replace(config, extra_slots=slots)
+                try:
+                    cell = bench.run_cell(costs, Policy.parse(text)).cell
+                except RunFailed as error:
+                    print(f"{model}, {costs}, {text}, {slots} extra slots: {error}", flush=True)
+                    continue
+                name = claims_table.name_of(cell)
+                print(f"{model}, {costs}, {name}: {1e3 * cell.layer.mean_ms:.4g} us a layer", flush=True)
+                cells.append(replace(cell, layer=replace(cell.layer, cdf_ms=())))
+    return cells
 
 
 def run(requests: int, batching: str, rate: float | None) -> list[Cell]:
-    """Every model, cost model and policy; a policy that does not fit in memory is left out, and said."""
-    cells = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for model, trace in traces(Path(scratch), requests):
-            config = BenchConfig(
-                trace=trace,
-                policies=tuple(Policy.parse(text) for text in dict.fromkeys(text for text, _ in POLICIES)),
-                costs=("paper", "roofline"),
-                cluster=MODELS[model],
-                batching=batching,
-                request_rate=rate,
-                # recorded answers of gpt-oss are ten times as long
-                max_requests=requests if model != "gpt-oss-20b" else max(4, requests // 8),
-            )
-            bench = Bench(config)
-            for costs in config.costs:
-                for text, slots in POLICIES:
-                    bench.config = replace(config, extra_slots=slots)
-                    try:
-                        cell = bench.run_cell(costs, Policy.parse(text)).cell
-                    except RunFailed as error:
-                        print(f"{model}, {costs}, {text}, {slots} extra slots: {error}", flush=True)
-                        continue
-                    name = claims_table.name_of(cell)
-                    print(f"{model}, {costs}, {name}: {1e3 * cell.layer.mean_ms:.4g} us a layer", flush=True)
-                    cells.append(replace(cell, layer=replace(cell.layer, cdf_ms=())))
-    return cells
+    """All models, two at a time; the result does not depend on that."""
+    # the longest first; spawned: compiled code may have started threads here
+    order = sorted(MODELS, key=lambda model: model != "gpt-oss-20b")
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as workers:
+        asked = {model: workers.submit(run_model, model, requests, batching, rate) for model in order}
+        return [cell for model in MODELS for cell in asked[model].result()]
 
 
 def main() -> None:
