@@ -70,7 +70,7 @@ def run_model(model: str, requests: int, batching: str, rate: float | None) -> l
             batching=batching,
             request_rate=rate,
             # recorded answers of gpt-oss are ten times as long
-            max_requests=requests if model != "gpt-oss-20b" else max(4, requests // 3),
+            max_requests=requests if model != "gpt-oss-20b" else max(4, requests // 8),
         )
         bench = Bench(config)
         for costs in config.costs:
