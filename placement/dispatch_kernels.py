@@ -1,17 +1,28 @@
 """Compiled dispatch of one layer: from true counts to tokens of each source rank to each copy.
 
-Axes: S source ranks (rank s is GPU s), E experts, R replicas in any order, G GPUs.
+Nothing is allocated on the way where ``whole_W`` and ``real_W`` are handed in: whole and real numbers to work with, as
+many as :func:`working_memory` says, whatever they hold.
+Axes: S source ranks (rank s is GPU s), E experts, R replicas in any order, G GPUs, W working memory.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from moeless.costs.kernels import KernelTerms, quota_time
+from moeless.costs.kernels import KernelTerms, quota_time_with
 from moeless.jit import njit
-from moeless.placement.chain_kernels import GPU, NEXT, TOKENS, balance
+from moeless.placement.chain_kernels import GPU, NEXT, TOKENS
 from moeless.placement.dispatch import _round_robin
-from moeless.placement.path_kernels import shorten
+from moeless.placement.path_kernels import search
+
+#: Starts of the search: the primaries, then whole experts spread over copies in several orders.
+STARTS = 3
+
+
+@njit(cache=True, nogil=True)
+def working_memory(sources, experts, replicas, gpus):  # type: ignore[no-untyped-def]
+    """Whole and real numbers that any function of this module needs."""
+    return sources * (experts + replicas) + 6 * experts + 9 * replicas + 11 * gpus + 8, 12 * gpus
 
 
 @njit(cache=True, nogil=True)
@@ -20,9 +31,31 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
 
     Times leave out launch and latency. Primaries that cannot serve hand everything to the first copy that can.
     """
+    whole, real = working_memory(0, len(load_E), len(expert_R), num_gpus)
+    return _choose_copies(
+        load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R,
+        np.empty(whole, np.int64), np.empty(real),
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _choose_copies(  # type: ignore[no-untyped-def]
+    load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R, whole_W, real_W
+):
+    """:func:`choose_copies` in given memory."""
     num_experts, num_replicas = len(load_E), len(expert_R)
-    copies_E = np.zeros(num_experts, np.int64)
-    start_E = np.full(num_experts, -1, np.int64)
+    copies_E, start_E = whole_W[:num_experts], whole_W[num_experts : 2 * num_experts]
+    head_E, tail_E = whole_W[2 * num_experts : 3 * num_experts], whole_W[3 * num_experts : 4 * num_experts]
+    whole_W = whole_W[4 * num_experts :]
+    tokens_G, first_G = whole_W[:num_gpus], whole_W[num_gpus : 2 * num_gpus + 1]
+    fill_G, whole_W = whole_W[2 * num_gpus + 1 : 3 * num_gpus + 1], whole_W[3 * num_gpus + 1 :]
+    back_M, whole_W = whole_W[:num_replicas], whole_W[num_replicas:]
+    time_G, real_W = real_W[:num_gpus], real_W[num_gpus:]
+    for e in range(num_experts):
+        copies_E[e], start_E[e], head_E[e] = 0, -1, -1
+    for g in range(num_gpus):
+        tokens_G[g], first_G[g + 1], time_G[g] = 0, 0, 0.0
+    first_G[0] = 0
     for r in range(num_replicas):
         tokens_R[r] = 0
         if serving[r]:
@@ -30,8 +63,6 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
             copies_E[e] += 1
             if start_E[e] < 0 or primary_R[r]:
                 start_E[e] = r
-    time_G, tokens_G = np.zeros(num_gpus), np.zeros(num_gpus, np.int64)
-    first_G = np.zeros(num_gpus + 1, np.int64)
     movable = 0
     for r in range(num_replicas):
         e, g = expert_R[r], gpu_R[r]
@@ -47,12 +78,10 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
     before = time_G.max() + c * tokens_G.max()
     if movable == 0:
         return before, before
-    state = np.empty((3, movable), np.int64)
-    back_M = np.empty(movable, np.int64)
-    head_E, tail_E = np.full(num_experts, -1, np.int64), np.empty(num_experts, np.int64)
+    state, whole_W = whole_W[: 3 * movable].reshape(3, movable), whole_W[3 * movable :]
     for g in range(num_gpus):
+        fill_G[g] = first_G[g]
         first_G[g + 1] += first_G[g]
-    fill_G = first_G.copy()
     for r in range(num_replicas):
         e, g = expert_R[r], gpu_R[r]
         if serving[r] and load_E[e] > 0 and copies_E[e] > 1:
@@ -65,8 +94,7 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
                 state[NEXT, tail_E[e]] = i
             tail_E[e] = i
             state[NEXT, i] = head_E[e]
-    after = shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel)
-    after = balance(state, first_G, time_G, tokens_G, a, b, c, depth - 1, fuel // 4)
+    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, STARTS, whole_W, real_W)
     for i in range(movable):
         tokens_R[back_M[i]] = state[TOKENS, i]
     return before, after
@@ -75,9 +103,21 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
 @njit(cache=True, nogil=True)
 def fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR):  # type: ignore[no-untyped-def]
     """Give each copy its tokens: those already on its GPU first, then source by source, lowest index first."""
+    _fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR, np.empty(load_SE.size + len(tokens_R), np.int64))
+
+
+@njit(cache=True, nogil=True)
+def _fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR, whole_W):  # type: ignore[no-untyped-def]
+    """:func:`fill_sources` in given memory."""
     num_sources, num_replicas = load_SE.shape[0], len(expert_R)
-    left_SE, left_R = load_SE.copy(), tokens_R.copy()
-    quota_SR[:] = 0
+    left_SE, left_R = whole_W[: load_SE.size].reshape(load_SE.shape), whole_W[load_SE.size :]
+    for s in range(num_sources):
+        for e in range(load_SE.shape[1]):
+            left_SE[s, e] = load_SE[s, e]
+        for r in range(num_replicas):
+            quota_SR[s, r] = 0
+    for r in range(num_replicas):
+        left_R[r] = tokens_R[r]
     for r in range(num_replicas):
         if left_R[r] > 0 and gpu_R[r] < num_sources:
             s, e = gpu_R[r], expert_R[r]
@@ -97,28 +137,40 @@ def fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR):  # type: ignore[
 
 
 @njit(cache=True, nogil=True)
-def dispatch_layer(load_SE, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, quota_SR):  # type: ignore[no-untyped-def]
+def dispatch_layer(  # type: ignore[no-untyped-def]
+    load_SE, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, quota_SR, whole_W, real_W
+):
     """Copies and sources at once; returns whether the result is expected to beat static EP."""
-    load_E = np.zeros(load_SE.shape[1], np.int64)
-    for s in range(load_SE.shape[0]):
-        for e in range(load_SE.shape[1]):
+    num_experts, num_replicas = load_SE.shape[1], len(expert_R)
+    load_E, tokens_R = whole_W[:num_experts], whole_W[num_experts : num_experts + num_replicas]
+    whole_W = whole_W[num_experts + num_replicas :]
+    for e in range(num_experts):
+        load_E[e] = load_SE[0, e]
+    for s in range(1, load_SE.shape[0]):
+        for e in range(num_experts):
             load_E[e] += load_SE[s, e]
-    tokens_R = np.empty(len(expert_R), np.int64)
-    before, after = choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R)
-    fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR)
-    return after < before
+    before, after = _choose_copies(
+        load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R, whole_W, real_W
+    )
+    if after >= before:
+        return False
+    _fill_sources(load_SE, tokens_R, expert_R, gpu_R, quota_SR, whole_W)
+    return True
 
 
 @njit(cache=True, nogil=True)
-def static_quotas(load_SE, expert_R, primary_R, serving, quota_SR):  # type: ignore[no-untyped-def]
+def static_quotas(load_SE, expert_R, primary_R, serving, quota_SR, whole_W):  # type: ignore[no-untyped-def]
     """Everything to the primaries, or to the first serving copy of an expert whose primary cannot serve."""
     num_sources, num_experts = load_SE.shape
-    home_E = np.full(num_experts, -1, np.int64)
-    quota_SR[:] = 0
+    home_E = whole_W[:num_experts]
+    for e in range(num_experts):
+        home_E[e] = -1
     for r in range(len(expert_R)):
         if serving[r] and (home_E[expert_R[r]] < 0 or primary_R[r]):
             home_E[expert_R[r]] = r
     for s in range(num_sources):
+        for r in range(len(expert_R)):
+            quota_SR[s, r] = 0
         for e in range(num_experts):
             if home_E[e] >= 0:
                 quota_SR[s, home_E[e]] = load_SE[s, e]
@@ -143,41 +195,54 @@ def expected_seconds(load_CE, expert_R, gpu_R, num_gpus, a, b, c, depth, fuel): 
 
 
 @njit(cache=True, nogil=True)
-def _serving(expert_R, primary_R, usable_R, num_experts):  # type: ignore[no-untyped-def]
-    """As ``dispatch.serving_R``: usable copies, and primaries of experts that have none."""
-    serving_R, alive_E = usable_R.copy(), np.zeros(num_experts, np.bool_)
-    for r in range(len(expert_R)):
+def best_quotas(  # type: ignore[no-untyped-def]
+    load_SE, expert_R, gpu_R, primary_R, usable_R, numbers_K, depth, fuel, quota_SR, whole_W, real_W
+):
+    """The whole dispatch of one layer into ``quota_SR``: the fastest of the choices of :func:`fastest_quotas`.
+
+    ``numbers_K`` are the number of GPUs, the search's rates a, b, c and then the fields of ``KernelTerms``. A copy
+    serves that is usable, and the primary of an expert that has none.
+    """
+    num_experts, num_replicas, num_gpus = load_SE.shape[1], len(expert_R), int(numbers_K[0])
+    terms = KernelTerms(
+        numbers_K[4], numbers_K[5], numbers_K[6], numbers_K[7] > 0, numbers_K[8], numbers_K[9] > 0,
+        int(numbers_K[10]), numbers_K[11], numbers_K[12], numbers_K[13], numbers_K[14],
+    )  # fmt: skip
+    serving_R, alive_E = whole_W[:num_replicas], whole_W[num_replicas : num_replicas + num_experts]
+    for e in range(num_experts):
+        alive_E[e] = 0
+    for r in range(num_replicas):
+        serving_R[r] = usable_R[r]
         if usable_R[r]:
-            alive_E[expert_R[r]] = True
-    for r in range(len(expert_R)):
+            alive_E[expert_R[r]] = 1
+    for r in range(num_replicas):
         if primary_R[r] and not alive_E[expert_R[r]]:
-            serving_R[r] = True
-    return serving_R
+            serving_R[r] = 1
+    return fastest_quotas(
+        load_SE, expert_R, gpu_R, primary_R, serving_R, num_gpus, numbers_K[1], numbers_K[2], numbers_K[3], terms,
+        depth, fuel, real_W[:num_gpus], quota_SR, whole_W[num_replicas:], real_W[num_gpus:],
+    )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
-def best_quotas(  # type: ignore[no-untyped-def]
-    load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, numbers_K, depth, fuel, load_G, quota_SR
-):
-    """The whole dispatch of one layer: static quotas, chosen ones, even ones where they can be best; the fastest wins.
+def fastest_quotas(  # type: ignore[no-untyped-def]
+    load_SE, expert_R, gpu_R, primary_R, serving_R, num_gpus, a, b, c, terms, depth, fuel, load_G, quota_SR,
+    whole_W, real_W,
+):  # fmt: skip
+    """Static quotas, chosen ones, even ones where they can be best; the fastest wins, ties to the first.
 
-    ``numbers_K`` are the search's rates a, b, c and then the fields of ``KernelTerms``; ``load_G`` gets the tokens of
-    each GPU. Returns expert and exchange seconds.
+    Fills ``quota_SR`` and the tokens of each GPU, ``load_G``; returns expert and exchange seconds under ``terms``.
     """
-    num_experts = load_SE.shape[1]
-    terms = KernelTerms(
-        numbers_K[3], numbers_K[4], numbers_K[5], numbers_K[6] > 0, numbers_K[7], numbers_K[8] > 0,
-        int(numbers_K[9]), numbers_K[10], numbers_K[11], numbers_K[12], numbers_K[13],
-    )  # fmt: skip
-    serving_R = _serving(expert_R, primary_R, usable_R, num_experts)
-    static_quotas(load_SE, expert_R, primary_R, serving_R, quota_SR)
-    expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
-    if len(expert_R) == num_experts:
+    num_experts, num_replicas = load_SE.shape[1], len(expert_R)
+    static_quotas(load_SE, expert_R, primary_R, serving_R, quota_SR, whole_W)
+    other_G, scratch_5G = real_W[:num_gpus], real_W[num_gpus : 6 * num_gpus].reshape(5, num_gpus)
+    expert, exchange = quota_time_with(quota_SR, gpu_R, terms, num_gpus, load_G, scratch_5G)
+    if num_replicas == num_experts:
         return expert, exchange
-    other_SR, other_G = np.empty_like(quota_SR), np.empty(num_gpus)
+    other_SR = whole_W[: quota_SR.size].reshape(quota_SR.shape)
     better = dispatch_layer(
-        load_SE, expert_R, gpu_R, primary_R, serving_R, num_gpus, numbers_K[0], numbers_K[1], numbers_K[2], depth, fuel,
-        other_SR,
+        load_SE, expert_R, gpu_R, primary_R, serving_R, num_gpus, a, b, c, depth, fuel, other_SR,
+        whole_W[quota_SR.size :], real_W[6 * num_gpus :],
     )  # fmt: skip
     for again in range(2):
         if again == 1:
@@ -187,8 +252,12 @@ def best_quotas(  # type: ignore[no-untyped-def]
             _round_robin(load_SE, expert_R, serving_R, other_SR)
         elif not better:
             continue
-        other_expert, other_exchange = quota_time(other_SR, gpu_R, terms, num_gpus, other_G)
+        other_expert, other_exchange = quota_time_with(other_SR, gpu_R, terms, num_gpus, other_G, scratch_5G)
         if other_expert + other_exchange < expert + exchange:
             expert, exchange = other_expert, other_exchange
-            quota_SR[:], load_G[:] = other_SR, other_G
+            for s in range(quota_SR.shape[0]):
+                for r in range(num_replicas):
+                    quota_SR[s, r] = other_SR[s, r]
+            for g in range(num_gpus):
+                load_G[g] = other_G[g]
     return expert, exchange

@@ -10,6 +10,7 @@ Axes: E experts, R replicas, G GPUs, S source ranks, C scenarios.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,7 +57,7 @@ class ElasticParams:
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
             ``keep_kernels``); 0 asks always.
-        fuel: pairs of copies that the dispatch examines at most, and a quarter as many in its last, deeper search.
+        fuel: pairs of copies that the dispatch examines at most.
         seed: of the scenarios.
     """
 
@@ -263,18 +264,38 @@ def dispatch(
     """
     load_SE = np.ascontiguousarray(load_SE, np.int64)
     usable = np.asarray(usable_R, np.bool_)
-    if usable.shape != plan.expert_R.shape:
+    expert_R = plan.expert_R
+    if usable.shape != expert_R.shape:
         raise UserError(f"usable marks must be one per replica: {plan.R} replicas, got shape {usable.shape}")
-    quota_SR = np.empty((load_SE.shape[0], plan.R), np.int64)
+    sources, experts = load_SE.shape
+    quota_SR = np.empty((sources, len(expert_R)), np.int64)
+    memory = _memory(sources, experts, len(expert_R), cluster.num_gpus)
     numbers_K = dispatch_numbers(costs)
     if numbers_K is None:
-        return _dispatch_checked(load_SE, plan, usable, quota_SR, costs, params)
-    gpus = cluster.num_gpus
+        return _dispatch_checked(load_SE, plan, usable, quota_SR, costs, params, *memory)
     kernels.best_quotas(
-        load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, usable, gpus, numbers_K, params.depth, params.fuel,
-        np.empty(gpus), quota_SR,
-    )  # fmt: skip
+        load_SE, expert_R, plan.gpu_R, plan.primary_R, usable, numbers_K, params.depth, params.fuel, quota_SR, *memory
+    )
     return quota_SR
+
+
+class _Memory(threading.local):
+    """What each thread's dispatches work in, by shape; a forked process goes on with a copy of its own."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int, ...], tuple[IntArray, FloatArray]] = {}
+
+
+_local = _Memory()
+
+
+def _memory(*shape: int) -> tuple[IntArray, FloatArray]:
+    """This thread's working memory for dispatches of one shape: sources, experts, replicas, GPUs."""
+    held = _local.held.get(shape)
+    if held is None:
+        whole, real = kernels.working_memory(*shape)
+        held = _local.held[shape] = np.empty(whole, np.int64), np.empty(real)
+    return held
 
 
 @lru_cache(maxsize=64)
@@ -284,7 +305,7 @@ def dispatch_numbers(costs: CostModel) -> FloatArray | None:
     if compiled is None:
         return None
     rates = rates_of(costs)
-    return np.array([rates.a, rates.b, rates.c, *map(float, compiled)])
+    return np.array([costs.cluster.num_gpus, rates.a, rates.b, rates.c, *map(float, compiled)])
 
 
 def _dispatch_checked(
@@ -294,15 +315,17 @@ def _dispatch_checked(
     quota_SR: IntArray,
     costs: CostModel,
     params: ElasticParams,
+    whole_W: IntArray,
+    real_W: FloatArray,
 ) -> IntArray:
     """The same choice under a cost model that only :meth:`CostModel.layer_seconds` knows."""
     serving = serving_R(plan, usable, load_SE.shape[1])
     static_SR = np.empty_like(quota_SR)
-    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, serving, static_SR)
+    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, serving, static_SR, whole_W)
     rates = rates_of(costs)
     if plan.num_extra == 0 or not kernels.dispatch_layer(
         load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, serving, costs.cluster.num_gpus, rates.a, rates.b, rates.c,
-        params.depth, params.fuel, quota_SR,
+        params.depth, params.fuel, quota_SR, whole_W, real_W,
     ):  # fmt: skip
         return static_SR
     least = costs.layer_seconds(static_SR, plan).total

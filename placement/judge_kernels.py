@@ -9,7 +9,7 @@ import numpy as np
 
 from moeless.jit import njit
 from moeless.placement.chain_kernels import GPU, NEXT, TOKENS
-from moeless.placement.path_kernels import shorten
+from moeless.placement.path_kernels import shorten, working_memory
 
 #: Rounding that a bound must leave to the times it is compared with.
 SLACK = 1e-9
@@ -143,13 +143,18 @@ def mean_seconds(  # type: ignore[no-untyped-def]
     first_G, fill_G = np.empty(num_gpus + 1, np.int64), np.empty(num_gpus, np.int64)
     state = np.empty((3, 2 * len(expert_X) + 1), np.int64)
     time_G, tokens_G = np.empty(num_gpus), np.empty(num_gpus, np.int64)
+    whole, real = working_memory(state.shape[1], num_gpus)
+    whole_W, real_W = np.empty(whole, np.int64), np.empty(real)
     total = 0.0
     for i in range(num_scenarios):
         if total + rest_C[i] > worst:
             return np.inf
         time_G[:], tokens_G[:] = time_CG[i], tokens_CG[i]
         copies = _movable(load_CE[i], expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state)
-        total += shorten(state[:, :copies], first_G, time_G, tokens_G, a, b, c, depth, fuel) / num_scenarios
+        reached, _ = shorten(
+            state[:, :copies], first_G, time_G, tokens_G, a, b, c, depth, fuel, whole_W, real_W
+        )  # fmt: skip
+        total += reached / num_scenarios
         sum_C[i] = total
         if i > 0 and total > CLEARLY * pace_C[i]:
             return np.inf

@@ -1,9 +1,9 @@
 """Compiled search for the tokens of each copy: level GPUs, then shed load along the shortest chains of copies.
 
-The same state and the same kind of limits as in ``chain_kernels``, at a fraction of its work: a first pass lowers the
-squared excess over limits pair by pair, which settles what is continuous; then each GPU above a limit sheds by the
-best direct move or by a labelled path (each GPU keeps the least excess with which a chain reaches it), which may
-close at the GPU it started from: a swap.
+For a pair of limits (time, tokens), a first pass lowers the squared excess over them pair by pair, which settles what
+is continuous; then each GPU above a limit sheds by the best direct move or by a labelled path (each GPU keeps the
+least excess with which a chain reaches it), which may close at the GPU it started from: a swap. The limits are lowered
+together, then one at the other's expense. What is stuck from one start is tried again from others.
 
 Axes: M movable copies sorted by GPU, G GPUs; ``state`` holds tokens, GPU and next copy of each, ``[3, M]``.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless.jit import njit
-from moeless.placement.chain_kernels import GPU, NEXT, TOKENS, _busy, _move
+from moeless.placement.chain_kernels import GPU, NEXT, TOKENS, _busy, _move, spread
 
 #: Rows of a label: excess, then the time and tokens of the chain's first GPU after its first move.
 _EXCESS, _TIME, _LOAD = 0, 1, 2
@@ -117,8 +117,8 @@ def _chain(  # type: ignore[no-untyped-def]
     ``counter[0]`` goes down by one for each pair of copies examined.
     """
     per_token, eps = 1.0 / a, 1e-9 * limit
-    label_3G[_EXCESS] = np.inf
-    way_4G[_HOPS] = -1
+    for g in range(len(queue_G)):
+        label_3G[_EXCESS, g], way_4G[_HOPS, g] = np.inf, -1
     way_4G[_HOPS, root], queue_G[0] = 0, root
     head, tail, last, end_r, end_q, end_m = 0, 1, -1, -1, -1, 0
     before = max(time_G[root] - limit, 0.0) + c * max(tokens_G[root] - most, 0)
@@ -193,8 +193,23 @@ def _chain(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel):  # type: ignore[no-untyped-def]
-    """Lower ``max time + c * max tokens`` from ``state``, in place; returns what is reached.
+def _highest(time_G, tokens_G):  # type: ignore[no-untyped-def]
+    """Most time and most tokens of any GPU."""
+    time, tokens = time_G[0], tokens_G[0]
+    for g in range(1, len(time_G)):
+        time, tokens = max(time, time_G[g]), max(tokens, tokens_G[g])
+    return time, tokens
+
+
+@njit(cache=True, nogil=True)
+def working_memory(copies, num_gpus):  # type: ignore[no-untyped-def]
+    """Whole and real numbers that :func:`search` (and :func:`shorten`) needs beside the state."""
+    return 2 * copies + 7 * num_gpus + 1, 4 * num_gpus
+
+
+@njit(cache=True, nogil=True)
+def shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, whole_W, real_W):  # type: ignore[no-untyped-def]
+    """Lower ``max time + c * max tokens`` from ``state``, in place; returns what is reached and the fuel left.
 
     Args:
         state: tokens, GPU and next copy of each movable copy, ``[3, M]``.
@@ -202,20 +217,30 @@ def shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel):  # type: ig
         time_G, tokens_G: totals of each GPU, movable copies included.
         depth: GPUs that a chain may pass on.
         fuel: pairs of copies examined before the search stops.
+        whole_W, real_W: working memory, see :func:`working_memory`.
     """
-    num_gpus = len(time_G)
-    low_time, low_tokens = time_G.sum() / num_gpus, (tokens_G.sum() + num_gpus - 1) // num_gpus
+    num_gpus, copies = len(time_G), state.shape[1]
+    low_time, low_tokens, sum_time, sum_tokens = 0.0, 0, 0.0, 0
     for g in range(num_gpus):
         time, tokens = time_G[g], tokens_G[g]
+        sum_time += time
+        sum_tokens += tokens
         for r in range(first_G[g], first_G[g + 1]):
             time -= _busy(state[TOKENS, r], a, b)
             tokens -= state[TOKENS, r]
         low_time, low_tokens = max(low_time, time), max(low_tokens, tokens)
-    best_time, best_tokens = time_G.max(), tokens_G.max()
-    kept, kept_time_G, kept_tokens_G = state[TOKENS].copy(), time_G.copy(), tokens_G.copy()
-    label_3G, way_4G = np.empty((3, num_gpus)), np.empty((4, num_gpus), np.int64)
-    queue_G, counter = np.empty(num_gpus, np.int64), np.empty(1, np.int64)
+    low_time, low_tokens = max(low_time, sum_time / num_gpus), max(low_tokens, (sum_tokens + num_gpus - 1) // num_gpus)
+    best_time, best_tokens = _highest(time_G, tokens_G)
+    kept_M, kept_time_G, kept_tokens_G = whole_W[:copies], real_W[:num_gpus], whole_W[copies : copies + num_gpus]
+    label_3G = real_W[num_gpus : 4 * num_gpus].reshape(3, num_gpus)
+    at = copies + num_gpus
+    way_4G = whole_W[at : at + 4 * num_gpus].reshape(4, num_gpus)
+    queue_G, counter = whole_W[at + 4 * num_gpus : at + 5 * num_gpus], whole_W[at + 5 * num_gpus :]
     counter[0] = fuel
+    for r in range(copies):
+        kept_M[r] = state[TOKENS, r]
+    for g in range(num_gpus):
+        kept_time_G[g], kept_tokens_G[g] = time_G[g], tokens_G[g]
     share, mode, failed, trial = 1.0, 0, 0, 0
     while counter[0] > 0 and failed < 3:
         gap_time, gap_tokens = max(best_time - low_time, 0.0), max(best_tokens - low_tokens, 0)
@@ -244,14 +269,20 @@ def shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel):  # type: ig
                     )  # fmt: skip
                 if not met:
                     break
-        time, tokens = time_G.max(), tokens_G.max()
+        time, tokens = _highest(time_G, tokens_G)
         better = time + c * tokens < (best_time + c * best_tokens) * (1 - 1e-9)
         if better:
             best_time, best_tokens, failed = time, tokens, 0
-            kept[:], kept_time_G[:], kept_tokens_G[:] = state[TOKENS], time_G, tokens_G
+            for r in range(copies):
+                kept_M[r] = state[TOKENS, r]
+            for g in range(num_gpus):
+                kept_time_G[g], kept_tokens_G[g] = time_G[g], tokens_G[g]
         elif trial != 0:
             # the second levelling goes on from the first, whatever that was worth
-            state[TOKENS], time_G[:], tokens_G[:] = kept, kept_time_G, kept_tokens_G
+            for r in range(copies):
+                state[TOKENS, r] = kept_M[r]
+            for g in range(num_gpus):
+                time_G[g], tokens_G[g] = kept_time_G[g], kept_tokens_G[g]
         trial += 1
         if trial <= 2:
             share = 0.6 if trial == 1 else 0.5
@@ -259,4 +290,32 @@ def shorten(state, first_G, time_G, tokens_G, a, b, c, depth, fuel):  # type: ig
         share = min(2 * share, 1.0) if met and better else 0.5 * share
         if share < 0.1:
             share, mode, failed = 0.5, (mode + 1) % 3, failed + 1
-    return best_time + c * best_tokens
+    return best_time + c * best_tokens, counter[0]
+
+
+@njit(cache=True, nogil=True)
+def search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, starts, whole_W, real_W):  # type: ignore[no-untyped-def]
+    """:func:`shorten` from ``state`` and then from ``starts - 1`` others, half of the fuel left to each.
+
+    Leaves the best tokens in ``state``; the totals are those of the last start. Returns the time of the best.
+    """
+    copies = state.shape[1]
+    best_M, rest_W = whole_W[:copies], whole_W[copies:]
+    best, variant = np.inf, 0
+    while fuel > 0 and variant < starts:
+        if variant > 0:
+            spread(state, time_G, tokens_G, a, b, c, variant - 1, rest_W)
+        given = max(fuel // 2, 1) if variant + 1 < starts else fuel
+        reached, left = shorten(state, first_G, time_G, tokens_G, a, b, c, depth, given, rest_W, real_W)
+        fuel -= given - max(left, 0)
+        if reached < best:
+            best = reached
+            for r in range(copies):
+                best_M[r] = state[TOKENS, r]
+        variant += 1
+    if variant > 0:
+        for r in range(copies):
+            state[TOKENS, r] = best_M[r]
+        return best
+    time, tokens = _highest(time_G, tokens_G)
+    return time + c * tokens

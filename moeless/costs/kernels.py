@@ -48,11 +48,19 @@ def exchange_time(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_
 @njit(cache=True, nogil=True)
 def quota_time(quota_SR, gpu_R, terms, num_gpus, load_G):  # type: ignore[no-untyped-def]
     """Expert and exchange seconds of one layer; fills ``load_G`` with tokens per GPU."""
+    return quota_time_with(quota_SR, gpu_R, terms, num_gpus, load_G, np.empty((5, num_gpus)))
+
+
+@njit(cache=True, nogil=True)
+def quota_time_with(quota_SR, gpu_R, terms, num_gpus, load_G, scratch_5G):  # type: ignore[no-untyped-def]
+    """:func:`quota_time` with memory to work in, whatever it holds."""
     num_sources, num_replicas = quota_SR.shape
-    load_G[:] = 0.0
-    seconds_G = np.zeros(num_gpus)
-    sent_fast, sent_slow = np.zeros(num_gpus), np.zeros(num_gpus)
-    got_fast, got_slow = np.zeros(num_gpus), np.zeros(num_gpus)
+    for g in range(num_gpus):
+        load_G[g] = 0.0
+        for row in range(5):
+            scratch_5G[row, g] = 0.0
+    seconds_G, sent_fast, sent_slow = scratch_5G[0], scratch_5G[1], scratch_5G[2]
+    got_fast, got_slow = scratch_5G[3], scratch_5G[4]
     for r in range(num_replicas):
         gpu = gpu_R[r]
         tokens = 0

@@ -12,7 +12,7 @@ from moeless.costs.kernels import exchange_time, quota_time
 from moeless.costs.nonexpert import nonexpert_times
 from moeless.jit import njit
 from moeless.placement.dispatch import _round_robin
-from moeless.placement.dispatch_kernels import dispatch_layer, static_quotas
+from moeless.placement.dispatch_kernels import fastest_quotas, working_memory
 from moeless.placement.keep_kernels import kept_layers
 
 # columns of the tally, sums over (iteration, layer) pairs
@@ -73,38 +73,6 @@ def tally_layer(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _chosen_quotas(load_SE, expert_R, gpu_R, primary_R, terms, rates, num_gpus, load_G, quota_SR):  # type: ignore[no-untyped-def]
-    """What ``moeless.placement.elastic.dispatch`` does with all copies usable; returns the layer's seconds."""
-    serving = np.ones(len(expert_R), np.bool_)
-    static_quotas(load_SE, expert_R, primary_R, serving, quota_SR)
-    expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
-    if len(expert_R) == load_SE.shape[1]:
-        return expert, exchange
-    other_SR = np.empty_like(quota_SR)
-    a, b, c, depth, fuel = rates
-    better = dispatch_layer(
-        load_SE, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, int(depth), int(fuel), other_SR
-    )
-    for again in range(2):
-        if again == 1:
-            if not terms.reduce_max:
-                break
-            other_SR[:] = 0
-            _round_robin(load_SE, expert_R, serving, other_SR)
-        elif not better:
-            continue
-        other_expert, other_exchange = quota_time(other_SR, gpu_R, terms, num_gpus, load_G)
-        if other_expert + other_exchange < expert + exchange:
-            expert, exchange = other_expert, other_exchange
-            quota_SR[:] = other_SR
-    # load_G is that of the quotas that were taken
-    load_G[:] = 0.0
-    for r in range(len(expert_R)):
-        load_G[gpu_R[r]] += quota_SR[:, r].sum()
-    return expert, exchange
-
-
-@njit(cache=True, nogil=True)
 def plan_layers(  # type: ignore[no-untyped-def]
     load_LSE,
     expert_LR,
@@ -127,6 +95,11 @@ def plan_layers(  # type: ignore[no-untyped-def]
     layers, sources, experts = load_LSE.shape
     all_replicas = count_L.sum()
     load_G = np.zeros(num_gpus)
+    widest = count_L.max()
+    whole, real = working_memory(sources, experts, widest, num_gpus)
+    whole_W, real_W = np.empty(whole, np.int64), np.empty(real)
+    serving_R = np.ones(widest, np.int64)
+    a, b, c, depth, fuel = rates
     for layer in range(layers):
         replicas = count_L[layer]
         expert_R, gpu_R = expert_LR[layer, :replicas], gpu_LR[layer, :replicas]
@@ -134,9 +107,10 @@ def plan_layers(  # type: ignore[no-untyped-def]
         quota_SR = np.zeros((sources, replicas), np.int64)
         if mode == CHOSEN:
             primary_R = primary_LR[layer, :replicas]
-            expert, exchange = _chosen_quotas(
-                load_SE, expert_R, gpu_R, primary_R, terms, rates, num_gpus, load_G, quota_SR
-            )
+            expert, exchange = fastest_quotas(
+                load_SE, expert_R, gpu_R, primary_R, serving_R[:replicas], num_gpus, a, b, c, terms, int(depth),
+                int(fuel), load_G, quota_SR, whole_W, real_W,
+            )  # fmt: skip
         else:
             if replicas == experts:
                 for s in range(sources):
