@@ -159,8 +159,14 @@ def dispatch_layer(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def static_quotas(load_SE, expert_R, primary_R, serving, quota_SR, whole_W):  # type: ignore[no-untyped-def]
+def static_quotas(load_SE, expert_R, primary_R, serving, quota_SR):  # type: ignore[no-untyped-def]
     """Everything to the primaries, or to the first serving copy of an expert whose primary cannot serve."""
+    _static_quotas(load_SE, expert_R, primary_R, serving, quota_SR, np.empty(load_SE.shape[1], np.int64))
+
+
+@njit(cache=True, nogil=True)
+def _static_quotas(load_SE, expert_R, primary_R, serving, quota_SR, whole_W):  # type: ignore[no-untyped-def]
+    """:func:`static_quotas` in given memory."""
     num_sources, num_experts = load_SE.shape
     home_E = whole_W[:num_experts]
     for e in range(num_experts):
@@ -234,7 +240,7 @@ def fastest_quotas(  # type: ignore[no-untyped-def]
     Fills ``quota_SR`` and the tokens of each GPU, ``load_G``; returns expert and exchange seconds under ``terms``.
     """
     num_experts, num_replicas = load_SE.shape[1], len(expert_R)
-    static_quotas(load_SE, expert_R, primary_R, serving_R, quota_SR, whole_W)
+    _static_quotas(load_SE, expert_R, primary_R, serving_R, quota_SR, whole_W)
     other_G, scratch_5G = real_W[:num_gpus], real_W[num_gpus : 6 * num_gpus].reshape(5, num_gpus)
     expert, exchange = quota_time_with(quota_SR, gpu_R, terms, num_gpus, load_G, scratch_5G)
     if num_replicas == num_experts:

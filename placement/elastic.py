@@ -269,13 +269,13 @@ def dispatch(
         raise UserError(f"usable marks must be one per replica: {plan.R} replicas, got shape {usable.shape}")
     sources, experts = load_SE.shape
     quota_SR = np.empty((sources, len(expert_R)), np.int64)
-    memory = _memory(sources, experts, len(expert_R), cluster.num_gpus)
     numbers_K = dispatch_numbers(costs)
     if numbers_K is None:
-        return _dispatch_checked(load_SE, plan, usable, quota_SR, costs, params, *memory)
+        return _dispatch_checked(load_SE, plan, usable, quota_SR, costs, params)
     kernels.best_quotas(
-        load_SE, expert_R, plan.gpu_R, plan.primary_R, usable, numbers_K, params.depth, params.fuel, quota_SR, *memory
-    )
+        load_SE, expert_R, plan.gpu_R, plan.primary_R, usable, numbers_K, params.depth, params.fuel, quota_SR,
+        *_memory(sources, experts, len(expert_R), cluster.num_gpus),
+    )  # fmt: skip
     return quota_SR
 
 
@@ -315,17 +315,15 @@ def _dispatch_checked(
     quota_SR: IntArray,
     costs: CostModel,
     params: ElasticParams,
-    whole_W: IntArray,
-    real_W: FloatArray,
 ) -> IntArray:
     """The same choice under a cost model that only :meth:`CostModel.layer_seconds` knows."""
     serving = serving_R(plan, usable, load_SE.shape[1])
     static_SR = np.empty_like(quota_SR)
-    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, serving, static_SR, whole_W)
+    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, serving, static_SR)
     rates = rates_of(costs)
     if plan.num_extra == 0 or not kernels.dispatch_layer(
         load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, serving, costs.cluster.num_gpus, rates.a, rates.b, rates.c,
-        params.depth, params.fuel, quota_SR, whole_W, real_W,
+        params.depth, params.fuel, quota_SR, *_memory(*load_SE.shape, plan.R, costs.cluster.num_gpus),
     ):  # fmt: skip
         return static_SR
     least = costs.layer_seconds(static_SR, plan).total
