@@ -57,7 +57,7 @@ class ElasticParams:
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
             ``keep_kernels``); 0 asks always.
-        fuel: pairs of copies that the dispatch examines at most.
+        fuel: pairs of copies that the dispatch examines at most; a seventh as many in judging a placement.
         seed: of the scenarios.
     """
 
@@ -68,7 +68,7 @@ class ElasticParams:
     patience_iterations: int = 256
     skip: bool = True
     depth: int = 4
-    fuel: int = 400
+    fuel: int = 700
     keep: float = 0.05
     seed: int = 0
 
@@ -132,7 +132,7 @@ def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: Elast
     rates = rates_of(costs)
     return ChoiceTerms(
         _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
-        params.depth, params.fuel // 4, float(params.economy), _copy_seconds_G(spec, costs),
+        params.depth, params.fuel // 7, float(params.economy), _copy_seconds_G(spec, costs),
     )  # fmt: skip
 
 
