@@ -48,8 +48,34 @@ def _ask(job: tuple[Question, int]) -> list[Cell]:
     )
 
 
+def _place(cell: Cell) -> tuple[Any, ...]:
+    """What a cell's table and column are."""
+    return cell.gpus, cell.extra_slots, cell.regime, cell.know, cell.charged
+
+
+def cause(cell: Cell, best: Cell, same: list[Cell], uncharged: float) -> str:
+    """Why ``elastic``'s cell is not the best, by rule; ``uncharged`` is its gap where control costs nothing."""
+    if best.planner == "elastic-ahead":
+        return "the price of the guarantee: dispatch after the gate pays control time, shares fixed ahead do not"
+    reasons = []
+    if best.gap <= cell.high:
+        reasons.append("within the 90 % interval")
+    if cell.charged and uncharged >= best.gap - 1e-9:
+        reasons.append(f"control time alone, without which elastic closes {uncharged:.2f}")
+    if best.moved > cell.moved + 1:
+        then = [max(same, key=lambda c: getattr(c, key) or 0.0) for key in ("gap_link", "gap_host")]
+        named = [f"{c.planner} {getattr(c, key):.2f}" for c, key in zip(then, ("gap_link", "gap_host"), strict=True)]
+        reasons.append(
+            f"{best.planner} moves {best.moved:.0f} copies a layer and iteration for nothing, elastic "
+            f"{cell.moved:.0f}; waited for, {named[0]} is the best over the link and {named[1]} from host memory"
+        )
+    if best.moved <= cell.moved + 1 and not (cell.charged and uncharged >= best.gap - 1e-9):
+        reasons.append(f"{best.planner} packs primaries anew, elastic's stay on their static GPUs")
+    return "; ".join(reasons)
+
+
 def misses(cells: list[Cell]) -> list[str]:
-    """Every cell of ``elastic`` that is below zero, not the best, or too far from the exact dispatch."""
+    """Every cell of ``elastic`` below zero, not the best, or too far from the exact dispatch, each with its cause."""
     found = []
     for cell in cells:
         if cell.planner != "elastic":
@@ -60,19 +86,26 @@ def misses(cells: list[Cell]) -> list[str]:
         )
         # what is lost in the last digits of a sum of times is no loss
         if cell.gap < -1e-9:
-            found.append(f"{where}: below static EP, {cell.gap:.3f} ({cell.saved_percent:+.2f} %)")
-        key = (cell.gpus, cell.extra_slots, cell.regime, cell.know, cell.charged)
-        same = [c for c in cells if (c.gpus, c.extra_slots, c.regime, c.know, c.charged) == key]
+            found.append(
+                f"{where}: below static EP, {cell.gap:.3f} ({cell.saved_percent:+.2f} %): dispatch saved less than its "
+                "control time, which the forecast did not show"
+            )
+        key = _place(cell)
+        same = [c for c in cells if _place(c) == key]
         best = max(same, key=lambda c: c.gap)
+        uncharged = next(c.gap for c in cells if c.planner == "elastic" and _place(c) == (*key[:-1], False))
         if best.gap > cell.gap + 1e-9:
             found.append(
                 f"{where}: not the best, {cell.gap:.3f} against {best.planner}'s {best.gap:.3f} "
-                f"({best.saved_percent - cell.saved_percent:.2f} % of time)"
+                f"({best.saved_percent - cell.saved_percent:.2f} % of time): {cause(cell, best, same, uncharged)}"
             )
         if cell.below_exact is not None and cell.exact_saved_percent is not None:
             behind = cell.exact_saved_percent - cell.saved_percent
             if cell.below_exact > EXACT_GAP if cell.room >= SMALL_ROOM else behind > EXACT_PERCENT:
-                found.append(f"{where}: {cell.below_exact:.3f} below the exact dispatch ({behind:.2f} % of time)")
+                found.append(
+                    f"{where}: {cell.below_exact:.3f} below the exact dispatch ({behind:.2f} % of time): the fast "
+                    "search ends at its fuel"
+                )
     return found
 
 

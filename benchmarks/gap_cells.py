@@ -52,6 +52,8 @@ class Cell:
         moved: copies of a plan that the plan of the iteration before did not have on that GPU, mean over layers.
         below_exact: the exact dispatch's gap closed on the same plans less this one's; None where not solved.
         exact_saved_percent: its time saved, in per cent of static EP's.
+        gap_link, gap_host: gap closed where each layer waits for its moved copies, GPUs loading side by side, over the
+            protocol's link or from host memory.
     """
 
     routing: str
@@ -73,6 +75,8 @@ class Cell:
     moved: float
     below_exact: float | None = None
     exact_saved_percent: float | None = None
+    gap_link: float | None = None
+    gap_host: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,9 +139,13 @@ def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forec
     cells = []
     for charged in (False, True):
         solve = q.exact and not charged
-        time_B, exact_B, extras, moved = _run(q, load_ILE, told, protocol_costs(q.gpus, spec, charged), budget, solve)
+        time_B, exact_B, extras, moved, most_B = _run(
+            q, load_ILE, told, protocol_costs(q.gpus, spec, charged), budget, solve
+        )
         middle, low, high = gap_closed(static_B, time_B, bound_B)
         exact = gap_closed(static_B, exact_B, bound_B)[0] if solve else None
+        waits = spec.expert_bytes / costs.cluster.fast.bandwidth, costs.load_seconds(spec.expert_bytes, "host", 0)
+        link, host = (gap_closed(static_B, time_B + most_B * wait, bound_B)[0] for wait in waits)
         cells.append(
             Cell(
                 routing=routing.name,
@@ -159,6 +167,8 @@ def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forec
                 moved=moved,
                 below_exact=None if exact is None else exact - middle,
                 exact_saved_percent=float(100 * (1 - exact_B.sum() / static_B.sum())) if solve else None,
+                gap_link=link,
+                gap_host=host,
             )
         )
     return cells
@@ -166,19 +176,27 @@ def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forec
 
 def _run(
     q: Question, load_ILE: IntArray, told: Callable[[int], list[Forecast]], costs: Any, budget: Budget, exact: bool
-) -> tuple[FloatArray, FloatArray, float, float]:
-    """Seconds of each pair by the planner's dispatch and by the exact one, mean extras, mean copies moved."""
+) -> tuple[FloatArray, FloatArray, float, float, IntArray]:
+    """Seconds of each pair by the planner's dispatch and by the exact one, mean extras, mean copies moved.
+
+    Last the most copies that one GPU has to load for each pair.
+    """
     spec, machine, planner = costs.spec, costs.cluster, PLANNERS.get(q.planner)
     params, control = planner.params(**dict(q.params)), costs.control_seconds(Policy(q.planner), 0)
     stays = q.know == "history"
     plans = plan_iteration(q.planner, told(0), q.regime, budget, costs, LONG_HORIZON, params) if stays else []
-    time, optimal, extras, moved = [], [], 0, 0
+    time, optimal, extras, moved, most = [], [], 0, 0, []
     with ExactTimes(CACHE / f"exact-{q.regime.name}-{q.gpus}-{q.extra_slots}-{q.know}.json") as times:
         for i, load_LE in enumerate(load_ILE):
             before = plans
             if not stays:
                 plans = plan_iteration(q.planner, told(i), q.regime, budget, costs, params=params)
-            moved += sum(_moved(old, new) for old, new in zip(before, plans, strict=False))
+            # the first plans have none before them
+            arrivals_LG = np.array(
+                [_moved_G(old, new, q.gpus) for old, new in zip(before or plans, plans, strict=True)]
+            )
+            moved += int(arrivals_LG.sum())
+            most += arrivals_LG.max(1).tolist()
             for plan, load_E in zip(plans, load_LE, strict=True):
                 usable_R = np.ones(plan.R, np.bool_)
                 quota_SR = planner.dispatch(
@@ -192,13 +210,14 @@ def _run(
                 if exact:
                     optimal.append(min(times.seconds(load_E, plan, costs.terms(), q.gpus), time[-1]))
     pairs = max((len(load_ILE) - 1) * load_ILE.shape[1], 1)
-    return np.array(time), np.array(optimal or time), extras / max(len(time), 1), moved / pairs
+    return np.array(time), np.array(optimal or time), extras / max(len(time), 1), moved / pairs, np.array(most)
 
 
-def _moved(old: LayerPlan, new: LayerPlan) -> int:
-    """Copies of the new plan whose GPU did not hold that expert."""
+def _moved_G(old: LayerPlan, new: LayerPlan, num_gpus: int) -> IntArray:
+    """Copies of the new plan on each GPU that did not hold that expert, ``[G]``."""
     had = set(zip(old.expert_R.tolist(), old.gpu_R.tolist(), strict=True))
-    return sum(copy not in had for copy in zip(new.expert_R.tolist(), new.gpu_R.tolist(), strict=True))
+    copies = set(zip(new.expert_R.tolist(), new.gpu_R.tolist(), strict=True)) - had
+    return np.bincount([gpu for _, gpu in copies], minlength=num_gpus).astype(np.int64)
 
 
 class ExactTimes:

@@ -89,7 +89,26 @@ def gap_tables(data: dict[str, Any]) -> str:
             rows.append([*row, f"{held:.1f}", f"{moved:.1f}"])
         title = f"{mine[0]['routing']}, {gpus} GPUs, +{extra} slot{'s' * (extra > 1)} a GPU, placement knows {know}"
         parts.append(f"**{title}**\n\n" + grid(["planner", *regimes, "extras", "moved"], rows))
+        free = [c for c in mine if not c["charged"]]
+        if any(c["moved"] > 0 for c in free) and all(c.get("gap_host") is not None for c in free):
+            text = f"{title}: each layer waits for its moved copies, over the link / from host memory (control zero)"
+            parts.append(f"{text}\n\n" + moved_table(free, regimes))
     return "\n\n".join(parts)
+
+
+def moved_table(cells: list[dict[str, Any]], regimes: list[str]) -> str:
+    """Gap closed with transfers charged, static EP among the planners; the best in bold."""
+    keys = ("gap_link", "gap_host")
+    best = {(r, key): max(c[key] for c in cells if c["regime"] == r) for r in regimes for key in keys}
+    found = {(c["planner"], c["regime"]): c for c in cells}
+    rows = []
+    for planner in (name for name in ORDER if any(c["planner"] == name for c in cells)):
+        row = [planner]
+        for r in regimes:
+            values = [(found[planner, r][key], best[r, key]) for key in keys]
+            row.append(" / ".join(f"**{number(v)}**" if v >= top - 1e-9 else number(v) for v, top in values))
+        rows.append(row)
+    return grid(["planner", *regimes], rows)
 
 
 def exact_table(data: dict[str, Any]) -> str:
