@@ -8,7 +8,7 @@ from typing import Any
 from moeless.experiments import serving, study
 from moeless.experiments.base import Drawn, Experiment, Job, Options
 
-POLICIES = ("static", "eplb:history", "moeless:history", *study.elastic("history"))
+POLICIES = ("static", "eplb:history", "moeless:history", "elastic:history")
 #: Gamma shapes of the gaps: 1 is Poisson, below is burstier.
 SHAPES = (0.1, 0.25, 0.5, 1.0, 4.0)
 RATE = 6.0

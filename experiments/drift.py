@@ -13,7 +13,7 @@ from moeless.report import style
 from moeless.report.bar_figures import Bars, bars
 
 MOELESS = ("moeless:history", "moeless:last", "moeless:oracle:1")
-POLICIES = ("static", "eplb:history", *MOELESS, *study.elastic("history"))
+POLICIES = ("static", "eplb:history", *MOELESS, "elastic:history")
 ORDERS = {"mixed": False, "one domain after the other": True}
 #: Seconds between EPLB's plans; the paper's example of ten minutes never plans in a quick run.
 REPLAN = {"": 600.0, ", EPLB plans every 2 s": 2.0}

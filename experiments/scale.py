@@ -12,7 +12,7 @@ from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.report import line_figures
 
 EPLB = ("eplb:history", "eplb-hierarchical:history")
-POLICIES = ("static", *EPLB, "moeless:history", *study.elastic("history"), "oracle")
+POLICIES = ("static", *EPLB, "moeless:history", "elastic:history", "oracle")
 GPUS = (8, 32, 128, 512, 1024)
 MODEL = "deepseek-v3"
 COLUMNS = ("GPUs", *study.COLUMNS[1:6], "experts (ms)", "all-to-all (ms)", "control (ms)", "waiting (ms)", "layer runs")

@@ -11,7 +11,6 @@ from moeless.experiments import serving
 from moeless.experiments.base import Data, Job, Options, Plot
 from moeless.experiments.sources import Source, at_hand, common_kind, common_label, synthetic
 from moeless.metrics.result import Cell
-from moeless.placement import PLANNERS
 from moeless.report import line_figures
 
 #: Continuous batching, as engines serve. Planning every fourth iteration keeps a quick study within seconds.
@@ -42,12 +41,6 @@ COLUMNS = (
 def source_of(options: Options) -> Source:
     """The reader's first trace, or made-up routing of the first model asked for."""
     return at_hand(options, [synthetic(options, (options.models or ("phi-3.5-moe",))[0], "lmsys")])[0]
-
-
-def elastic(predictor: str = "") -> tuple[str, ...]:
-    """Our planner, in each way in which it is installed; as policies where a predictor is named."""
-    names = [name for name in ("elastic", "elastic-ahead") if name in PLANNERS.names()]
-    return tuple(f"{name}:{predictor}" if predictor else name for name in names)
 
 
 def physical(options: Options) -> str:
