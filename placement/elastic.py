@@ -280,22 +280,25 @@ def dispatch(
 
 
 class _Memory(threading.local):
-    """What each thread's dispatches work in, by shape; a forked process goes on with a copy of its own."""
+    """What each thread's dispatches work in, as large as the largest so far; a forked process has a copy of its own."""
 
     def __init__(self) -> None:
-        self.held: dict[tuple[int, ...], tuple[IntArray, FloatArray]] = {}
+        self.whole, self.real = np.empty(0, np.int64), np.empty(0)
+        self.fits: set[tuple[int, ...]] = set()
 
 
 _local = _Memory()
 
 
 def _memory(*shape: int) -> tuple[IntArray, FloatArray]:
-    """This thread's working memory for dispatches of one shape: sources, experts, replicas, GPUs."""
-    held = _local.held.get(shape)
-    if held is None:
+    """This thread's working memory, enough for dispatches of one shape: sources, experts, replicas, GPUs."""
+    if shape not in _local.fits:
         whole, real = kernels.working_memory(*shape)
-        held = _local.held[shape] = np.empty(whole, np.int64), np.empty(real)
-    return held
+        if whole > len(_local.whole) or real > len(_local.real):
+            _local.whole = np.empty(max(whole, len(_local.whole)), np.int64)
+            _local.real = np.empty(max(real, len(_local.real)))
+        _local.fits.add(shape)
+    return _local.whole, _local.real
 
 
 @lru_cache(maxsize=64)

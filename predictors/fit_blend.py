@@ -90,6 +90,7 @@ def fit_blend(given: FitInput) -> Blend:
     for row, (layer, distance) in enumerate([*pairs, *first]):
         measured = layer != BEFORE and part.covers(layer, distance)
         for column, phase in enumerate(PHASES):
+            sure_S = None
             for index, size in enumerate(sizes):
                 windows = known[phase, size]
                 share_SIE, load_IE = _sources(
@@ -98,6 +99,10 @@ def fit_blend(given: FitInput) -> Blend:
                 true_IE = load_IE / load_IE.sum(1, keepdims=True)
                 independent = independent_of[phase, size]
                 found = mixing.choose(share_SIE, true_IE, independent, options.steps)
+                if independent >= mixing.FEWEST:
+                    sure_S = found.weight_S
+                elif sure_S is not None:
+                    found = mixing.borrow(sure_S, share_SIE, true_IE)
                 weight[row, column, index] = found.weight_S
                 error[row, column, index] = found.error, found.history_error
                 mean_IE = np.tensordot(found.weight_S, share_SIE, 1) * load_IE.sum(1, keepdims=True)

@@ -21,6 +21,8 @@ from moeless.contracts import FloatArray
 
 SOURCES = ("tokens", "history", "last")
 TOKENS, HISTORY, LAST = range(3)
+#: Iterations on tokens of their own that a choice needs at least.
+FEWEST = 2
 #: One-sided normal quantile: a mixture is kept where its gain over history is above nought with 95 % confidence.
 CONFIDENCE = 1.6448536269514722
 #: Times that two equally good forecasts differ by: ties go to the mixture with less of what must be computed.
@@ -71,9 +73,22 @@ def choose(share_SIE: FloatArray, true_IE: FloatArray, independent: float, steps
     best = int(np.flatnonzero(error_C <= error_C.min() + TIE)[0])
     gain_I = error_CI[history] - error_CI[best]
     doubt = CONFIDENCE * float(gain_I.std()) / max(1.0, independent) ** 0.5
-    if independent < 2 or float(gain_I.mean()) <= doubt:
+    if independent < FEWEST or float(gain_I.mean()) <= doubt:
         best = history
     return Choice(candidates[best].copy(), float(error_C[best]), float(error_C[history]))
+
+
+def borrow(weight_S: FloatArray, share_SIE: FloatArray, true_IE: FloatArray) -> Choice:
+    """Weights of a smaller size where iterations of this one are too few to prove anything, unless they speak against.
+
+    Chance shrinks with the tokens while history's distance from the text stays, so what surely wins in small iterations
+    is no less to be expected in large ones. Axes as in :func:`choose`.
+    """
+    history_S = simplex(1)[0]
+    error, history = (
+        float(relative_error(np.tensordot(mixed_S, share_SIE, 1), true_IE).mean()) for mixed_S in (weight_S, history_S)
+    )
+    return Choice(weight_S.copy(), error, history) if error < history else Choice(history_S.copy(), history, history)
 
 
 def at_size(size_N: Sequence[int], value_NX: NDArray[np.floating], tokens: int) -> FloatArray:

@@ -145,6 +145,20 @@ def test_a_source_that_knows_is_taken_and_one_that_guesses_is_not():
     assert mixing.choose(np.stack([true_IE, even_IE, noise_IE]), true_IE, 1).weight_S.tolist() == [0.0, 1.0, 0.0]
 
 
+def test_too_few_iterations_of_a_size_borrow_from_a_smaller_one_unless_they_speak_against_it() -> None:
+    rng = np.random.default_rng(3)
+    true_IE = rng.dirichlet(np.ones(8), 2)
+    even_IE = np.full_like(true_IE, 1 / 8)
+    half_S = np.array([0.5, 0.5, 0.0])
+    kept = mixing.borrow(half_S, np.stack([true_IE, even_IE, even_IE]), true_IE)
+    assert kept.weight_S.tolist() == [0.5, 0.5, 0.0]
+    assert kept.error == pytest.approx(kept.history_error / 2)
+    worse_IE = 2 * even_IE - true_IE
+    refused = mixing.borrow(half_S, np.stack([worse_IE, even_IE, even_IE]), true_IE)
+    assert refused.weight_S.tolist() == [0.0, 1.0, 0.0]
+    assert refused.error == refused.history_error
+
+
 def test_weights_between_two_sizes_are_between_the_two():
     table = np.array([[0.0, 1.0], [1.0, 0.0]])
     assert mixing.at_size((8, 32), table, 16) == pytest.approx([0.5, 0.5])
