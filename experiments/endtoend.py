@@ -111,7 +111,14 @@ def _figure(kept: Mapping[str, Mapping[str, Any]], title: str) -> Any:
             whiskers(axes, mean_N, y, span_N2[:, 0], span_N2[:, 1], horizontal=True)
             axes.plot(p99_N, y, linestyle="none", marker="|", markersize=9, color=style.INK)
             for place, value in zip(y, mean_N, strict=True):
-                axes.text(1.01, place, f"{value:.3g}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
+                axes.text(
+                    1.01,
+                    place,
+                    f"{value:,.0f}" if value >= 1000 else f"{value:.3g}",
+                    transform=axes.get_yaxis_transform(),
+                    va="center",
+                    fontsize=7,
+                )
             axes.grid(True, axis="x")
             axes.grid(False, axis="y")
             axes.margins(x=0.05)
