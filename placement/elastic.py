@@ -216,6 +216,13 @@ def plan_layers(
     ]
 
 
+def seconds_saved(load_SE: IntArray, quota_SR: IntArray, plan: LayerPlan, costs: CostModel) -> float:
+    """Seconds by which quotas are faster than the primaries alone, in the cost model's own words."""
+    static_SR = np.empty_like(quota_SR)
+    kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, np.ones(plan.R, np.bool_), static_SR)
+    return costs.layer_seconds(static_SR, plan).total - costs.layer_seconds(quota_SR, plan).total
+
+
 def _where_it_pays(
     plan: LayerPlan, x: PlanInput, skip: float, terms: ChoiceTerms, costs: CostModel, params: ElasticParams
 ) -> LayerPlan:
@@ -230,15 +237,12 @@ def _where_it_pays(
     normal_CE = terms.normal_CE if len(terms.normal_CE) else np.zeros((1, len(mean_E)))
     load_CE = np.empty(normal_CE.shape, np.int64)
     count = draw_scenarios(mean_E, x.forecast.var_E, params.doubt_of(x.phase), normal_CE, load_CE)
-    usable = np.ones(plan.R, np.bool_)
-    saved = 0.0
+    usable, saved = np.ones(plan.R, np.bool_), 0.0
     for load_E in load_CE[: min(count, _CHECKED)]:
         # every rank sends alike: tokens 0, ranks, 2 ranks ... of an expert are the first rank's
         load_SE = (load_E + ranks - 1 - np.arange(ranks)[:, None]) // ranks
-        static_SR = np.zeros((ranks, plan.R), np.int64)
-        kernels.static_quotas(load_SE, plan.expert_R, plan.primary_R, usable, static_SR)
-        quota_SR = _dispatch_checked(load_SE, plan, usable, np.empty_like(static_SR), costs, params)
-        saved += costs.layer_seconds(static_SR, plan).total - costs.layer_seconds(quota_SR, plan).total
+        quota_SR = _dispatch_checked(load_SE, plan, usable, np.empty((ranks, plan.R), np.int64), costs, params)
+        saved += seconds_saved(load_SE, quota_SR, plan, costs)
     if saved / min(count, _CHECKED) > skip:
         return plan
     kept = plan.primary_R

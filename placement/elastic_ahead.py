@@ -31,7 +31,6 @@ from moeless.placement import elastic
 from moeless.placement.base import Planner
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.dispatch import serving_R
-from moeless.placement.dispatch_kernels import static_quotas
 from moeless.placement.elastic import ElasticParams
 from moeless.placement.fixed_kernels import split_by_shares, weigh_fixed
 from moeless.placement.judge_kernels import draw_scenarios
@@ -116,10 +115,9 @@ def _saves(plan: LayerPlan, x: PlanInput, terms: ChoiceTerms, costs: CostModel, 
     usable, saved = np.ones(plan.R, np.bool_), 0.0
     for load_E in load_CE[:count]:
         load_SE = spread_over_sources(load_E, costs.cluster.num_gpus)
-        static_SR, quota_SR = np.empty((2, len(load_SE), plan.R), np.int64)
-        static_quotas(load_SE, plan.expert_R, plan.primary_R, usable, static_SR)
+        quota_SR = np.empty((len(load_SE), plan.R), np.int64)
         split_by_shares(load_SE, plan.expert_R, plan.primary_R, plan.share_R, usable, quota_SR)
-        saved += costs.layer_seconds(static_SR, plan).total - costs.layer_seconds(quota_SR, plan).total
+        saved += elastic.seconds_saved(load_SE, quota_SR, plan, costs)
     return saved > 0.0
 
 
