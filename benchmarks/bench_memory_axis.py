@@ -10,7 +10,8 @@ the rest, by roofline). The curves:
 - ``history``: copies chosen once from the training part's mean load, always in memory;
 - ``forecast, ideal``: chosen anew for every iteration from the fitted forecast of the layer before, there at once;
 - ``true, ideal``: the same with the true loads: what the best forecast could do;
-- ``forecast, kept (host)``: chosen by forecast, loaded from host memory when first wanted, kept while planned;
+- ``forecast, kept (host | peer)``: chosen by forecast, loaded from host memory or from another GPU over the fast link
+  when first wanted, kept while planned; planned with what is known of the transfers and of the forecasts' life;
 - ``forecast, one layer (host | peer)``: loaded when the layer before begins, over the host link or from another GPU
   over the fast link, and dropped after its layer;
 - ``history, one layer (peer)``: history's copies, loaded and dropped in the same way in every iteration.
@@ -48,6 +49,7 @@ from memory_replay import Life, Replayed, consecutive_rows, outside_seconds, rep
 from moeless.contracts import Budget, Forecast, LayerPlan, PlanInput
 from moeless.placement import PLANNERS
 from moeless.placement.static import static_plan
+from moeless.predictors.life import ForecastLife
 
 GPUS = 8
 HISTORY = "history"
@@ -57,6 +59,7 @@ CURVES: tuple[tuple[str, Life, str, str], ...] = (
     ("forecast, ideal", "ideal", "local", "predicted"),
     ("true, ideal", "ideal", "local", "true"),
     ("forecast, kept (host)", "resident", "host", "predicted"),
+    ("forecast, kept (peer)", "resident", "peer", "predicted"),
     ("forecast, one layer (host)", "transient", "host", "predicted"),
     ("forecast, one layer (peer)", "transient", "peer", "predicted"),
     ("history, one layer (peer)", "transient", "peer", HISTORY),
@@ -97,10 +100,14 @@ def _points(job: tuple[Regime, int, int]) -> list[Point]:
     deployed = plan_iteration("elastic", first, regime, budget, costs, LONG_HORIZON)
     from_nothing: dict[tuple[str, int], list[LayerPlan]] = {}
 
-    def plan_for(know: str, life: Life) -> Any:
-        def plan(i: int, layer: int, previous: LayerPlan | None, state_R: Any) -> LayerPlan:
+    def plan_for(know: str, life: Life, seconds: float) -> Any:
+        lasting = ForecastLife(share_LE)
+
+        def plan(i: int, layer: int, previous: LayerPlan | None, state_R: Any, lead: float) -> LayerPlan:
             if life == "resident":
-                x = PlanInput(layer, regime.phase, told[know][i][layer], previous, state_R, 1)
+                forecast = told[know][i][layer]
+                horizon = lasting.horizon(layer, regime.phase, forecast, share_LE[layer])
+                x = PlanInput(layer, regime.phase, forecast, previous, state_R, horizon, lead, seconds)
                 return planner.plan_layer(
                     x, spec=spec, cluster=costs.cluster, costs=costs, budget=budget, params=planner.params()
                 )
@@ -116,7 +123,7 @@ def _points(job: tuple[Regime, int, int]) -> list[Point]:
     made = []
     for curve, life, tier, know in CURVES:
         seconds = costs.load_seconds(spec.expert_bytes, tier, 0)
-        done = replay(load_ILE, "elastic", plan_for(know, life), life, seconds, costs, outside, deployed)
+        done = replay(load_ILE, "elastic", plan_for(know, life, seconds), life, seconds, costs, outside, deployed)
         made.append(_point(regime, curve, cap, load_ILE, done, costs))
     return made
 

@@ -25,8 +25,8 @@ PAST_TOKENS = 800
 Life = Literal["fixed", "ideal", "resident", "transient"]
 #: A copy's layer, expert and GPU.
 Key = tuple[int, int, int]
-#: A layer's plan, given the iteration, the layer, the plan before and its copies' states.
-Plan = Callable[[int, int, LayerPlan | None, Any], LayerPlan]
+#: A layer's plan, given the iteration, the layer, the plan before, its copies' states and the seconds until it begins.
+Plan = Callable[[int, int, LayerPlan | None, Any, float], LayerPlan]
 
 
 def consecutive_rows(routing: Routing, regime: Regime, iterations: int) -> list[np.ndarray]:
@@ -140,10 +140,10 @@ def replay(
     now, late, wanted = 0.0, 0, 0
     time_IL = np.empty(load_ILE.shape[:2])
 
-    def decide(i: int, layer: int) -> None:
+    def decide(i: int, layer: int, lead: float) -> None:
         before = plans[layer]
         held.advance(now)
-        made = plan(i, layer, before, _states(held, layer, before, now))
+        made = plan(i, layer, before, _states(held, layer, before, now), lead)
         plans[layer] = made
         keep, had = set(_extras(layer, made)), held.keys(layer)
         for key in had - keep:
@@ -154,12 +154,13 @@ def replay(
     for i, load_LE in enumerate(load_ILE):
         if life == "ideal":
             for layer in range(layers):
-                decide(i, layer)
+                decide(i, layer, np.inf)
         elif life != "fixed":
-            decide(i, 0)
+            decide(i, 0, outside)
         for layer, load_E in enumerate(load_LE):
             if life in ("resident", "transient") and layer + 1 < layers:
-                decide(i, layer + 1)
+                # this layer's own time is taken to be what it was in the iteration before
+                decide(i, layer + 1, 2 * outside + (time_IL[i - 1, layer] if i else 0.0))
             now += outside
             held.advance(now)
             current = plans[layer]

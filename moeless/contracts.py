@@ -289,7 +289,9 @@ class PlanInput:
     """What a planner sees of one layer, ahead of time.
 
     ``state_R`` holds an :class:`InstanceState` per replica of ``previous``, None meaning all warm.
-    ``horizon_iterations`` is how many iterations the plan is expected to stay.
+    ``horizon_iterations`` is how many iterations what the forecast says is expected to stay so; 0: not known.
+    ``lead_seconds`` is the time until the layer begins: copies that arrive within it cost nothing.
+    ``copy_seconds`` brings one expert to a GPU; None: from host memory, by the cost model.
     """
 
     layer: int
@@ -297,7 +299,9 @@ class PlanInput:
     forecast: Forecast
     previous: LayerPlan | None = None
     state_R: NDArray[np.uint8] | None = None
-    horizon_iterations: int = 1
+    horizon_iterations: int = 0
+    lead_seconds: float = 0.0
+    copy_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -138,11 +138,13 @@ class PlannerInUse:
         forecast: Forecast,
         previous: LayerPlan | None = None,
         state_R: Any = None,
-        horizon: int = 1,
+        horizon: int = 0,
+        lead: float = 0.0,
+        copy: float | None = None,
     ) -> LayerPlan:
         """Ask the planner for one layer."""
         return self.planner.plan_layer(
-            PlanInput(layer, phase, forecast, previous, state_R, horizon),
+            PlanInput(layer, phase, forecast, previous, state_R, horizon, lead, copy),
             spec=self.spec,
             cluster=self.cluster,
             costs=self.costs,
@@ -155,7 +157,7 @@ class PlannerInUse:
         phase: Phase,
         forecast_L: Sequence[Forecast],
         previous_L: Sequence[LayerPlan] | None = None,
-        horizon: int = 1,
+        horizon: int = 0,
     ) -> list[LayerPlan]:
         """Ask the planner for all layers at one time."""
         return plan_all_layers(

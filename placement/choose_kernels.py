@@ -27,7 +27,6 @@ class ChoiceTerms(NamedTuple):
         a, b, c: seconds per token, weight read, exchange per token.
         depth, fuel: of the search that stands for the dispatch.
         economy: as in ``ElasticParams``.
-        copy_seconds_G: bringing one expert to a GPU from host memory.
     """
 
     normal_CE: FloatArray
@@ -40,7 +39,6 @@ class ChoiceTerms(NamedTuple):
     depth: int
     fuel: int
     economy: float
-    copy_seconds_G: FloatArray
 
 
 @njit(cache=True, nogil=True)
@@ -92,9 +90,9 @@ def _fewest(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _arrival(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_seconds_G):  # type: ignore[no-untyped-def]
+def arrival(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_G):  # type: ignore[no-untyped-def]
     """When the last copy that is not in memory would have come, GPUs loading at once; nothing is absent at a start."""
-    waiting_G = np.zeros(len(copy_seconds_G))
+    waiting_G = np.zeros(len(copy_G))
     if len(expert_P) == 0:
         return 0.0
     for x in range(len(expert_X)):
@@ -104,8 +102,14 @@ def _arrival(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_seconds_G):  # type:
                 absent = False
                 break
         if absent:
-            waiting_G[gpu_X[x]] += copy_seconds_G[gpu_X[x]]
+            waiting_G[gpu_X[x]] += copy_G[gpu_X[x]]
     return waiting_G.max()
+
+
+@njit(cache=True, nogil=True)
+def late(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_G, lead):  # type: ignore[no-untyped-def]
+    """Seconds by which the last copy would come after ``lead`` seconds from now."""
+    return max(arrival(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_G) - lead, 0.0)
 
 
 @njit(cache=True, nogil=True)
@@ -127,13 +131,16 @@ def _previous_extras(expert_P, gpu_P, primary_P, terms):  # type: ignore[no-unty
 
 
 @njit(cache=True, nogil=True)
-def choose(mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, skip, terms, expert_R, gpu_R):  # type: ignore[no-untyped-def]
+def choose(  # type: ignore[no-untyped-def]
+    mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, copy_G, skip, terms, expert_R, gpu_R
+):
     """Extras of one layer, into ``expert_R`` and ``gpu_R`` after its primaries; returns the number of replicas.
 
     Args:
         doubt: relative spread that the forecast has at least.
         expert_P, gpu_P, primary_P, live_P: the previous plan, and which of its copies are in memory; empty: none.
         horizon: iterations that a change's gain is weighed over.
+        lead, copy_G: seconds until the layer begins, and seconds in which an expert comes to each GPU.
         skip: seconds that dispatch must be expected to save; negative: any saving is welcome.
     """
     a, b, c, gpu_E, experts = terms.a, terms.b, terms.c, terms.gpu_E, len(terms.gpu_E)
@@ -185,10 +192,9 @@ def choose(mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, sk
             np.full(scenarios, np.inf),
             np.empty(scenarios),
         )
-        delay = _arrival(
-            expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P,
-            terms.copy_seconds_G,
-        ) - _arrival(old_expert, old_gpu, expert_P, gpu_P, live_P, terms.copy_seconds_G)  # fmt: skip
+        delay = late(
+            expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P, copy_G, lead
+        ) - late(old_expert, old_gpu, expert_P, gpu_P, live_P, copy_G, lead)
         if (kept - reached) * horizon <= delay:
             count, reached = len(extras), kept
             expert_R[experts : experts + count], gpu_R[experts : experts + count] = old_expert, old_gpu
@@ -220,8 +226,8 @@ def sort_plan(count, terms, expert_R, gpu_R, primary_R):  # type: ignore[no-unty
 
 @njit(cache=True, nogil=True)
 def choose_layers(  # type: ignore[no-untyped-def]
-    start, stop, mean_LE, var_LE, doubt_L, offset_L, expert_P, gpu_P, primary_P, live_P, horizon_L, skip_L, terms,
-    expert_LR, gpu_LR, primary_LR, count_L,
+    start, stop, mean_LE, var_LE, doubt_L, offset_L, expert_P, gpu_P, primary_P, live_P, horizon_L, lead_L, copy_LG,
+    skip_L, terms, expert_LR, gpu_LR, primary_LR, count_L,
 ):  # fmt: skip
     """Layers ``start`` to ``stop``, one after the other; rows of the outputs are in a plan's order.
 
@@ -231,6 +237,6 @@ def choose_layers(  # type: ignore[no-untyped-def]
         old = slice(offset_L[i], offset_L[i + 1])
         count_L[i] = choose(
             mean_LE[i], var_LE[i], doubt_L[i], expert_P[old], gpu_P[old], primary_P[old], live_P[old], horizon_L[i],
-            skip_L[i], terms, expert_LR[i], gpu_LR[i],
+            lead_L[i], copy_LG[i], skip_L[i], terms, expert_LR[i], gpu_LR[i],
         )  # fmt: skip
         sort_plan(count_L[i], terms, expert_LR[i], gpu_LR[i], primary_LR[i])

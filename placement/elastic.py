@@ -51,8 +51,8 @@ class ElasticParams:
         doubt, decode_doubt: relative spread that a forecast is taken to have at least, whatever it states, unless it
             states none; a decode step mixes many requests, so that it strays less from the past than a prefill.
         economy: relative layer time that fewer extras may cost; extras that save less are left out.
-        patience_iterations: iterations a plan is taken to stay where the caller expects fewer, in weighing the
-            time a change saves against the time its copies need to arrive.
+        patience_iterations: iterations a change is taken to pay for where the caller states none
+            (``PlanInput.horizon_iterations`` 0), weighed against the time its copies need to arrive.
         skip: leave a layer to static EP where dispatch is not expected to pay for its own control time.
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
@@ -122,9 +122,10 @@ _CHECKED = 4
 
 
 @lru_cache(maxsize=64)
-def _copy_seconds_G(spec: MoESpec, costs: CostModel) -> FloatArray:
+def copy_seconds_G(spec: MoESpec, costs: CostModel, given: float | None) -> FloatArray:
+    """Seconds in which an expert comes to each GPU: as given, otherwise from host memory."""
     gpus = range(costs.cluster.num_gpus)
-    return np.array([costs.load_seconds(spec.expert_bytes, "host", gpu) for gpu in gpus], np.float64)
+    return np.array([costs.load_seconds(spec.expert_bytes, "host", g) if given is None else given for g in gpus])
 
 
 def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: ElasticParams) -> ChoiceTerms:
@@ -132,7 +133,7 @@ def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: Elast
     rates = rates_of(costs)
     return ChoiceTerms(
         _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
-        params.depth, params.fuel // 7, float(params.economy), _copy_seconds_G(spec, costs),
+        params.depth, params.fuel // 7, float(params.economy),
     )  # fmt: skip
 
 
@@ -164,10 +165,10 @@ def plan_layer(
     size = spec.E + terms.extra
     expert_R, gpu_R, primary_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_)
     skip = costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0
-    horizon = max(x.horizon_iterations, params.patience_iterations)
+    horizon = x.horizon_iterations or params.patience_iterations
     count = choose(
-        x.forecast.mean_E, x.forecast.var_E, params.doubt_of(x.phase), *_previous(x), horizon, skip, terms,
-        expert_R, gpu_R,
+        x.forecast.mean_E, x.forecast.var_E, params.doubt_of(x.phase), *_previous(x), horizon, float(x.lead_seconds),
+        copy_seconds_G(spec, costs, x.copy_seconds), skip, terms, expert_R, gpu_R,
     )  # fmt: skip
     sort_plan(count, terms, expert_R, gpu_R, primary_R)
     plan = LayerPlan(x.layer, expert_R[:count], gpu_R[:count], primary_R[:count])
@@ -196,15 +197,17 @@ def plan_layers(
     var_LE = np.stack([x.forecast.var_E for x in inputs_L])
     doubt_L = np.array([params.doubt_of(x.phase) for x in inputs_L])
     skip_L = np.array([costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0 for x in inputs_L])
-    horizon_L = np.array([max(x.horizon_iterations, params.patience_iterations) for x in inputs_L], np.int64)
+    horizon_L = np.array([x.horizon_iterations or params.patience_iterations for x in inputs_L], np.int64)
+    lead_L = np.array([x.lead_seconds for x in inputs_L], np.float64)
+    copy_LG = np.stack([copy_seconds_G(spec, costs, x.copy_seconds) for x in inputs_L])
     previous_L = [_previous(x) for x in inputs_L]
     offset_L = np.concatenate([[0], np.cumsum([len(copies[0]) for copies in previous_L])]).astype(np.int64)
     joined = [np.concatenate([copies[i] for copies in previous_L]) for i in range(4)]
 
     def some(start: int, stop: int) -> None:
         choose_layers(
-            start, stop, mean_LE, var_LE, doubt_L, offset_L, *joined, horizon_L, skip_L, terms,
-            expert_LR, gpu_LR, primary_LR, count_L,
+            start, stop, mean_LE, var_LE, doubt_L, offset_L, *joined, horizon_L, lead_L, copy_LG,
+            skip_L, terms, expert_LR, gpu_LR, primary_LR, count_L,
         )  # fmt: skip
 
     in_parallel(some, layers, layers * spec.E * max(1, params.scenarios))

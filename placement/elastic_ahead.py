@@ -96,8 +96,9 @@ def _fixed(
     count = weigh_fixed(
         x.forecast.mean_E, x.forecast.var_E, params.spread_of(x.phase),
         elastic._normal_CE(params.seed, 2 * params.share_scenarios, experts), terms, base.expert_R[order],
-        base.gpu_R[order], *_previous(x), max(x.horizon_iterations, params.patience_iterations), control,
-        params.caution, expert_R, gpu_R, share_R,
+        base.gpu_R[order], *_previous(x), x.horizon_iterations or params.patience_iterations,
+        float(x.lead_seconds), elastic.copy_seconds_G(costs.spec, costs, x.copy_seconds), control, params.caution,
+        expert_R, gpu_R, share_R,
     )  # fmt: skip
     if count == 0:
         return base

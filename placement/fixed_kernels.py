@@ -11,7 +11,7 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.jit import njit
-from moeless.placement.choose_kernels import _arrival
+from moeless.placement.choose_kernels import late
 from moeless.placement.dispatch_kernels import expected_seconds
 from moeless.placement.judge_kernels import draw_scenarios
 
@@ -261,7 +261,7 @@ def _fits(expert_P, gpu_P, share_P, terms):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def weigh_fixed(  # type: ignore[no-untyped-def]
     mean_E, var_E, spread, normal_CE, terms, base_expert_R, base_gpu_R, expert_P, gpu_P, live_P, share_P, horizon,
-    control, caution, expert_R, gpu_R, share_R,
+    lead, copy_G, control, caution, expert_R, gpu_R, share_R,
 ):  # fmt: skip
     """Copies with fixed shares where they beat static EP and the plan ``base``; returns their number, or 0.
 
@@ -295,12 +295,12 @@ def weigh_fixed(  # type: ignore[no-untyped-def]
     count, _ = fix_shares(fit_CE, gpu_E, terms.room_G, terms.extra, a, b, c, terms.economy, expert_R, gpu_R, share_R)
     delay = 0.0
     if len(expert_P) > 0:
-        delay = _arrival(expert_R[experts:count], gpu_R[experts:count], expert_P, gpu_P, live_P, terms.copy_seconds_G)
+        delay = late(expert_R[experts:count], gpu_R[experts:count], expert_P, gpu_P, live_P, copy_G, lead)
     if _fits(expert_P, gpu_P, share_P, terms):
         reached = shared_seconds(load_CE, expert_R[:count], gpu_R[:count], share_R[:count], a, b, c, time_CG, tokens_CG)
         kept = shared_seconds(load_CE, expert_P, gpu_P, share_P, a, b, c, time_CG, tokens_CG)
-        if (kept - reached) * horizon <= delay - _arrival(
-            expert_P[experts:], gpu_P[experts:], expert_P, gpu_P, live_P, terms.copy_seconds_G
+        if (kept - reached) * horizon <= delay - late(
+            expert_P[experts:], gpu_P[experts:], expert_P, gpu_P, live_P, copy_G, lead
         ):
             count, delay = len(expert_P), 0.0
             expert_R[:count], gpu_R[:count], share_R[:count] = expert_P, gpu_P, share_P

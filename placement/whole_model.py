@@ -49,7 +49,7 @@ def plan_model(
     params: Any,
     phase: Phase,
     previous: ModelPlan | None = None,
-    horizon_iterations: int = 1,
+    horizon_iterations: int = 0,
     notes: Mapping[str, Any] | None = None,
 ) -> ModelPlan:
     """Plan each layer for its forecast.

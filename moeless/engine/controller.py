@@ -33,6 +33,7 @@ from moeless.engine.policy import LONG_HORIZON, LivePolicy
 from moeless.engine.store import ReplicaStore
 from moeless.placement.keep_kernels import hardly_changed
 from moeless.predictors.distance import LONGEST, DistanceRule
+from moeless.predictors.life import ForecastLife
 from moeless.serverless import KeepAlive
 
 
@@ -89,6 +90,9 @@ class Controller:
         # what each layer's plan was made for; a forecast that hardly differs leaves it, as in the simulator
         self._planned_LE = np.zeros((self.spec.L, self.spec.E))
         self._tolerance = float(getattr(policy.params, "keep", 0.0))
+        self.life = ForecastLife(np.full((self.spec.L, self.spec.E), 1.0 / self.spec.E))
+        tiers = ("peer", "host") if settings.copy_from == "auto" else (settings.copy_from,)
+        self._copy_seconds = min(policy.costs.load_seconds(self.spec.expert_bytes, tier, 0) for tier in tiers)
         # at which distance each target is forecast: given, or chosen anew for every iteration
         self._distance_L = np.full(self.spec.L, policy.policy.distance)
         self.rule = self._distance_rule() if self.ahead and policy.policy.distance == AUTO else None
@@ -161,16 +165,18 @@ class Controller:
         context = self._context(target, len(token_T), token_T=token_T)
         return _words(self.policy.predictor.predict(context, target - distance, distance))
 
-    def _plan(self, layer: int, forecast: Forecast, horizon: int = 1) -> None:
+    def _plan(self, layer: int, forecast: Forecast, horizon: int = 0) -> None:
         plan, held = self.plans[layer], self._held_L[layer]
         if self.ahead:
             here_R = (held.ready_GE | held.busy_GE)[plan.gpu_R, plan.expert_R]
             if here_R.all() and hardly_changed(forecast.mean_E, self._planned_LE[layer], self._tolerance):
                 return
             self._planned_LE[layer] = forecast.mean_E
+            # when a layer begins differs from rank to rank, plans must not: no lead is counted on
+            horizon = self.life.horizon(layer, self._phase, forecast, self.history.share(layer))
         state_R = np.where(held.ready_R(plan), InstanceState.WARM, InstanceState.LOADING)
         phase = self._phase if self.ahead else Phase.MIXED
-        self.planning.ask(layer, phase, forecast, plan, state_R.astype(np.uint8), horizon)
+        self.planning.ask(layer, phase, forecast, plan, state_R.astype(np.uint8), horizon, self._copy_seconds)
 
     def _adopt_planned(self) -> None:
         for plan in self.planning.collect():

@@ -26,7 +26,14 @@ class Planning:
         self._times = PartTimes()
 
     def ask(
-        self, layer: int, phase: Phase, forecast: Forecast, previous: LayerPlan, state_R: Any, horizon: int
+        self,
+        layer: int,
+        phase: Phase,
+        forecast: Forecast,
+        previous: LayerPlan,
+        state_R: Any,
+        horizon: int,
+        copy_seconds: float,
     ) -> None:
         """Have one layer planned."""
         if not self._asked:
@@ -34,7 +41,7 @@ class Planning:
 
         def work() -> tuple[LayerPlan, float]:
             started = time.thread_time()
-            plan = self.policy.plan(layer, phase, forecast, previous, state_R, horizon)
+            plan = self.policy.plan(layer, phase, forecast, previous, state_R, horizon, copy=copy_seconds)
             return plan, time.thread_time() - started
 
         self._asked.append(self._pool.submit(work))

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless.contracts import AUTO, BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
-from moeless.predictors.distance import LONGEST, DistanceRule
+from moeless.predictors.distance import LONGEST, NEWEST, DistanceRule
+from moeless.predictors.life import ForecastLife
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Outage
 from moeless.simulator.history import LoadHistory
@@ -59,6 +60,12 @@ class AheadPlans:
             prepare = self.delay + float(pool.tier_seconds.max())
             self.rule = DistanceRule(runtime.predictor, prepare, LONGEST)
         self._distance_L = np.full(runtime.spec.L, runtime.policy.distance)
+        self.life = ForecastLife(np.stack([history.share_or_even(layer) for layer in range(runtime.spec.L)]))
+        # a copy comes from the next GPU that has one, and every expert is on some
+        near = runtime.cluster.num_gpus <= runtime.cluster.island_size
+        self._copy_seconds = float(pool.tier_seconds[0 if near else 1]) + pool.settings.start_seconds
+        # what a layer takes, with all around it, by phase
+        self._layer_seconds: dict[Phase, float] = {}
 
     def start_iteration(self, work: Work, now: float, kept_L: BoolArray) -> None:
         """Layers that nothing precedes by the distance are planned as the iteration starts, from the past."""
@@ -68,7 +75,7 @@ class AheadPlans:
         for layer, distance in enumerate(self._distance_L.tolist()):
             if layer < distance and not kept_L[layer]:
                 # known since the last iteration: nothing has to be waited for
-                self._decide(layer, self._first(layer, distance, work), work.phase, now, 0.0)
+                self._decide(layer, self._first(layer, distance, work), work.phase, now, 0.0, layer)
 
     def _first(self, target: int, distance: int, work: Work) -> Forecast:
         """From the past alone: history, or what the predictor found best for layers that nothing precedes."""
@@ -86,7 +93,7 @@ class AheadPlans:
             distance = target - layer
             if self._distance_L[target] == distance and not self._kept_L[target]:
                 forecast: Forecast = self.runtime.predictor.predict(self._context(target, work, layer), layer, distance)
-                self._decide(target, forecast, work.phase, now, self.delay)
+                self._decide(target, forecast, work.phase, now, self.delay, distance)
 
     def _context(self, target: int, work: Work, layer: int | None = None) -> Context:
         """What is known of a target, with what ``layer`` sees of the iteration where one is given."""
@@ -103,10 +110,20 @@ class AheadPlans:
             token_T=work.token_T,
         )
 
-    def _decide(self, layer: int, forecast: Forecast, phase: Phase, now: float, delay: float) -> None:
+    def _decide(self, layer: int, forecast: Forecast, phase: Phase, now: float, delay: float, ahead: int) -> None:
+        """Have a layer planned that begins ``ahead`` layers from now."""
         self.pool.expire(layer, now)
         previous = self.pool.alive(self.plans[layer])
-        plan = self.runtime.plan(layer, phase, forecast, previous, self.pool.states_unless_live(previous, now))
+        plan = self.runtime.plan(
+            layer,
+            phase,
+            forecast,
+            previous,
+            self.pool.states_unless_live(previous, now),
+            self.life.horizon(layer, phase, forecast, self.history.share(layer)),
+            max(ahead * self._layer_seconds.get(phase, 0.0) - delay, 0.0),
+            self._copy_seconds,
+        )
         self.keeping.note(layer, forecast.mean_E, plan)
         self.made += 1
         self._coming[layer] = self.outage.evacuate(plan), now + delay
@@ -121,6 +138,8 @@ class AheadPlans:
         """After a layer: a plan that came too late for it is the one in force from now on."""
         if self.rule is not None:
             self.rule.note(layer, phase, seconds)
+        known = self._layer_seconds.setdefault(phase, seconds)
+        self._layer_seconds[phase] = known + NEWEST * (seconds - known)
         if layer in self._coming:
             self.late += 1
             self._adopt(layer)

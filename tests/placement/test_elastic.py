@@ -32,11 +32,11 @@ def setting(gpus: int = 8, costs: str = "roofline", spec=SPEC, **values):
     return spec, machine, COSTS.get(costs)(spec, machine, **values)
 
 
-def plan_for(mean, gpus=8, extra=1, previous=None, costs="roofline", horizon=1, **params) -> LayerPlan:
+def plan_for(mean, gpus=8, extra=1, previous=None, costs="roofline", times=(0, 0.0, None), **params) -> LayerPlan:
     spec, machine, model = setting(gpus, costs)
     mean = np.asarray(mean, float)
     return plan_layer(
-        PlanInput(0, Phase.PREFILL, Forecast(mean, mean, 1, "test"), previous, None, horizon),
+        PlanInput(0, Phase.PREFILL, Forecast(mean, mean, 1, "test"), previous, None, *times),
         spec=spec,
         cluster=machine,
         costs=model,
@@ -142,8 +142,22 @@ def test_a_plan_stays_unless_the_gain_pays_for_the_transfers():
     nearly = load * np.random.default_rng(0).uniform(0.97, 1.03, 32)
     assert plan_for(nearly, extra=1, previous=first, patience_iterations=1).to_json() == first.to_json()
     other = skewed(5, 20_000)
-    moved = plan_for(other, extra=1, previous=first, horizon=1_000_000)
+    moved = plan_for(other, extra=1, previous=first, times=(1_000_000, 0.0, None))
     assert moved.to_json() != first.to_json()
+    # without a stated horizon the planner's patience decides
+    assert plan_for(other, extra=1, previous=first, patience_iterations=10**6).to_json() == moved.to_json()
+
+
+def test_a_forecast_of_one_iteration_moves_only_what_arrives_in_time_or_pays_at_once():
+    first, copy = plan_for(skewed(4, 20_000), extra=1, skip=False), 1e-3
+
+    def planned(*times):
+        return plan_for(skewed(5, 20_000), extra=1, previous=first, times=times, skip=False).to_json()
+
+    assert planned(1, 0.0, copy) == first.to_json()
+    assert planned(1, 2 * copy, copy) == plan_for(skewed(5, 20_000), extra=1, skip=False).to_json() != first.to_json()
+    # a link so fast that the wait is less than what the change saves in this very iteration
+    assert planned(1, 0.0, 1e-9) == planned(1, 2 * copy, copy)
 
 
 def drawn(mean: float, var: float, doubt: float) -> np.ndarray:
