@@ -13,7 +13,8 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     """All models of ``needs`` at once, each with arrivals of its own seed.
 
     Params: as ``serving.serve``; ``cluster`` is the pool's. Returns, over all tenants, ``requests``, ``good`` ones,
-    ``gpu_seconds`` and ``resident`` (GB·s), ``wakes``, ``overflow_gb``, ``mean_ttft_ms``, ``p99_ttft_ms`` by tenant.
+    ``gpu_seconds`` and ``resident`` (GB·s), ``wakes``, ``drains``, ``overflow_gb``, ``mean_ttft_ms`` by
+    tenant.
     """
     benches = [serving.prepare({**params, "seed": params["seed"] + place}, [need]) for place, need in enumerate(needs)]
     pool = SharedPool([bench.tenant(costs, policy) for bench, costs, policy in benches])
@@ -30,6 +31,7 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
         "gpu_seconds": pool.gpu_seconds,
         "resident": pool.resident_byte_seconds / 1e9,
         "wakes": [tenant.wakes for tenant in pool.tenants],
+        "drains": pool.drains,
         "overflow_gb": pool.overflow_bytes / 1e9,
         "mean_ttft_ms": ttft_ms,
     }

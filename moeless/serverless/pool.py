@@ -193,7 +193,10 @@ class InstancePool:
             for expert in sorted(
                 np.flatnonzero(begun_EG[:, gpu]).tolist(), key=lambda e: self.ready_LEG[layer, e, gpu]
             ):
+                # an instance may be ready later than its transfer ends: starts do not hold up the copy engine
                 end = float(self.ready_LEG[layer, expert, gpu])
+                if not self.settings.instant:
+                    end -= self.settings.start_seconds
                 self.on_copy(gpu, layer, expert, begin, end)
                 begin = end
 

@@ -2,8 +2,10 @@
 
 A *tenant* is one model with its workload. Each iteration has all GPUs to itself, as in time-sliced serving; tenants
 that have work take turns. A tenant is *asleep* while its weights are in no GPU memory. It is woken when work arrives:
-where memory is short, tenants without running requests are put to sleep first, least recently used first; where that
-is not enough it waits. Loading goes on beside the others' iterations, and all tenants share each GPU's copy engine.
+where memory is short, tenants without work are put to sleep first, least recently used first. Where that is not enough
+it waits, for its patience at most: then those that have been in memory longest are *drained*, which is to say that they
+admit no request, and sleep when the running ones have ended. So no tenant waits for ever, however busy the others are.
+Loading goes on beside the others' iterations, and all tenants share each GPU's copy engine.
 
 Axes: G GPUs.
 """
@@ -21,6 +23,9 @@ from moeless.errors import RunFailed, UserError
 from moeless.simulator.loop import Run
 from moeless.workloads.continuous import Continuous
 
+#: Seconds that a tenant with work waits for memory before others are drained.
+PATIENCE_SECONDS = 5.0
+
 
 @dataclass
 class Tenant:
@@ -32,6 +37,8 @@ class Tenant:
         ready: when they are all there.
         used: when its last iteration ended.
         wakes: how often it was woken.
+        served: it has run an iteration since it was woken.
+        wanted: since when it has asked for memory that it does not get; None where it does not.
     """
 
     run: Run
@@ -40,6 +47,8 @@ class Tenant:
     ready: float = 0.0
     used: float = 0.0
     wakes: int = 0
+    served: bool = False
+    wanted: float | None = None
 
     @property
     def bytes_G(self) -> FloatArray:
@@ -53,23 +62,33 @@ class Tenant:
         self.scheduler.next_arrival(now)
         return self.scheduler.num_running + self.scheduler.num_waiting > 0
 
+    def may_sleep(self, now: float) -> bool:
+        """Whether it holds memory that nothing of it needs at the moment, or that it has to give up."""
+        if self.ready > now:
+            return False
+        return not self.scheduler.num_running if self.scheduler.draining else not self.has_work(now)
+
 
 class SharedPool:
     """Tenants on the same GPUs.
 
     Args:
         runs: fresh, one per tenant, all on the same cluster and with continuous batching.
+        patience_seconds: how long a tenant with work waits for memory before others are drained; infinity: for ever.
 
     Attributes:
         end: when the last token of all tenants came.
         overflow_bytes: most by which a GPU's memory was exceeded while no tenant could leave.
+        drains: how often a tenant had to give up its memory with work left.
 
     Raises:
-        UserError: no tenant, clusters that differ, or another batching.
+        UserError: no tenant, clusters that differ, another batching, or a negative patience.
         RunFailed: a tenant does not fit into memory even alone.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], patience_seconds: float = PATIENCE_SECONDS) -> None:
+        if not patience_seconds >= 0:
+            raise UserError(f"a tenant's patience must be at least 0 seconds, got {patience_seconds}")
         if not runs or any(run.cluster != runs[0].cluster for run in runs):
             raise UserError("a shared pool needs at least one tenant, and all tenants on the same cluster")
         self.cluster = runs[0].cluster
@@ -78,7 +97,8 @@ class SharedPool:
             if not isinstance(run.scheduler, Continuous):
                 raise UserError("tenants of a shared pool are served with continuous batching")
             self.tenants.append(Tenant(run, run.scheduler))
-        self.end, self.overflow_bytes = 0.0, 0.0
+        self.end, self.overflow_bytes, self.drains = 0.0, 0.0, 0
+        self.patience_seconds = patience_seconds
         engine_free_G = np.zeros(self.cluster.G)
         self._need_G = [tenant.bytes_G for tenant in self.tenants]
         held_G = np.zeros(self.cluster.G)
@@ -137,9 +157,40 @@ class SharedPool:
         """Whether the tenant has work and its weights are there; asks for them where they are not."""
         if not tenant.has_work(now):
             return False
-        if not tenant.awake and self._make_room(tenant, now):
-            self._wake(tenant, now)
-        return tenant.awake and tenant.ready <= now
+        if not tenant.awake:
+            room = self._make_room(tenant, now)
+            if not room:
+                tenant.wanted = now if tenant.wanted is None else tenant.wanted
+                if now - tenant.wanted >= self.patience_seconds:
+                    self._drain(tenant, now)
+                    # whoever runs no request leaves at once
+                    room = self._make_room(tenant, now)
+            if room:
+                self._wake(tenant, now)
+        if not tenant.awake or tenant.ready > now:
+            return False
+        return bool(tenant.scheduler.num_running) or not tenant.scheduler.draining
+
+    def _drain(self, tenant: Tenant, now: float) -> None:
+        """Let those in memory longest admit no more, as many as must leave for the tenant.
+
+        Only who has served since it was woken: otherwise tenants could wake each other without a token for any.
+        """
+        awake = sorted((other for other in self.tenants if other.awake), key=lambda other: other.ready)
+        held_G = sum((other.bytes_G for other in awake), self._need_G[self.tenants.index(tenant)])
+        leaving: list[Tenant] = []
+        for other in awake:
+            if (held_G <= self._memory).all():
+                break
+            if other.served or other.may_sleep(now):
+                leaving.append(other)
+                held_G = held_G - other.bytes_G
+        if (held_G > self._memory).any():
+            return
+        for other in leaving:
+            if other.has_work(now) and not other.scheduler.draining:
+                self.drains += 1
+                other.scheduler.draining = True
 
     def _make_room(self, tenant: Tenant, now: float) -> bool:
         need_G = self._need_G[self.tenants.index(tenant)]
@@ -156,7 +207,7 @@ class SharedPool:
         for tenant in awake:
             if (held_G <= self._memory).all():
                 break
-            if tenant.ready <= now and not tenant.has_work(now):
+            if tenant.may_sleep(now):
                 leaving.append(tenant)
                 held_G = held_G - tenant.bytes_G
         self._over_G = held_G - self._memory
@@ -165,7 +216,7 @@ class SharedPool:
     def _sleep(self, tenant: Tenant, now: float) -> None:
         pool = tenant.run.pool
         pool.drop(np.ones(pool.born_LEG.shape, np.bool_), now)
-        tenant.awake = False
+        tenant.awake = tenant.served = tenant.scheduler.draining = False
 
     def _wake(self, tenant: Tenant, now: float) -> None:
         run = tenant.run
@@ -176,8 +227,11 @@ class SharedPool:
         tenant.ready = max(float(run.pool.ready_at(plan).max()) for plan in run.stage.plans)
         if not math.isfinite(tenant.ready):
             raise RunFailed(f"GPU memory has no room for the plans of {run.spec.name}")
-        tenant.awake, tenant.used = True, now
+        tenant.awake, tenant.used, tenant.wanted = True, now, None
         tenant.wakes += 1
+        for other in self.tenants:
+            # it fits: nobody has to leave for it any more
+            other.scheduler.draining = False
 
     def _iterate(self, tenant: Tenant, now: float) -> float:
         run, others = tenant.run, [other for other in self.tenants if other is not tenant]
@@ -192,7 +246,7 @@ class SharedPool:
             arrivals = [other.scheduler.next_arrival(now) for other in others]
             run.until = min((time for time in arrivals if time is not None), default=math.inf)
         run.serve(iteration)
-        tenant.used = run.now
+        tenant.used, tenant.served = run.now, True
         # its KV cache or copies may have grown into memory that others hold
         leaving = self._leaving(np.zeros(self.cluster.G), run.now)
         if leaving is None:

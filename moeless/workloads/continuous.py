@@ -62,6 +62,8 @@ class Continuous(Scheduler):
         self._prefill_first = priority == "prefill"
         self._mixed = mixed
         self._kv_free = kv_tokens
+        #: no request is admitted while this is set; the running ones go on
+        self.draining = False
         self._prefilling: list[Running] = []
         self._decoding: list[Running] = []
         self._arrived = 0
@@ -125,7 +127,7 @@ class Continuous(Scheduler):
         return chunks
 
     def _room(self, request: Request, budget: int) -> bool:
-        if self.num_running >= self._max_running:
+        if self.draining or self.num_running >= self._max_running:
             return False
         if self._kv_free is not None and request.prompt_tokens + request.output_tokens - 1 > self._kv_free:
             return False

@@ -75,15 +75,24 @@ def requests() -> list[Request]:
     return [Request(i, 0.001 * i, 8, 13, trace_request=i) for i in range(40)]
 
 
+def _replay(num_ranks: int, topk_TLK: np.ndarray, chosen: list[Request]) -> Replay:
+    base = np.zeros(len(chosen), np.int64)
+    for request in chosen:
+        base[request.id] = 20 * request.trace_request
+    return Replay(topk_TLK, Workload(tuple(chosen), False, (), base), SPEC.E, num_ranks)
+
+
 @pytest.fixture
 def replay_for(topk, requests):
     def make(num_ranks: int, topk_TLK: np.ndarray = topk, chosen: list[Request] = requests) -> Replay:
-        base = np.zeros(len(chosen), np.int64)
-        for request in chosen:
-            base[request.id] = 20 * request.trace_request
-        return Replay(topk_TLK, Workload(tuple(chosen), False, (), base), SPEC.E, num_ranks)
+        return _replay(num_ranks, topk_TLK, chosen)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def replay_of():
+    return _replay
 
 
 @pytest.fixture(params=["paper", "roofline"])

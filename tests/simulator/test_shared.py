@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -90,6 +91,35 @@ def test_overlapping_tenants_without_room_wait_for_each_other(spec, few, replay_
     assert pool.tenants[1].wakes >= 1
 
 
+@pytest.mark.parametrize("patience", [0.0, 0.02, math.inf])
+def test_a_sleeping_tenant_is_not_starved_by_one_that_always_has_work(patience, spec, replay_for, topk):
+    # the first tenant's requests overlap from beginning to end; the second has a single one, early
+    busy = [Request(i, 0.0005 * i, 8, 13, trace_request=i % 40) for i in range(400)]
+    one = [Request(0, 0.01, 8, 13, trace_request=0)]
+    memory = 1.5 * weights_per_gpu(spec)
+    pool = SharedPool([tenant(spec, r, replay_for, topk, 0.0, memory) for r in (busy, one)], patience)
+    pool.to_the_end()
+    first, second = (each.run.clocks for each in pool.tenants)
+    assert (first.completed, second.completed) == (400, 1)
+    ended = second.times().last_token_N[0]
+    if math.isinf(patience):
+        assert pool.drains == 0
+        assert ended > first.times().last_token_N.max()
+    else:
+        # patience, the running requests' ends, loading, its own tokens
+        assert pool.drains >= 1
+        assert ended < 0.01 + patience + 0.1 < first.times().last_token_N.max()
+        assert [each.wakes for each in pool.tenants] == [1, 1]
+
+
+def test_impatient_tenants_that_all_have_work_still_get_on(spec, few, replay_for, topk):
+    memory = 1.5 * weights_per_gpu(spec)
+    pool = SharedPool([tenant(spec, few, replay_for, topk, 0.0, memory) for _ in range(3)], 0.0)
+    pool.to_the_end()
+    assert all(one.run.clocks.completed == len(few) for one in pool.tenants)
+    assert pool.drains >= 2
+
+
 def test_pools_that_cannot_be_are_one_sentence(spec, few, replay_for, topk):
     with pytest.raises(UserError, match="at least one tenant"):
         SharedPool([])
@@ -98,5 +128,7 @@ def test_pools_that_cannot_be_are_one_sentence(spec, few, replay_for, topk):
     batches = Run(
         replay_for(4, topk, few), few, OneSecond(few, 4), runtime_for(spec), SimulationSettings(), None, None, None
     )
+    with pytest.raises(UserError, match="patience"):
+        SharedPool([tenant(spec, few, replay_for, topk)], -1.0)
     with pytest.raises(UserError, match="continuous batching"):
         SharedPool([batches])

@@ -1,0 +1,92 @@
+"""Whatever breaks, and whenever: every request gets every token once."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless.cluster import cluster
+from moeless.contracts import Forecast, Policy
+from moeless.costs import COSTS
+from moeless.serverless import KeepAlive, PoolSettings
+from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator.failures import Failure
+from moeless.workloads.schedulers import Continuous, OneSecond
+
+GPUS = 4
+#: How the requests are batched; the last three make prompts and decoding requests take turns and wait.
+BATCHING = {
+    "one-second": lambda requests: OneSecond(requests, GPUS, period=0.004),
+    "continuous": lambda requests: Continuous(requests, GPUS),
+    "chunks": lambda requests: Continuous(requests, GPUS, token_budget=5, max_running=7),
+    "apart": lambda requests: Continuous(requests, GPUS, token_budget=16, priority="prefill", mixed=False),
+    "turns": lambda requests: Continuous(requests, GPUS, token_budget=3, priority="decode"),
+}
+
+
+@st.composite
+def failures(draw):
+    """A few losses of GPUs and copies in the first 60 ms; GPU 0 stays, so that somebody is left."""
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        dies = draw(st.booleans())
+        found.append(
+            Failure(
+                draw(st.floats(0.0, 0.06)),
+                draw(st.integers(1, GPUS - 1)),
+                layer=draw(st.integers(0, 2)) if dies else None,
+                expert=draw(st.integers(0, 7)) if dies else None,
+                restart_seconds=draw(st.sampled_from([1e-4, 0.004, 0.02, 100.0])),
+                detection_seconds=draw(st.sampled_from([0.0, 0.001])),
+            )
+        )
+    return tuple(found)
+
+
+class LastLoad:
+    """Forecasts what the target layer had last time, or even shares."""
+
+    def predict(self, context, layer, distance):
+        load_E = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)
+        mean_E = load_E / load_E.sum() * context.tokens * 2
+        return Forecast(mean_E, mean_E.copy(), context.tokens, "last")
+
+
+@pytest.mark.parametrize("policy", ["static", "eplb:history", "moeless:last:1", "elastic:last:1"])
+@settings(max_examples=15, deadline=None)
+@given(broken=failures(), batching=st.sampled_from(sorted(BATCHING)), gap=st.sampled_from([0.0, 0.001, 0.003]))
+def test_no_request_is_lost_or_counted_twice(policy, broken, batching, gap, spec, topk, requests, replay_of):
+    asked = [
+        dataclasses.replace(request, arrival=gap * request.id, output_tokens=1 + request.id % 9)
+        for request in requests[:24]
+    ]
+    where = cluster("h100x8").with_gpus(GPUS)
+    runtime = resolve(
+        Policy.parse(policy),
+        spec=spec,
+        cluster=where,
+        costs=COSTS.get("roofline")(spec, where),
+        extra_slots=1,
+        predictors={"last": LastLoad()},
+    )
+    got = simulate(
+        replay_of(GPUS, topk, asked),
+        asked,
+        BATCHING[batching](asked),
+        runtime,
+        settings=SimulationSettings(
+            PoolSettings(keep_alive=KeepAlive("fixed", 0.002)), replan_seconds=0.01, failures=broken
+        ),
+    )
+    times = got.clocks.times()
+    assert got.clocks.unfinished == 0
+    assert times.output_tokens_N.tolist() == [request.output_tokens for request in asked]
+    assert times.input_tokens_N.tolist() == [request.prompt_tokens for request in asked]
+    # every token after a request's first one is one gap
+    assert times.itl_count_I.sum() == sum(request.output_tokens - 1 for request in asked)
+    assert (times.itl_seconds_I >= 0).all()
+    assert (times.ttft_N > 0).all()
+    assert (times.e2el_N >= times.ttft_N).all()
+    assert got.end >= times.last_token_N.max()
