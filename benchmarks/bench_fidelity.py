@@ -1,15 +1,19 @@
 """Fidelity: the simulator, fed with a CPU profile of this machine, against the live 2-rank engine.
 
-Run: python benchmarks/bench_fidelity.py [--requests N] [--repeats N] [--profile FILE]
-Profiles the bundled model's parts and the engine's layer (or takes FILE; three minutes), then serves two workloads
-live, several times each. All requests of a workload are there at the start, so that every repetition runs the same
-iterations; what is compared is the median over repetitions of each layer and of each request, and how far one
-repetition is from the median of the others says what a prediction could reach. A live layer begins when its last rank
-enters it. *Layer*: the recorded loads of each iteration go through the ``measured`` cost model as they are; nothing is
-fitted on live runs. *Requests*: the second workload is simulated whole with the recorded routing and the live
-scheduler's settings; what an iteration takes beyond the profile's layers (attention, head, Python) is a linear function
-of its tokens, fitted on the first workload. Errors are relative to what was measured. Run it on an idle machine with
-two cores: on a busy one the waits of the exchange, which no profile can know, decide.
+Run: python benchmarks/bench_fidelity.py [--requests N] [--repeats N] [--seed N] [--profile FILE | --write-profile FILE]
+Serves two workloads live, several times each, and measures the profile that the second one needs (or takes FILE).
+What the simulator says is the typical time of an undisturbed machine, so it is compared with the *median* over the
+repetitions of each layer and each request; the column *noise* says how far that median itself is from where it would
+settle (half of what the medians of random halves of the repetitions differ by): an error below it cannot be told from
+none. All requests of a workload are there at the start, so that every repetition runs the same iterations. Prompts
+come in by chunks of a token budget: first tokens then come at many moments, not at the end of one iteration.
+
+A live layer begins when its last rank enters it. *Layer*: the recorded loads of each iteration go through the
+``measured`` cost model as they are; nothing is fitted on live runs. *Requests*: the second workload is simulated whole
+with the recorded routing and the live scheduler's settings; what an iteration takes beyond the profile's layers
+(attention, head, Python, the step to the next iteration) is a linear function of its tokens, fitted on the first
+workload. Errors are relative to what was measured. Run it on an idle machine with two cores: on a busy one the waits of
+the exchange, which no profile can know, decide.
 
 Axes: S ranks, I iterations, L layers, N requests, B repetitions.
 """
@@ -17,10 +21,12 @@ Axes: S ranks, I iterations, L layers, N requests, B repetitions.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,15 +41,22 @@ from moeless.costs.nonexpert import NonExpertTime
 from moeless.engine.bench import LiveBench, LiveConfig
 from moeless.engine.results import layer_seconds, read_records
 from moeless.engine.workload import WorkloadSettings
+from moeless.files import write_json
+from moeless.profiling.run import ProfileOptions, make_plan, profile_model
+from moeless.profiling.timing import Effort
 from moeless.simulator import Replay, SimulationSettings, resolve
 from moeless.simulator.loop import Run
-from moeless.spec import MoESpec
+from moeless.spec import MoESpec, preset
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
 
-OUTPUT_TOKENS, AT_ONCE = 64, 1e-9
-#: Requests at work at a time: others wait, so that batches are of many sizes.
-MAX_RUNNING = 12
+OUTPUT_TOKENS, AT_ONCE = 32, 1e-9
+#: Requests at work at a time: others wait, so that batches are of many sizes. Tokens of an iteration at most.
+MAX_RUNNING, TOKEN_BUDGET = 12, 256
+#: Grid of the profile: no expert of a workload gets more tokens, no rank has more experts.
+TOKENS, ACTIVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256), (1, 2, 3, 4, 6, 8)
+#: Repetitions of the workload that the rest is fitted on.
+CALIBRATION = 7
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,8 @@ class Live:
 
     Attributes:
         expert_BIL, layer_BIL: seconds of the slowest rank's experts (processor time) and of the layer.
-        iteration_I: seconds of each iteration; ``first_N``, ``last_N`` of each request to its first and last token.
+        iteration_I: seconds from the start of each iteration to the start of the next.
+        first_BN, last_BN: seconds of each request to its first and last token.
     """
 
     spec: MoESpec
@@ -60,8 +74,8 @@ class Live:
     expert_BIL: FloatArray
     layer_BIL: FloatArray
     iteration_I: FloatArray
-    first_N: FloatArray
-    last_N: FloatArray
+    first_BN: FloatArray
+    last_BN: FloatArray
     load_ILSE: IntArray
     topk_TLK: np.ndarray
     base_N: IntArray
@@ -89,15 +103,16 @@ class KeepingBench(LiveBench):
         seconds = [layer_seconds(records, own_only=False) for records in every]
         finished = [sorted(records.finished, key=lambda entry: int(entry["request"])) for records in every]
         first, last = (
-            np.median([[entry["token_times"][at] - entry["arrival"] for entry in one] for one in finished], 0)
+            np.array([[entry["token_times"][at] - entry["arrival"] for entry in one] for one in finished])
             for at in (0, -1)
         )
+        steps = [np.diff(records.start_I, append=records.end_I[-1]) for records in every]
         self.live = Live(
             spec,
             tuple(live.request for live in job.requests),
             np.stack([one.expert for one in seconds]),
             np.stack([one.total for one in seconds]),
-            np.median([records.end_I - records.start_I for records in every], 0),
+            np.median(steps, 0),
             first,
             last,
             load,
@@ -120,7 +135,9 @@ def serve(count: int, repeats: int, seed: int) -> Live:
         seed=seed,
     )
     policies = ("static",) * repeats
-    bench = KeepingBench(LiveConfig(policies, workload, ranks=2, max_running=MAX_RUNNING, record=True))
+    bench = KeepingBench(
+        LiveConfig(policies, workload, ranks=2, max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, record=True)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         bench.run(Path(scratch) / "run")
     return bench.live
@@ -165,12 +182,31 @@ def predict(live: Live, costs: MeasuredCosts, plans: Sequence[LayerPlan]) -> tup
     return expert, layer
 
 
-def errors(name: str, predicted: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray) -> None:
-    """One line of the table: mean absolute error over single events, and the error of their mean."""
-    mine, theirs = np.asarray(predicted, float).ravel(), np.asarray(measured, float).ravel()
+def errors(name: str, predicted: np.ndarray, measured_BX: np.ndarray) -> None:
+    """One line of the table: mean absolute error against the median of the repetitions, the error of the mean, and the
+    noise of that median."""
+    mine, theirs = np.ravel(predicted), np.median(measured_BX, 0).ravel()
     single = float(np.mean(np.abs(mine - theirs) / theirs))
     mean = mine.mean() / theirs.mean() - 1
-    print(f"{name:<56} {1e3 * theirs.mean():9.3f} {1e3 * mine.mean():9.3f} {100 * single:8.1f} {100 * mean:+8.1f}")
+    figures = f"{1e3 * theirs.mean():9.3f} {1e3 * mine.mean():9.3f} {100 * single:8.1f} {100 * mean:+8.1f}"
+    print(f"{name:<48} {figures} {100 * noise(measured_BX):8.1f}")
+
+
+def noise(measured_BX: np.ndarray, splits: int = 50) -> float:
+    """Mean relative error of the median of all repetitions, told from random halves of them.
+
+    A half's median is off by about the square root of 2 times as much as the whole's, and two halves differ by that
+    times the square root of 2 again.
+    """
+    count, random = len(measured_BX), np.random.default_rng(0)
+    if count < 4:
+        return float("nan")
+    middle, differ = np.median(measured_BX, 0), []
+    for _ in range(splits):
+        order = random.permutation(count)
+        one, other = (np.median(measured_BX[part], 0) for part in (order[: count // 2], order[count // 2 :]))
+        differ.append(np.mean(np.abs(one - other) / middle))
+    return float(np.mean(differ)) / 2.0
 
 
 def compare(live: Live, calibration: Live, profile: Path) -> None:
@@ -182,25 +218,23 @@ def compare(live: Live, calibration: Live, profile: Path) -> None:
     runtime = resolve(Policy("static"), spec=live.spec, cluster=where, costs=costs, extra_slots=0, predictors={})
     plans = runtime.deployment([None] * live.spec.L)
     expert, layer = predict(live, costs, plans)
-    wall = np.median(live.layer_BIL, 0)
-    others = np.median(live.layer_BIL[1:], 0)
-    print(f"{'':<56} {'live ms':>9} {'sim ms':>9} {'MAE %':>8} {'mean %':>8}")
-    errors("experts of the slowest rank (processor time)", expert, np.median(live.expert_BIL, 0))
-    errors("MoE layer", layer, wall)
-    errors("MoE layers of an iteration", layer.sum(1), wall.sum(1))
-    errors("(the first repetition for the others' median: layer)", live.layer_BIL[0], others)
-    errors("(the same, layers of an iteration)", live.layer_BIL[0].sum(1), others.sum(1))
-    for few, many in ((1, 9), (9, 33), (33, 1 << 20)):
-        at = (live.load_ILSE[:, 0].sum((1, 2)) / live.spec.K >= few) & (
-            live.load_ILSE[:, 0].sum((1, 2)) / live.spec.K < many
-        )
+    print(f"{'':<48} {'live ms':>9} {'sim ms':>9} {'MAE %':>8} {'mean %':>8} {'noise %':>8}")
+    errors("experts of the slowest rank (processor time)", expert, live.expert_BIL)
+    errors("MoE layer", layer, live.layer_BIL)
+    errors("MoE layers of an iteration", layer.sum(1), live.layer_BIL.sum(2))
+    total_I = live.load_ILSE[:, 0].sum((1, 2)) // live.spec.K
+    for few, many in ((1, 9), (9, 33), (33, 129), (129, 1 << 20)):
+        at = (total_I >= few) & (total_I < many)
         if at.any():
-            errors(f"MoE layer, {at.sum()} iterations of {few} to {many - 1} tokens", layer[at], wall[at])
+            upto = f"{few} to {min(many - 1, total_I.max())} tokens"
+            errors(f"MoE layer, {at.sum()} iterations of {upto}", layer[at], live.layer_BIL[:, at])
+    errors("(the first repetition for a prediction: layer)", live.layer_BIL[0], live.layer_BIL[1:])
+    errors("(the same, layers of an iteration)", live.layer_BIL[0].sum(1), live.layer_BIL[1:].sum(2))
     beyond = calibration.iteration_I - predict(calibration, costs, plans)[1].sum(1)
     run = Run(
         Replay(live.topk_TLK, Workload(live.requests, False, (), live.base_N), live.spec.E, where.G),
         live.requests,
-        Continuous(live.requests, where.G, token_budget=2048, max_running=MAX_RUNNING),
+        Continuous(live.requests, where.G, token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING),
         runtime,
         SimulationSettings(),
         None,
@@ -210,38 +244,50 @@ def compare(live: Live, calibration: Live, profile: Path) -> None:
     run.nonexpert = Rest(tokens_I(calibration), beyond)  # type: ignore[assignment]
     run.to_the_end()
     times = run.clocks.times()
-    errors("request, time to first token, rest calibrated", times.ttft_N, live.first_N)
-    errors("request, end to end, rest calibrated", times.e2el_N, live.last_N)
+    errors("request, time to first token, rest calibrated", times.ttft_N, live.first_BN)
+    errors("request, end to end, rest calibrated", times.e2el_N, live.last_BN)
     for warning in costs.warnings:
         print(f"! {warning}")
+
+
+def write_profile(path: Path) -> None:
+    """Measure what the comparison needs of this machine: a grid as large as the workload's loads, few copies."""
+    spec, options = preset("bundled"), ProfileOptions(ranks=2, force=True)
+    plan = make_plan(spec, "cpu", options)
+    plan = dataclasses.replace(plan, tokens=TOKENS, active=ACTIVE, copies=plan.copies[::3], effort=Effort(0.05, 7, 40))
+    write_json(path, profile_model(spec, plan, options, path.parent))
 
 
 def main() -> None:
     """Profile, calibrate, predict."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", type=Path, default=None)
+    parser.add_argument("--write-profile", type=Path, default=None, help="measure the profile alone, and stop")
     arguments = parser.parse_args()
-    before = os.getloadavg()[0]
+    if arguments.write_profile is not None:
+        write_profile(arguments.write_profile)
+        return
+    before, begun = os.getloadavg()[0], time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         # live runs first: they fork, which a process that has started threads must not
-        calibration = serve(arguments.requests, arguments.repeats, arguments.seed)
+        calibration = serve(arguments.requests, min(CALIBRATION, arguments.repeats), arguments.seed)
         live = serve(arguments.requests, arguments.repeats, arguments.seed + 1)
+        served = time.perf_counter()
         profile = arguments.profile or Path(scratch) / "cpu.json"
         if arguments.profile is None:
-            command = [sys.executable, "-m", "moeless", "profile", "--model", "bundled", "--device", "cpu"]
-            subprocess.run(
-                [*command, "--ranks", "2", "--force", "--out", str(profile)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            # a process of its own, for it forks ranks too
+            subprocess.run([sys.executable, __file__, "--write-profile", str(profile)], check=True)
         print(
             f"bundled model, 2 ranks, static EP: {len(live.iteration_I)} iterations, {len(live.requests)} requests, "
-            f"{arguments.repeats} repetitions"
+            f"{arguments.repeats} repetitions, seed {arguments.seed}"
         )
-        print(f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after, on {os.cpu_count()} cores")
+        print(
+            f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after, on {os.cpu_count()} cores; "
+            f"live {served - begun:.0f} s, profile {time.perf_counter() - served:.0f} s"
+        )
         compare(live, calibration, profile)
 
 

@@ -1,6 +1,6 @@
 """The paper's five headline figures beside ours: latency and three bills against each baseline, by two cost models.
 
-Run: python -m moeless.experiments.claims --out results/reference/claims [--quick]
+Run: python -m moeless.experiments.claims --requests 24 --out results/reference/claims [--quick]
 The paper's three models are served with made-up routing (their real routing is out of reach), gpt-oss-20b with its
 real routing where ../shared/data or MOELESS_SHARED_DATA has it. One-second batching and eight GPUs as in the paper.
 """
@@ -11,18 +11,23 @@ import argparse
 import multiprocessing
 import os
 import tempfile
+import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moeless.contracts import Policy
 from moeless.errors import RunFailed
 from moeless.experiments import claims_table
+from moeless.experiments.cells import intervals
 from moeless.files import write_text
-from moeless.metrics import Cell, Result, write_result
+from moeless.metrics import Result, write_result
 from moeless.simulator.bench import Bench, BenchConfig
 from moeless.spec import preset
 from moeless.traces.synthetic import SyntheticParams, write_synthetic
+from moeless.tracking.environment import git_state
 
 #: The oracle *predictor* knows the true loads: the best that any forecast can do for MoEless. The paper does not state
 #: its memory cap; the last entry has three extra slots per GPU and layer instead of one.
@@ -55,13 +60,14 @@ def trace_of(model: str, folder: Path, requests: int) -> Path | None:
     return path
 
 
-def run_model(model: str, requests: int, batching: str, rate: float | None) -> list[Cell]:
-    """Every cost model and policy of a model; a policy that does not fit in memory is left out, and said."""
-    cells: list[Cell] = []
+def run_model(model: str, requests: int, batching: str, rate: float | None) -> list[dict[str, Any]]:
+    """Result rows, with intervals, of every cost model and policy; one that does not fit in memory is left out, and
+    said."""
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         trace = trace_of(model, Path(scratch), requests)
         if trace is None:
-            return cells
+            return rows
         config = BenchConfig(
             trace=trace,
             policies=tuple(Policy.parse(text) for text in dict.fromkeys(text for text, _ in POLICIES)),
@@ -69,48 +75,57 @@ def run_model(model: str, requests: int, batching: str, rate: float | None) -> l
             cluster=MODELS[model],
             batching=batching,
             request_rate=rate,
-            # recorded answers of gpt-oss are ten times as long
-            max_requests=requests if model != "gpt-oss-20b" else max(4, requests // 8),
+            max_requests=requests,
         )
         bench = Bench(config)
         for costs in config.costs:
             for text, slots in POLICIES:
-                bench.config = replace(config, extra_slots=slots)
+                bench.config, begun = replace(config, extra_slots=slots), time.perf_counter()
                 try:
-                    cell = bench.run_cell(costs, Policy.parse(text)).cell
+                    simulation = bench.run_cell(costs, Policy.parse(text))
                 except RunFailed as error:
                     print(f"{model}, {costs}, {text}, {slots} extra slots: {error}", flush=True)
                     continue
-                name = claims_table.name_of(cell)
-                print(f"{model}, {costs}, {name}: {1e3 * cell.layer.mean_ms:.4g} us a layer", flush=True)
-                cells.append(replace(cell, layer=replace(cell.layer, cdf_ms=())))
-    return cells
+                row = intervals.row(simulation, bench.spec, bench.cluster.G)
+                row["layer"]["cdf_ms"] = []
+                name, took = claims_table.name_of(simulation.cell), time.perf_counter() - begun
+                print(
+                    f"{model}, {costs}, {name}: {1e3 * row['layer']['mean_ms']:.4g} us a layer, {took:.0f} s",
+                    flush=True,
+                )
+                rows.append(row)
+    return rows
 
 
-def run(requests: int, batching: str, rate: float | None) -> list[Cell]:
+def run(counts: Mapping[str, int], batching: str, rate: float | None) -> list[dict[str, Any]]:
     """All models, two at a time; the result does not depend on that."""
     # the longest first; spawned: compiled code may have started threads here
     order = sorted(MODELS, key=lambda model: model != "gpt-oss-20b")
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as workers:
-        asked = {model: workers.submit(run_model, model, requests, batching, rate) for model in order}
-        return [cell for model in MODELS for cell in asked[model].result()]
+        asked = {model: workers.submit(run_model, model, counts[model], batching, rate) for model in order}
+        return [row for model in MODELS for row in asked[model].result()]
 
 
 def main() -> None:
     """Run and write ``result.json`` and ``table.md``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--gpt-oss-requests", type=int, help="recorded answers are ten times as long: half as many")
     parser.add_argument("--batching", default="one-second")
     parser.add_argument("--rate", type=float, default=None, help="requests per second; default: the trace's own")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     requests = min(arguments.requests, 6) if arguments.quick else arguments.requests
-    cells = run(requests, arguments.batching, arguments.rate)
+    recorded = arguments.gpt_oss_requests or max(4, requests // 2)
+    state, counts = git_state(), {model: recorded if model == "gpt-oss-20b" else requests for model in MODELS}
+    rows = run(counts, arguments.batching, arguments.rate)
     rate = "" if arguments.rate is None else f" --rate {arguments.rate:g}"
-    command = f"python -m moeless.experiments.claims --requests {requests} --batching {arguments.batching}{rate}"
-    write_result(arguments.out / "result.json", Result(command, tuple(cells)))
-    write_text(arguments.out / "table.md", claims_table.document(cells, command))
+    command = f"python -m moeless.experiments.claims --requests {requests} --gpt-oss-requests {recorded}"
+    command += f" --batching {arguments.batching}{rate}"
+    result = Result(command, tuple(claims_table.cells_of(rows)))
+    write_result(arguments.out / "result.json", result)
+    write_text(arguments.out / "table.md", claims_table.document(rows, command, state))
 
 
 if __name__ == "__main__":

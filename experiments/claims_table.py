@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from moeless.experiments import serving
 from moeless.metrics import Cell
 from moeless.spec import preset
 
@@ -16,6 +18,11 @@ STATED = {
     "cost vs EPLB": -95.11,
 }
 _BILLS = {"paper": "paper bill", "resident": "resident", "gpu_seconds": "GPU·s"}
+
+
+def cells_of(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """The rows without their intervals."""
+    return [serving.cell(row) for row in rows]
 
 
 def name_of(cell: Cell) -> str:
@@ -44,6 +51,33 @@ def _groups(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, Cell]]:
 def _where(model: str, mine: Mapping[str, Cell]) -> str:
     one = next(iter(mine.values()))
     return f"{model} ({one.evidence}, {one.cluster})"
+
+
+def certain(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Changes with 90 % intervals, both runs resampled in the same blocks of iterations."""
+    columns = ["model", "costs", "policy", "latency vs Megatron-LM", "latency vs EPLB", "paper bill vs Megatron-LM"]
+    groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row, cell in zip(rows, cells_of(rows), strict=True):
+        groups.setdefault((cell.model, cell.costs), {})[name_of(cell)] = row
+    lines = []
+    for (model, costs), mine in groups.items():
+        static, eplb = mine.get("static"), mine.get("eplb:history")
+        for name, row in mine.items():
+            if name in ("static", "oracle") or static is None:
+                continue
+            texts = [
+                _interval(row, base, what) for base, what in ((static, "seconds"), (eplb, "seconds"), (static, "bill"))
+            ]
+            lines.append([model, costs, name, *texts])
+    return _table(columns, lines)
+
+
+def _interval(mine: Mapping[str, Any], base: Mapping[str, Any] | None, what: str) -> str:
+    if base is None or mine is base:
+        return "–"
+    middle, low, high = (100 * (value - 1) for value in serving.ratio(mine, base, what))
+    known = "" if low != low else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{middle:+.1f}{known}".replace("-", "−")
 
 
 def absolute(cells: Sequence[Cell]) -> str:
@@ -144,17 +178,22 @@ def needed(cells: Sequence[Cell]) -> str:
     return _table(columns, [[name, *values] for name, values in rows.items()])
 
 
-def document(cells: Sequence[Cell], command: str) -> str:
-    """The whole file."""
-    want = implied()
+def document(rows: Sequence[Mapping[str, Any]], command: str, state: Mapping[str, Any] | None) -> str:
+    """The whole file; ``state`` is the code's revision, as ``tracking.environment.git_state`` tells it."""
+    want, cells = implied(), cells_of(rows)
+    code = "outside a checkout" if state is None else state["revision"] + (", changed" if state["dirty"] else "")
+    served = {cell.model: f"{cell.settings['requests']} ({cell.layer.samples:,} layer runs)" for cell in cells}
     return (
-        f"# Claims\n\nCommand: `{command}`\n\n"
+        f"# Claims\n\nCommand: `{command}`. Code: {code}. Requests: "
+        f"{', '.join(f'{model} {count}' for model, count in served.items())}.\n\n"
         "Changes in per cent, lower is better. Megatron-LM is `static`. Evidence: *synthetic* is made-up routing with "
         "the model's shapes, *simulated* is real routing. † changes the model's outputs. `moeless:oracle` has perfect "
         "forecasts, which the paper's system cannot exceed.\n\n"
         f"## Against each baseline\n\n{relative(cells)}\n"
         "The paper bill counts every system's experts only while their own layer runs. The last column bills "
         "Megatron-LM for all layers' experts all the time, MoEless by its own rule.\n\n"
+        f"## How sure\n\n{certain(rows)}\n"
+        f"Per cent; {serving.PAIRED}. They speak of this workload's iterations, not of other models or days.\n\n"
         f"## What would have to be true\n\n{needed(cells)}\n"
         "If the paper's five means compose, MoEless is billed for "
         f"{want['MoEless memory']:.3f} of Megatron-LM's memory, EPLB for {want['EPLB memory']:.2f} times as much, and "

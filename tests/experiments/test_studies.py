@@ -10,7 +10,7 @@ import pytest
 from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, Phase, PlanInput, Request
 from moeless.costs import COSTS
-from moeless.experiments import claims_table
+from moeless.experiments import claims, claims_table, serving
 from moeless.experiments.cells import parts
 from moeless.experiments.cells.drift import in_blocks
 from moeless.experiments.cells.scale import serve
@@ -100,3 +100,20 @@ def test_what_the_papers_means_imply_composes_back_to_them():
     assert 100 * (mine / (implied["EPLB latency"] * implied["EPLB memory"]) - 1) == pytest.approx(-95.11)
     assert 100 * (mine / implied["Oracle latency"] - 1) == pytest.approx(-84.06)
     assert 100 * (implied["MoEless latency"] / implied["EPLB latency"] - 1) == pytest.approx(-21.89)
+
+
+def test_claims_are_told_with_paired_intervals_and_the_codes_revision(monkeypatch):
+    monkeypatch.setattr(claims, "POLICIES", (("static", 1), ("eplb:history", 1)))
+    rows = claims.run_model("phi-3.5-moe", 3, "one-second", 1.0)
+    text = claims_table.document(rows, "a command", {"revision": "abc", "dirty": True})
+    assert "Code: abc, changed. Requests: phi-3.5-moe 3 (" in text
+    line = next(line for line in claims_table.certain(rows).splitlines() if "| paper | eplb:history |" in line)
+    change, against_itself, bill = (part.strip() for part in line.split("|")[4:7])
+    assert against_itself == "–"
+    for told, field in ((change, "layer.mean_ms"), (bill, "billing.paper")):
+        middle, low, high = (
+            float(part) for part in told.replace("−", "-").replace("[", "").replace("]", "").replace(",", "").split()
+        )
+        assert low <= middle <= high
+        static, eplb = (serving.read(row, field) for row in rows[:2])
+        assert middle == pytest.approx(100 * (eplb / static - 1), abs=0.06)
