@@ -15,10 +15,10 @@ from moeless.cluster import Cluster
 from moeless.contracts import Budget, FloatArray, InstanceState, IntArray, LayerPlan, PlanInput
 from moeless.costs import CostModel
 from moeless.errors import UserError
-from moeless.jit import njit
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import even_dispatch
 from moeless.placement.layout import room_G, spare_replicas
+from moeless.placement.paper_kernels import PaperTerms, place, plan_copies, scale
 from moeless.spec import MoESpec
 
 
@@ -55,30 +55,6 @@ class PaperParams:
         return int(np.ceil(whole) if self.overshoot else np.floor(whole))
 
 
-@njit(cache=True, nogil=True)
-def _scale(load_E, max_extra, threshold, count_idle, count_E):  # type: ignore[no-untyped-def]
-    total, squares, replicas = 0.0, 0.0, 0
-    for e in range(len(load_E)):
-        count_E[e] = 1
-        total += load_E[e]
-        squares += load_E[e] * load_E[e]
-        if count_idle or load_E[e] > 0:
-            replicas += 1
-    if total <= 0.0:
-        return
-    for _ in range(max_extra):
-        # CV^2 = E[x^2] / E[x]^2 - 1 over replicas that carry load_e / count_e each
-        if replicas * squares / (total * total) - 1.0 <= threshold * threshold:
-            return
-        best = 0
-        for e in range(1, len(load_E)):
-            if load_E[e] / count_E[e] > load_E[best] / count_E[best]:
-                best = e
-        squares -= load_E[best] * load_E[best] / (count_E[best] * (count_E[best] + 1.0))
-        count_E[best] += 1
-        replicas += 1
-
-
 def scale_experts(load_E: FloatArray, max_extra: int, cv_threshold: float = 0.2, count_idle: bool = False) -> IntArray:
     """Algorithm 1: copies of each expert, ``[E]``.
 
@@ -86,29 +62,8 @@ def scale_experts(load_E: FloatArray, max_extra: int, cv_threshold: float = 0.2,
     the threshold, the expert with the most loaded replica gets one more; ties go to the lowest index.
     """
     count_E = np.ones(len(load_E), np.int64)
-    _scale(np.ascontiguousarray(load_E, np.float64), int(max_extra), float(cv_threshold), count_idle, count_E)
+    scale(np.ascontiguousarray(load_E, np.float64), int(max_extra), float(cv_threshold), count_idle, count_E)
     return count_E
-
-
-@njit(cache=True, nogil=True)
-def _place(load_P, expert_P, room, alive_EG, gpu_P):  # type: ignore[no-untyped-def]
-    num_gpus = len(room)
-    total, used = np.zeros(num_gpus), np.zeros(num_gpus, np.int64)
-    for p in range(len(load_P)):
-        e = expert_P[p]
-        best = -1
-        for g in range(num_gpus):
-            if alive_EG[e, g] > 0 and used[g] < room[g] and (best < 0 or total[g] < total[best]):
-                best = g
-        if best >= 0:
-            alive_EG[e, best] -= 1
-        else:
-            for g in range(num_gpus):
-                if used[g] < room[g] and (best < 0 or total[g] < total[best]):
-                    best = g
-        gpu_P[p] = best
-        used[best] += 1
-        total[best] += load_P[p]
 
 
 def place_replicas(load_P: FloatArray, expert_P: IntArray, room: IntArray, alive_EG: IntArray) -> IntArray:
@@ -118,7 +73,7 @@ def place_replicas(load_P: FloatArray, expert_P: IntArray, room: IntArray, alive
     GPU), otherwise it joins the least loaded GPU that has room; ties go to the lowest index.
     """
     gpu_P = np.empty(len(expert_P), np.int64)
-    _place(
+    place(
         np.ascontiguousarray(load_P, np.float64),
         np.ascontiguousarray(expert_P, np.int64),
         np.ascontiguousarray(room, np.int64),
@@ -140,6 +95,20 @@ def alive_copies_EG(x: PlanInput, num_experts: int, num_gpus: int) -> IntArray:
     return counts.astype(np.int64, copy=False).reshape(num_experts, num_gpus)
 
 
+def plan_terms(spec: MoESpec, cluster: Cluster, budget: Budget, params: PaperParams) -> PaperTerms:
+    """The compiled algorithms' numbers.
+
+    Raises:
+        UserError: the experts do not fit.
+    """
+    room = room_G(budget, spec, cluster.num_gpus)
+    max_extra, cap = spare_replicas(room, spec.E, budget.max_extra), params.max_extra(spec.expert_bytes)
+    return PaperTerms(
+        max_extra if cap is None else min(max_extra, cap), float(params.cv_threshold), bool(params.count_idle),
+        bool(params.memory_check), room,
+    )  # fmt: skip
+
+
 def plan_layer(
     x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: PaperParams
 ) -> LayerPlan:
@@ -148,27 +117,13 @@ def plan_layer(
     Raises:
         UserError: the experts do not fit.
     """
-    gpus = cluster.num_gpus
-    room = room_G(budget, spec, gpus)
-    max_extra = spare_replicas(room, spec.E, budget.max_extra)
-    cap = params.max_extra(spec.expert_bytes)
-    load_E = x.forecast.mean_E
-    count_E = scale_experts(
-        load_E, max_extra if cap is None else min(max_extra, cap), params.cv_threshold, params.count_idle
-    )
-    expert_P = np.repeat(np.arange(spec.E), count_E)
-    load_P = load_E[expert_P] / count_E[expert_P]
-    order = np.argsort(-load_P, kind="stable")
-    expert_P, load_P = expert_P[order], load_P[order]
-    if not params.memory_check:
-        room = np.full(gpus, len(expert_P))
-    gpu_P = place_replicas(load_P, expert_P, room, alive_copies_EG(x, spec.E, gpus))
-    first = np.zeros(len(expert_P), np.bool_)
-    # assigned last to first, so that an expert keeps its first position
-    first_E = np.empty(spec.E, np.int64)
-    first_E[expert_P[::-1]] = np.arange(len(expert_P))[::-1]
-    first[first_E] = True
-    return LayerPlan.build(x.layer, expert_P, gpu_P, first, num_experts=spec.E, num_gpus=gpus)
+    terms = plan_terms(spec, cluster, budget, params)
+    size = spec.E + terms.max_extra
+    expert_R, gpu_R, primary_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_)
+    alive_EG = alive_copies_EG(x, spec.E, cluster.num_gpus)
+    load_E = np.ascontiguousarray(x.forecast.mean_E, np.float64)
+    count = plan_copies(load_E, terms, alive_EG, expert_R, gpu_R, primary_R)
+    return LayerPlan(x.layer, expert_R[:count], gpu_R[:count], primary_R[:count])
 
 
 PLANNER = Planner(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
+from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.jit import njit
 from moeless.serverless.keep_alive import COVERED, FIRST_BIN_SECONDS, MIN_GAPS
 
@@ -12,7 +15,29 @@ RESIDENT, LOADS, EVICTIONS, REFUSED, BY_TIER = 0, 1, 2, 3, 4
 NUM_COUNTERS = 7
 
 
-@njit(cache=True)
+class PoolState(NamedTuple):
+    """A pool's arrays and settings for compiled code, which changes the arrays in place."""
+
+    num_bytes: float
+    fixed_keep_alive: float
+    adaptive: bool
+    keep_LE: FloatArray
+    histogram_LEB: IntArray
+    island_size: int
+    tier_seconds: FloatArray
+    start_seconds: float
+    instant: bool
+    ready_LEG: FloatArray
+    born_LEG: FloatArray
+    used_LEG: FloatArray
+    planned_LEG: BoolArray
+    engine_free_G: FloatArray
+    resident_G: FloatArray
+    capacity_G: FloatArray
+    counters: FloatArray
+
+
+@njit(cache=True, nogil=True)
 def evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters):  # type: ignore[no-untyped-def]
     """Free a copy's memory as of ``end``."""
     counters[RESIDENT] += num_bytes * max(0.0, end - born[layer, expert, gpu])
@@ -22,7 +47,7 @@ def evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters)
     resident_G[gpu] -= num_bytes
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def make_room(  # type: ignore[no-untyped-def]
     gpu, wanted, now, num_bytes, ready, born, used, planned, resident_G, capacity_G, counters
 ):
@@ -43,7 +68,7 @@ def make_room(  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def expire(layer, now, num_bytes, keep_LE, ready, born, used, planned, resident_G, counters):  # type: ignore[no-untyped-def]
     """Evict a layer's unplanned copies whose keep-alive has run out, as of when it did."""
     _, experts, gpus = ready.shape
@@ -56,7 +81,7 @@ def expire(layer, now, num_bytes, keep_LE, ready, born, used, planned, resident_
                 evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _source(layer, expert, gpu, now, island_size, tier_seconds, ready):  # type: ignore[no-untyped-def]
     """The quickest place to load from: a warm copy on the island, one elsewhere, or the experts' home."""
     best, tier = tier_seconds[2], 2
@@ -69,7 +94,7 @@ def _source(layer, expert, gpu, now, island_size, tier_seconds, ready):  # type:
     return best, tier
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
     """Count an idle gap; the keep-alive that covers most gaps so far."""
     place = 0
@@ -90,7 +115,7 @@ def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
     return edge
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def provision(  # type: ignore[no-untyped-def]
     layer,
     expert_R,

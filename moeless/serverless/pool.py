@@ -139,34 +139,22 @@ class InstancePool:
                 f"which has {room:.1f} GB for them; use more GPUs or fewer extra slots"
             )
 
+    def state(self) -> kernels.PoolState:
+        """The pool for compiled code; arrays that are replaced from time to time are today's."""
+        settings = self.settings
+        return kernels.PoolState(
+            self._bytes, float(settings.keep_alive.seconds), settings.keep_alive.kind == "adaptive", self._keep_LE,
+            self._histogram_LEB, self.cluster.island_size, self.tier_seconds, float(settings.start_seconds),
+            bool(settings.instant), self.ready_LEG, self.born_LEG, self.used_LEG, self.planned_LEG, self.engine_free_G,
+            self.resident_G, self.capacity_G, self._counters,
+        )  # fmt: skip
+
     def provision(self, layer: int, expert_R: Int32Array, gpu_R: Int32Array, now: float) -> None:
         """Make these replicas the layer's plan: start loading what is missing, let what is left out grow old."""
         cold_EG, free_G = self.born_LEG[layer] == np.inf, self.engine_free_G
         if self.on_copy is not None:
             cold_EG, free_G = cold_EG.copy(), free_G.copy()
-        kernels.provision(
-            layer,
-            expert_R,
-            gpu_R,
-            now,
-            self._bytes,
-            self.settings.keep_alive.seconds,
-            self.settings.keep_alive.kind == "adaptive",
-            self._keep_LE,
-            self._histogram_LEB,
-            self.cluster.island_size,
-            self.tier_seconds,
-            self.settings.start_seconds,
-            self.settings.instant,
-            self.ready_LEG,
-            self.born_LEG,
-            self.used_LEG,
-            self.planned_LEG,
-            self.engine_free_G,
-            self.resident_G,
-            self.capacity_G,
-            self._counters,
-        )
+        kernels.provision(layer, expert_R, gpu_R, now, *self.state())
 
         if self.on_copy is not None:
             self._report(layer, cold_EG & np.isfinite(self.born_LEG[layer]), free_G, now)

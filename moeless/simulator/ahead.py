@@ -19,6 +19,7 @@ from moeless.predictors.life import ForecastLife
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Outage
 from moeless.simulator.history import LoadHistory
+from moeless.simulator.in_force import PlansInForce
 from moeless.simulator.keeping import Keeping
 from moeless.simulator.runtime import PolicyRuntime
 
@@ -43,10 +44,12 @@ class AheadPlans:
         late: plans that came after their layer had started.
         made: plans in all.
         keeping: which forecasts leave their plans as they are.
+        copy_seconds: what bringing one copy is taken to need.
+        layer_seconds: what a layer takes, with all around it, by phase.
     """
 
     def __init__(
-        self, runtime: PolicyRuntime, pool: InstancePool, history: LoadHistory, plans: list[LayerPlan], outage: Outage
+        self, runtime: PolicyRuntime, pool: InstancePool, history: LoadHistory, plans: PlansInForce, outage: Outage
     ) -> None:
         self.runtime, self.pool, self.history, self.plans, self.outage = runtime, pool, history, plans, outage
         self.delay = runtime.costs.background_seconds(runtime.policy)
@@ -63,9 +66,8 @@ class AheadPlans:
         self.life = ForecastLife(np.stack([history.share_or_even(layer) for layer in range(runtime.spec.L)]))
         # a copy comes from the next GPU that has one, and every expert is on some
         near = runtime.cluster.num_gpus <= runtime.cluster.island_size
-        self._copy_seconds = float(pool.tier_seconds[0 if near else 1]) + pool.settings.start_seconds
-        # what a layer takes, with all around it, by phase
-        self._layer_seconds: dict[Phase, float] = {}
+        self.copy_seconds = float(pool.tier_seconds[0 if near else 1]) + pool.settings.start_seconds
+        self.layer_seconds: dict[Phase, float] = {}
 
     def start_iteration(self, work: Work, now: float, kept_L: BoolArray) -> None:
         """Layers that nothing precedes by the distance are planned as the iteration starts, from the past."""
@@ -75,7 +77,15 @@ class AheadPlans:
         for layer, distance in enumerate(self._distance_L.tolist()):
             if layer < distance and not kept_L[layer]:
                 # known since the last iteration: nothing has to be waited for
-                self._decide(layer, self._first(layer, distance, work), work.phase, now, 0.0, layer)
+                self._decide(layer, self.forecast(layer, distance, work), work.phase, now, 0.0, layer)
+
+    def forecast(self, target: int, distance: int, work: Work) -> Forecast:
+        """The forecast for a layer from the one ``distance`` before it, or from the past where there is none."""
+        if target < distance:
+            return self._first(target, distance, work)
+        source = target - distance
+        forecast: Forecast = self.runtime.predictor.predict(self._context(target, work, source), source, distance)
+        return forecast
 
     def _first(self, target: int, distance: int, work: Work) -> Forecast:
         """From the past alone: history, or what the predictor found best for layers that nothing precedes."""
@@ -92,8 +102,7 @@ class AheadPlans:
         for target in range(layer + 1, self.runtime.spec.L):
             distance = target - layer
             if self._distance_L[target] == distance and not self._kept_L[target]:
-                forecast: Forecast = self.runtime.predictor.predict(self._context(target, work, layer), layer, distance)
-                self._decide(target, forecast, work.phase, now, self.delay, distance)
+                self._decide(target, self.forecast(target, distance, work), work.phase, now, self.delay, distance)
 
     def _context(self, target: int, work: Work, layer: int | None = None) -> Context:
         """What is known of a target, with what ``layer`` sees of the iteration where one is given."""
@@ -121,8 +130,8 @@ class AheadPlans:
             previous,
             self.pool.states_unless_live(previous, now),
             self.life.horizon(layer, phase, forecast, self.history.share(layer)),
-            max(ahead * self._layer_seconds.get(phase, 0.0) - delay, 0.0),
-            self._copy_seconds,
+            max(ahead * self.layer_seconds.get(phase, 0.0) - delay, 0.0),
+            self.copy_seconds,
         )
         self.keeping.note(layer, forecast.mean_E, plan)
         self.made += 1
@@ -138,8 +147,8 @@ class AheadPlans:
         """After a layer: a plan that came too late for it is the one in force from now on."""
         if self.rule is not None:
             self.rule.note(layer, phase, seconds)
-        known = self._layer_seconds.setdefault(phase, seconds)
-        self._layer_seconds[phase] = known + NEWEST * (seconds - known)
+        known = self.layer_seconds.setdefault(phase, seconds)
+        self.layer_seconds[phase] = known + NEWEST * (seconds - known)
         if layer in self._coming:
             self.late += 1
             self._adopt(layer)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless.costs.kernels import exchange_time, quota_time
+from moeless.costs.kernels import exchange_time
 from moeless.costs.nonexpert import nonexpert_times
 from moeless.jit import njit
-from moeless.placement.dispatch import _round_robin
-from moeless.placement.dispatch_kernels import fastest_quotas, working_memory
 from moeless.placement.keep_kernels import kept_layers
+from moeless.simulator.layer_kernels import LOAD, memory, time_layer
 
 # columns of the tally, sums over (iteration, layer) pairs
 TOTAL, EXPERT, EXCHANGE, MISC, CONTROL, STALL = 0, 1, 2, 3, 4, 5
 IMBALANCE, BALANCED, REPLICAS, ACTIVE, WARM, OWN, WHOLE = 6, 7, 8, 9, 10, 11, 12
 NUM_TALLIES = 13
 
-# how tokens are dealt to copies: equal shares, or the elastic planner's choice from the true counts
-EVEN, CHOSEN = 0, 1
+# what one layer's timing leaves for the tally
+PART_EXPERT, PART_EXCHANGE, PART_IMBALANCE, PART_ACTIVE = 0, 1, 2, 3
+NUM_PARTS = 4
 
 
 @njit(cache=True, nogil=True)
@@ -49,13 +49,18 @@ def span_sums(start_N, stop_N, rank_N, sums_SX):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def imbalance(load_G):  # type: ignore[no-untyped-def]
+    """Most tokens of a GPU over the mean; 1 where there are none."""
+    mean = load_G.sum() / len(load_G)
+    return load_G.max() / mean if mean > 0 else 1.0
+
+
+@njit(cache=True, nogil=True)
 def tally_layer(  # type: ignore[no-untyped-def]
-    tally, expert, exchange, misc, control, stall, load_G, replicas, all_replicas, active, warm
+    tally, expert, exchange, misc, control, stall, ratio, replicas, all_replicas, active, warm
 ):
     """Add one layer's run to the tally; returns its total seconds."""
     total = expert + exchange + misc + control + stall
-    mean = load_G.sum() / len(load_G)
-    ratio = load_G.max() / mean if mean > 0 else 1.0
     tally[TOTAL] += total
     tally[EXPERT] += expert
     tally[EXCHANGE] += exchange
@@ -73,63 +78,38 @@ def tally_layer(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def plan_layers(  # type: ignore[no-untyped-def]
-    load_LSE,
-    expert_LR,
-    gpu_LR,
-    primary_LR,
-    count_L,
-    mode,
-    rates,
-    terms,
-    misc,
-    control_L,
-    num_gpus,
-    tally,
-    time_L,
+def time_layers(  # type: ignore[no-untyped-def]
+    start, stop, load_LSE, expert_LR, gpu_LR, primary_LR, count_L, mode, rates, terms, num_gpus, part_LX
 ):
-    """All layers of one iteration under warm plans; fills ``time_L``, adds to the tally.
+    """Layers ``start`` to ``stop`` of one iteration under warm plans, into their rows of ``part_LX``.
 
-    ``mode`` is EVEN or CHOSEN; ``rates`` are the elastic dispatch's a, b, c, depth, fuel.
+    ``mode`` and ``rates`` as in :func:`layer_kernels.time_layer`.
     """
-    layers, sources, experts = load_LSE.shape
-    all_replicas = count_L.sum()
-    load_G = np.zeros(num_gpus)
     widest = count_L.max()
-    whole, real = working_memory(sources, experts, widest, num_gpus)
-    whole_W, real_W = np.empty(whole, np.int64), np.empty(real)
+    m = memory(load_LSE.shape[1], load_LSE.shape[2], widest, num_gpus)
     serving_R = np.ones(widest, np.int64)
-    a, b, c, depth, fuel = rates
-    for layer in range(layers):
+    for layer in range(start, stop):
+        n = count_L[layer]
+        expert, exchange, active = time_layer(
+            load_LSE[layer], expert_LR[layer, :n], gpu_LR[layer, :n], primary_LR[layer, :n], serving_R[:n], mode,
+            rates, terms, num_gpus, m,
+        )  # fmt: skip
+        part_LX[layer, PART_EXPERT], part_LX[layer, PART_EXCHANGE] = expert, exchange
+        part_LX[layer, PART_IMBALANCE], part_LX[layer, PART_ACTIVE] = imbalance(m.sums_QG[LOAD]), active
+
+
+@njit(cache=True, nogil=True)
+def tally_layers(part_LX, count_L, experts, misc, control_L, tally, time_L):  # type: ignore[no-untyped-def]
+    """Add the layers of one iteration under warm plans, in order; fills ``time_L``."""
+    all_replicas = count_L.sum()
+    for layer in range(len(count_L)):
         replicas = count_L[layer]
-        expert_R, gpu_R = expert_LR[layer, :replicas], gpu_LR[layer, :replicas]
-        load_SE = load_LSE[layer]
-        quota_SR = np.zeros((sources, replicas), np.int64)
-        if mode == CHOSEN:
-            primary_R = primary_LR[layer, :replicas]
-            expert, exchange = fastest_quotas(
-                load_SE, expert_R, gpu_R, primary_R, serving_R[:replicas], num_gpus, a, b, c, terms, int(depth),
-                int(fuel), load_G, quota_SR, whole_W, real_W,
-            )  # fmt: skip
-        else:
-            if replicas == experts:
-                for s in range(sources):
-                    for r in range(replicas):
-                        quota_SR[s, r] = load_SE[s, expert_R[r]]
-            else:
-                _round_robin(load_SE, expert_R, np.ones(replicas, np.bool_), quota_SR)
-            expert, exchange = quota_time(quota_SR, gpu_R, terms, num_gpus, load_G)
-        active = 0
-        for r in range(replicas):
-            for s in range(sources):
-                if quota_SR[s, r] > 0:
-                    active += 1
-                    break
         # primaries alone leave nothing to decide: no counts are gathered
         control = control_L[layer] if replicas > experts else 0.0
         time_L[layer] = tally_layer(
-            tally, expert, exchange, misc, control, 0.0, load_G, replicas, all_replicas, active, replicas
-        )
+            tally, part_LX[layer, PART_EXPERT], part_LX[layer, PART_EXCHANGE], misc, control, 0.0,
+            part_LX[layer, PART_IMBALANCE], replicas, all_replicas, part_LX[layer, PART_ACTIVE], replicas,
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -227,6 +207,7 @@ def decode_run(  # type: ignore[no-untyped-def]
     one_N = np.ones(size, np.int64)
     all_replicas = count_L.sum()
     kept_L = np.zeros(layers, np.bool_)
+    part_LX = np.empty((layers, NUM_PARTS))
     for i in range(steps):
         if keep.active and i > 0 and (since_plan + i) % plan_every == 0:
             every = kept_layers(weight_LE, float(size * topk_TLK.shape[2]), keep, kept_L)
@@ -254,28 +235,17 @@ def decode_run(  # type: ignore[no-untyped-def]
                     misc,
                     0.0,
                     0.0,
-                    scratch[4],
+                    imbalance(scratch[4]),
                     num_experts,
                     all_replicas,
                     active,
                     num_experts,
                 )
         else:
-            plan_layers(
-                load_LSE,
-                expert_LR,
-                gpu_LR,
-                primary_LR,
-                count_L,
-                mode,
-                rates,
-                terms,
-                misc,
-                control_L,
-                num_gpus,
-                tally,
-                time_IL[i],
+            time_layers(
+                0, layers, load_LSE, expert_LR, gpu_LR, primary_LR, count_L, mode, rates, terms, num_gpus, part_LX
             )
+            tally_layers(part_LX, count_L, num_experts, misc, control_L, tally, time_IL[i])
         if len(weight_LE):
             for layer in range(layers):
                 for e in range(num_experts):

@@ -21,6 +21,9 @@ from moeless.simulator import kernels
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.failures import Failure, Outage
 from moeless.simulator.history import DECAY, LoadHistory
+from moeless.simulator.in_force import PlansInForce
+from moeless.simulator.layer_kernels import CHOSEN, EVEN
+from moeless.simulator.planned import NO_ROOM, PlannedIterations
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, balanced_loads, balanced_topk
 from moeless.simulator.runtime import INTERVAL_ITERATIONS, PolicyRuntime
@@ -34,10 +37,10 @@ def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...
     """Which compiled dispatch is the planner's own, None where there is none, and what it takes."""
     none = (0.0, 0.0, 0.0, 0.0, 0.0)
     if runtime.planner.dispatch is even_dispatch:
-        return kernels.EVEN, none
+        return EVEN, none
     if runtime.planner.dispatch is elastic.dispatch:
         rates = elastic.rates_of(runtime.costs)
-        return kernels.CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), float(runtime.params.fuel))
+        return CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), float(runtime.params.fuel))
     return None, none
 
 
@@ -72,10 +75,14 @@ class Stage:
         self.outage = Outage(self.cluster.G)
         layers = range(self.spec.L)
         self._wanted = runtime.deployment([history.share(layer) for layer in layers])
-        self.ahead = AheadPlans(runtime, pool, history, list(self._wanted), self.outage)
+        self.ahead = AheadPlans(runtime, pool, history, PlansInForce(self._wanted, 0), self.outage)
         self.control_L = np.array([self.costs.control_seconds(runtime.policy, layer) for layer in layers])
         self._misc = self.costs.misc_seconds()
         self._mode, self._rates = _dispatch_mode(runtime)
+        self._planned: PlannedIterations | None = None
+        if self.terms is not None and self._mode is not None:
+            self._planned = PlannedIterations(runtime, self.ahead, self._mode, self._rates, self.control_L)
+            self.ahead.plans = PlansInForce(self._wanted, self._planned.widest)
         self._since_plan = 0
         self._stale = False
         self._pending: list[LayerPlan] | None = None
@@ -87,21 +94,22 @@ class Stage:
         self._adopt()
 
     @property
-    def plans(self) -> list[LayerPlan]:
+    def plans(self) -> PlansInForce:
         """The plan in force of each layer."""
         return self.ahead.plans
 
     def _adopt(self) -> None:
-        """Hold the plans as padded arrays until the next change."""
-        self._count_L = np.array([plan.R for plan in self.plans], np.int64)
-        shape = (self.spec.L, int(self._count_L.max()))
-        self._expert_LR, self._gpu_LR = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
-        self._primary_LR = np.zeros(shape, np.bool_)
-        for layer, plan in enumerate(self.plans):
-            self._expert_LR[layer, : plan.R], self._gpu_LR[layer, : plan.R] = plan.expert_R, plan.gpu_R
-            self._primary_LR[layer, : plan.R] = plan.primary_R
+        """Look at the plans once, until the next change."""
+        self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L = self.plans.rows()
         self._single = bool((self._count_L == self.spec.E).all())
         self._stale = False
+
+    def _last_ready(self) -> float:
+        """When the last copy of any plan in force is warm."""
+        expert_LR, gpu_LR, _, count_L = self.plans.rows()
+        held_LR = np.arange(expert_LR.shape[1]) < count_L[:, None]
+        layer_N = np.repeat(np.arange(self.spec.L), count_L)
+        return float(self.pool.ready_LEG[layer_N, expert_LR[held_LR], gpu_LR[held_LR]].max())
 
     @property
     def _first_gpu_E(self) -> Int32Array:
@@ -118,8 +126,7 @@ class Stage:
             return False
         if self._stale:
             self._adopt()
-            ready = max(float(self.pool.ready_at(plan).max()) for plan in self.plans)
-            self._settled_at = max(self._settled_at, ready)
+            self._settled_at = max(self._settled_at, self._last_ready())
             self._cause = "cold"
         return now >= self._settled_at and (self.timeline is None or not self.timeline.watches(now))
 
@@ -144,20 +151,13 @@ class Stage:
             return self._run_layers(work, now, other, kept_L)
         self._since_plan += 1
         time_IL = np.empty((1, self.spec.L))
-        kernels.plan_layers(
-            work.load_LSE,
-            self._expert_LR,
-            self._gpu_LR,
-            self._primary_LR,
-            self._count_L,
-            self._mode or kernels.EVEN,
-            self._rates,
-            self.terms,
-            self._misc,
-            self.control_L,
-            self.cluster.G,
-            self.record.tally,
-            time_IL[0],
+        part_LX = np.empty((self.spec.L, kernels.NUM_PARTS))
+        kernels.time_layers(
+            0, self.spec.L, work.load_LSE, self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L,
+            self._mode or EVEN, self._rates, self.terms, self.cluster.G, part_LX,
+        )  # fmt: skip
+        kernels.tally_layers(
+            part_LX, self._count_L, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
         )
         self.record.append(time_IL)
         return now + float(time_IL.sum()) + self.spec.L * other.per_moe_layer
@@ -205,7 +205,7 @@ class Stage:
             self._primary_LR,
             self._count_L,
             self._single,
-            self._mode or kernels.EVEN,
+            self._mode or EVEN,
             self._rates,
             self.terms,
             self._misc,
@@ -233,7 +233,18 @@ class Stage:
     def _run_layers(self, work: Work, now: float, other: NonExpertTime, kept_L: BoolArray | None) -> float:
         planned = kept_L is not None and not kept_L.all()
         self._since_plan += 1
+        self._stale = self._stale or planned
         time_IL = np.empty((1, self.spec.L))
+        compiled = self._planned
+        if compiled is not None and self.timeline is None and (not planned or self._plans_compiled):
+            cause = self._cause if now < self._settled_at else "cold"
+            none_L = np.ones(self.spec.L, np.bool_)
+            clock = compiled.run(
+                work, now, other.per_moe_layer, kept_L if kept_L is not None else none_L, self._settled_at, cause,
+                self.record, time_IL[0],
+            )  # fmt: skip
+            self.record.append(time_IL)
+            return clock
         clock = now
         if kept_L is not None and planned:
             self.ahead.start_iteration(work, clock, kept_L)
@@ -255,7 +266,7 @@ class Stage:
                 self._misc,
                 control,
                 stall,
-                load_G,
+                kernels.imbalance(load_G),
                 plan.R,
                 all_replicas,
                 int(quota_SR.any(0).sum()),
@@ -268,8 +279,12 @@ class Stage:
             if planned:
                 self.ahead.layer_ran(layer, work.phase, other.per_moe_layer + float(time_IL[0, layer]))
         self.record.append(time_IL)
-        self._stale = self._stale or planned
         return clock
+
+    @property
+    def _plans_compiled(self) -> bool:
+        """Whether the planner may plan in a compiled iteration: it is one that can, and no GPU is down."""
+        return self._planned is not None and self._planned.plans and not self.outage.down
 
     def _layer_time(self, quota_SR: IntArray, plan: LayerPlan) -> tuple[float, float, FloatArray]:
         load_G = np.zeros(self.cluster.G)
@@ -291,10 +306,7 @@ class Stage:
         np.minimum.at(first_E, plan.expert_R, ready_R)
         until = float(first_E[load_SE.any(0)].max(initial=clock))
         if not np.isfinite(until):
-            raise RunFailed(
-                f"layer {plan.layer}: GPU memory has no room for any copy of an expert that tokens need; "
-                "use more GPUs, fewer extra slots or fewer running requests"
-            )
+            raise RunFailed(NO_ROOM.format(layer=plan.layer))
         stall = max(0.0, until - clock)
         self.record.stalls[self._cause if clock < self._settled_at else "cold"] += stall
         return np.asarray(ready_R <= clock + stall), stall, warm

@@ -11,6 +11,7 @@ from moeless.contracts import InstanceState, LayerPlan
 from moeless.errors import UserError
 from moeless.placement import reference
 from moeless.placement.paper import PaperParams, place_replicas, scale_experts
+from moeless.placement.paper_kernels import PaperTerms, plan_copies
 
 loads = st.lists(st.integers(0, 1000), min_size=1, max_size=32).map(lambda xs: np.array(xs, float))
 
@@ -110,3 +111,27 @@ def test_plan_has_one_primary_per_expert(plan_with):
     plan = plan_with("moeless", np.arange(12.0), 4, 2)
     assert isinstance(plan, LayerPlan)
     assert np.bincount(plan.expert_R[plan.primary_R], minlength=12).tolist() == [1] * 12
+
+
+@given(loads, st.integers(1, 9), st.integers(0, 20), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_compiled_plans_equal_both_algorithms_in_numpy(load_E, gpus, extra, check, seed):
+    experts = len(load_E)
+    room = np.full(gpus, -(-(experts + extra) // gpus))
+    alive_EG = np.random.default_rng(seed).integers(0, 2, (experts, gpus))
+    size = experts + extra
+    expert_R, gpu_R, primary_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_)
+    terms = PaperTerms(extra, 0.2, False, check, room)
+    count = plan_copies(load_E, terms, alive_EG.copy(), expert_R, gpu_R, primary_R)
+    # scaling has a test of its own
+    count_E = scale_experts(load_E, extra, 0.2)
+    expert_P = np.repeat(np.arange(experts), count_E)
+    load_P = load_E[expert_P] / count_E[expert_P]
+    order = np.argsort(-load_P, kind="stable")
+    expert_P, load_P = expert_P[order], load_P[order]
+    gpu_P = reference.place_replicas(load_P, expert_P, room if check else np.full(gpus, count), alive_EG)
+    first_P = np.array([e not in expert_P[:p] for p, e in enumerate(expert_P)])
+    plain = LayerPlan.build(0, expert_P, gpu_P, first_P, num_experts=experts, num_gpus=gpus)
+    np.testing.assert_array_equal(expert_R[:count], plain.expert_R)
+    np.testing.assert_array_equal(gpu_R[:count], plain.gpu_R)
+    np.testing.assert_array_equal(primary_R[:count], plain.primary_R)

@@ -1,0 +1,256 @@
+"""Compiled iterations before whose layers plans are made: plan, load copies, wait, run, layer by layer on the clock.
+
+The same steps in the same order as ``AheadPlans`` and ``Stage`` take in Python, for the planners that are compiled: the
+paper's and the elastic one.
+
+Axes: L layers, S source ranks, E experts, G GPUs, R replicas in a plan's order (padded), P a previous plan's replicas.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray
+from moeless.jit import njit
+from moeless.placement.choose_kernels import ChoiceTerms, choose, sort_plan
+from moeless.placement.paper_kernels import PaperTerms, plan_copies
+from moeless.predictors.distance import NEWEST
+from moeless.serverless.kernels import expire, provision
+from moeless.simulator.kernels import imbalance, tally_layer
+from moeless.simulator.layer_kernels import LOAD, memory, time_layer
+
+#: Whose plans: Algorithms 1 and 2, or the elastic planner's.
+PAPER, ELASTIC = 0, 1
+
+
+class Plans(NamedTuple):
+    """A plan of each layer, in padded rows."""
+
+    expert_LR: Int32Array
+    gpu_LR: Int32Array
+    primary_LR: BoolArray
+    count_L: IntArray
+
+
+class PlannerTerms(NamedTuple):
+    """A compiled planner; of its two last fields only one is read.
+
+    Attributes:
+        kind: PAPER or ELASTIC.
+        distance: layers ahead that a plan is asked for.
+        delay: seconds from then until it is there, for layers that another precedes by the distance.
+        copy_G: seconds in which an expert is taken to come to each GPU.
+        skip_L: as the elastic planner's ``skip``.
+    """
+
+    kind: int
+    distance: int
+    delay: float
+    copy_G: FloatArray
+    skip_L: FloatArray
+    paper: PaperTerms
+    elastic: ChoiceTerms
+
+
+@njit(cache=True, nogil=True)
+def _live(layer, experts, num_gpus, plans, pool):  # type: ignore[no-untyped-def]
+    """Copies of the plan in force that are in memory or on their way, and those that linger beside it, ``[E, G]``."""
+    alive_EG = np.zeros((experts, num_gpus), np.int64)
+    for r in range(plans.count_L[layer]):
+        e, g = plans.expert_LR[layer, r], plans.gpu_LR[layer, r]
+        if pool.ready_LEG[layer, e, g] != np.inf:
+            alive_EG[e, g] += 1
+    for e in range(experts):
+        for g in range(num_gpus):
+            if pool.born_LEG[layer, e, g] != np.inf and not pool.planned_LEG[layer, e, g]:
+                alive_EG[e, g] += 1
+    return alive_EG
+
+
+@njit(cache=True, nogil=True)
+def _previous(layer, experts, num_gpus, plans, pool):  # type: ignore[no-untyped-def]
+    """The plan in force with lingering copies as further extras, in a plan's order, and which of them are live."""
+    size = plans.count_L[layer]
+    for e in range(experts):
+        for g in range(num_gpus):
+            if pool.born_LEG[layer, e, g] != np.inf and not pool.planned_LEG[layer, e, g]:
+                size += 1
+    expert_P, gpu_P = np.empty(size, np.int32), np.empty(size, np.int32)
+    primary_P, live_P = np.zeros(size, np.bool_), np.ones(size, np.bool_)
+    at, r, count = 0, 0, plans.count_L[layer]
+    for g in range(num_gpus):
+        begin = at
+        while r < count and plans.gpu_LR[layer, r] == g:
+            e = plans.expert_LR[layer, r]
+            expert_P[at], gpu_P[at], primary_P[at] = e, g, plans.primary_LR[layer, r]
+            live_P[at] = pool.ready_LEG[layer, e, g] != np.inf
+            r += 1
+            at += 1
+        if size == count:
+            continue
+        for e in range(experts):
+            if pool.born_LEG[layer, e, g] != np.inf and not pool.planned_LEG[layer, e, g]:
+                i = at
+                at += 1
+                while i > begin and not primary_P[i - 1] and expert_P[i - 1] > e:
+                    expert_P[i], gpu_P[i], live_P[i] = expert_P[i - 1], g, live_P[i - 1]
+                    i -= 1
+                expert_P[i], gpu_P[i], live_P[i] = e, g, pool.ready_LEG[layer, e, g] != np.inf
+    return expert_P, gpu_P, primary_P, live_P
+
+
+@njit(cache=True, nogil=True)
+def _decide(layer, mean_E, var_E, doubt, horizon, lead, now, planner, plans, coming, pool, keep):  # type: ignore[no-untyped-def]
+    """Plan a layer, into its row of ``coming``."""
+    experts, num_gpus = len(mean_E), pool.ready_LEG.shape[2]
+    expire(
+        layer, now, pool.num_bytes, pool.keep_LE, pool.ready_LEG, pool.born_LEG, pool.used_LEG, pool.planned_LEG,
+        pool.resident_G, pool.counters,
+    )  # fmt: skip
+    expert_R, gpu_R, primary_R = coming.expert_LR[layer], coming.gpu_LR[layer], coming.primary_LR[layer]
+    if planner.kind == PAPER:
+        count = plan_copies(
+            mean_E, planner.paper, _live(layer, experts, num_gpus, plans, pool), expert_R, gpu_R, primary_R
+        )
+    else:
+        expert_P, gpu_P, primary_P, live_P = _previous(layer, experts, num_gpus, plans, pool)
+        count = choose(
+            mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, planner.copy_G,
+            planner.skip_L[layer], planner.elastic, expert_R, gpu_R,
+        )  # fmt: skip
+        sort_plan(count, planner.elastic, expert_R, gpu_R, primary_R)
+    coming.count_L[layer] = count
+    if keep.active:
+        keep.planned_LE[layer] = mean_E
+        plain = count == experts
+        for r in range(count):
+            plain = plain and keep.gpu_E[expert_R[r]] == gpu_R[r]
+        keep.plain_L[layer] = plain
+
+
+@njit(cache=True, nogil=True)
+def _adopt(layer, since, plans, coming, pool):  # type: ignore[no-untyped-def]
+    """Put a layer's new plan in force, its copies loading from ``since`` on."""
+    count = coming.count_L[layer]
+    provision(
+        layer, coming.expert_LR[layer, :count], coming.gpu_LR[layer, :count], since, pool.num_bytes,
+        pool.fixed_keep_alive, pool.adaptive, pool.keep_LE, pool.histogram_LEB, pool.island_size, pool.tier_seconds,
+        pool.start_seconds, pool.instant, pool.ready_LEG, pool.born_LEG, pool.used_LEG, pool.planned_LEG,
+        pool.engine_free_G, pool.resident_G, pool.capacity_G, pool.counters,
+    )  # fmt: skip
+    plans.count_L[layer] = count
+    for r in range(count):
+        plans.expert_LR[layer, r], plans.gpu_LR[layer, r] = coming.expert_LR[layer, r], coming.gpu_LR[layer, r]
+        plans.primary_LR[layer, r] = coming.primary_LR[layer, r]
+
+
+@njit(cache=True, nogil=True)
+def _wait(layer, load_SE, clock, expert_R, gpu_R, primary_R, pool, first_E, busy_E, serving_R):  # type: ignore[no-untyped-def]
+    """Fill ``serving_R``; returns how many copies are warm at once, and how long until those needed are."""
+    experts, replicas, warm = len(first_E), len(expert_R), 0
+    for r in range(replicas):
+        serving_R[r] = pool.ready_LEG[layer, expert_R[r], gpu_R[r]] <= clock
+        warm += serving_R[r]
+    if warm == replicas:
+        return warm, 0.0
+    for e in range(experts):
+        first_E[e], busy_E[e] = np.inf, 0
+    for s in range(load_SE.shape[0]):
+        for e in range(experts):
+            busy_E[e] += load_SE[s, e]
+    for r in range(replicas):
+        first_E[expert_R[r]] = min(first_E[expert_R[r]], pool.ready_LEG[layer, expert_R[r], gpu_R[r]])
+    until = clock
+    for e in range(experts):
+        if busy_E[e] > 0:
+            until = max(until, first_E[e])
+    stall = until - clock
+    for e in range(experts):
+        busy_E[e] = 0
+    for r in range(replicas):
+        serving_R[r] = pool.ready_LEG[layer, expert_R[r], gpu_R[r]] <= clock + stall
+        busy_E[expert_R[r]] += serving_R[r]
+    for r in range(replicas):
+        if primary_R[r] and busy_E[expert_R[r]] == 0:
+            serving_R[r] = 1
+    return warm, stall
+
+
+@njit(cache=True, nogil=True)
+def planned_iteration(  # type: ignore[no-untyped-def]
+    load_LSE, mean_LE, var_LE, horizon_L, doubt, kept_L, pace_1, clock, per_layer, planner, plans, coming, pool, keep, mode, rates, terms,
+    misc, control_L, settled_at, stall_2, stalled_2, tally, time_L,
+):  # fmt: skip
+    """One iteration that plans all layers but those kept; returns the clock, plans that came late, and a layer.
+
+    Args:
+        mean_LE, var_LE: each layer's forecast, where it is not kept.
+        horizon_L: iterations that a change's gain is weighed over.
+        pace_1: seconds that a layer of this phase takes with all around it, NaN where none has been planned for yet;
+            goes on by this iteration's layers where any of them is planned.
+        coming: room for plans on their way.
+        mode, rates: as in ``layer_kernels.time_layer``.
+        settled_at: until when a wait has a cause of its own: added to ``stall_2[0]``, later ones to ``stall_2[1]``.
+        stalled_2: set where anything was added, be it nothing.
+
+    The layer is -1, or one that tokens need and whose copies nothing loads: the run has failed.
+    """
+    layers, _, experts = load_LSE.shape
+    num_gpus = pool.ready_LEG.shape[2]
+    all_replicas = plans.count_L.sum()
+    since_L, waiting_L = np.zeros(layers), np.zeros(layers, np.bool_)
+    widest = plans.expert_LR.shape[1]
+    m = memory(load_LSE.shape[1], experts, widest, num_gpus)
+    first_E, busy_E, serving_R = np.empty(experts), np.empty(experts, np.int64), np.empty(widest, np.int64)
+    late, planned = 0, not kept_L.all()
+    for layer in range(min(planner.distance, layers)):
+        if not kept_L[layer]:
+            # known since the last iteration: nothing has to be waited for
+            lead = layer * pace_1[0] if pace_1[0] >= 0.0 else 0.0
+            _decide(
+                layer, mean_LE[layer], var_LE[layer], doubt, horizon_L[layer], lead, clock, planner, plans, coming, pool,
+                keep,
+            )  # fmt: skip
+            since_L[layer], waiting_L[layer] = clock + 0.0, True
+    for layer in range(layers):
+        clock += per_layer
+        target = layer + planner.distance
+        if target < layers and not kept_L[target]:
+            lead = max(planner.distance * pace_1[0] - planner.delay, 0.0) if pace_1[0] >= 0.0 else 0.0
+            _decide(
+                target, mean_LE[target], var_LE[target], doubt, horizon_L[target], lead, clock, planner, plans, coming,
+                pool, keep,
+            )  # fmt: skip
+            since_L[target], waiting_L[target] = clock + planner.delay, True
+        if waiting_L[layer] and since_L[layer] <= clock:
+            _adopt(layer, since_L[layer], plans, coming, pool)
+            waiting_L[layer] = False
+        n = plans.count_L[layer]
+        expert_R, gpu_R = plans.expert_LR[layer, :n], plans.gpu_LR[layer, :n]
+        primary_R = plans.primary_LR[layer, :n]
+        warm, stall = _wait(layer, load_LSE[layer], clock, expert_R, gpu_R, primary_R, pool, first_E, busy_E, serving_R)
+        if warm < n:
+            if stall == np.inf:
+                return clock, late, layer
+            kind = 0 if clock < settled_at else 1
+            stall_2[kind] += stall
+            stalled_2[kind] = True
+        expert, exchange, active = time_layer(
+            load_LSE[layer], expert_R, gpu_R, primary_R, serving_R[:n], mode, rates, terms, num_gpus, m
+        )
+        control = control_L[layer] if n > experts else 0.0
+        time_L[layer] = tally_layer(
+            tally, expert, exchange, misc, control, stall, imbalance(m.sums_QG[LOAD]), n, all_replicas, active, warm
+        )
+        clock += time_L[layer]
+        if planned:
+            seconds = per_layer + time_L[layer]
+            known = pace_1[0] if pace_1[0] >= 0.0 else seconds
+            pace_1[0] = known + NEWEST * (seconds - known)
+        if waiting_L[layer]:
+            late += 1
+            _adopt(layer, since_L[layer], plans, coming, pool)
+            waiting_L[layer] = False
+    return clock, late, -1
