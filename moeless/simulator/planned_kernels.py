@@ -180,8 +180,8 @@ def _wait(layer, load_SE, clock, expert_R, gpu_R, primary_R, pool, first_E, busy
 
 @njit(cache=True, nogil=True)
 def planned_iteration(  # type: ignore[no-untyped-def]
-    load_LSE, mean_LE, var_LE, horizon_L, doubt, kept_L, pace_1, clock, per_layer, planner, plans, coming, pool, keep, mode, rates, terms,
-    misc, control_L, settled_at, stall_2, stalled_2, tally, time_L,
+    load_LSE, mean_LE, var_LE, horizon_L, doubt, kept_L, pace_1, clock, per_layer, planner, plans, coming, pool, keep,
+    mode, rates, terms, misc, control_L, settled_at, stall_2, stalled_2, tally, time_L,
 ):  # fmt: skip
     """One iteration that plans all layers but those kept; returns the clock, plans that came late, and a layer.
 
@@ -210,8 +210,8 @@ def planned_iteration(  # type: ignore[no-untyped-def]
             # known since the last iteration: nothing has to be waited for
             lead = layer * pace_1[0] if pace_1[0] >= 0.0 else 0.0
             _decide(
-                layer, mean_LE[layer], var_LE[layer], doubt, horizon_L[layer], lead, clock, planner, plans, coming, pool,
-                keep,
+                layer, mean_LE[layer], var_LE[layer], doubt, horizon_L[layer], lead, clock, planner, plans, coming,
+                pool, keep,
             )  # fmt: skip
             since_L[layer], waiting_L[layer] = clock + 0.0, True
     for layer in range(layers):
