@@ -16,6 +16,8 @@ from moeless.placement.judge_kernels import bound_of, draw_scenarios, mean_secon
 
 #: Rules tried, with whether they grow by likely time rather than by mean tokens. Ties: the first.
 _RULES = ((BY_LEVEL, False), (BY_EXPERT, False), (BY_GPU, True), (BY_LEVEL, True))
+#: Control times that dispatch saves beyond doubt, whatever the scenarios' spread.
+_SURELY = 3.0
 
 
 class ChoiceTerms(NamedTuple):
@@ -26,7 +28,7 @@ class ChoiceTerms(NamedTuple):
         gpu_E, room_G, extra: static GPU of each expert, replicas that each GPU may hold, extras that fit.
         a, b, c: seconds per token, weight read, exchange per token.
         depth, fuel: of the search that stands for the dispatch.
-        economy: as in ``ElasticParams``.
+        economy, caution: as ``economy`` and ``skip_caution`` in ``ElasticParams``.
     """
 
     normal_CE: FloatArray
@@ -39,6 +41,7 @@ class ChoiceTerms(NamedTuple):
     depth: int
     fuel: int
     economy: float
+    caution: float
 
 
 @njit(cache=True, nogil=True)
@@ -142,6 +145,8 @@ def choose(  # type: ignore[no-untyped-def]
         horizon: iterations that a change's gain is weighed over.
         lead, copy_G: seconds until the layer begins, and seconds in which an expert comes to each GPU.
         skip: seconds that dispatch must be expected to save; negative: any saving is welcome.
+
+    What it saves is counted less ``terms.caution`` of its standard errors over the scenarios.
     """
     a, b, c, gpu_E, experts = terms.a, terms.b, terms.c, terms.gpu_E, len(terms.gpu_E)
     num_gpus = len(terms.room_G)
@@ -200,6 +205,21 @@ def choose(  # type: ignore[no-untyped-def]
             expert_R[experts : experts + count], gpu_R[experts : experts + count] = old_expert, old_gpu
     if skip >= 0.0 and plain - reached <= skip:
         return experts
+    if skip > 0.0 and plain - reached <= _SURELY * skip and terms.caution > 0.0 and scenarios > 1:
+        sum_C = np.empty(scenarios)
+        mean_seconds(
+            load_CE, time_CG, tokens_CG, rest_C, expert_R[experts : experts + count], gpu_R[experts : experts + count],
+            gpu_E, a, b, c, terms.depth, fuel, np.inf, np.full(scenarios, np.inf), sum_C,
+        )  # fmt: skip
+        saved, square = 0.0, 0.0
+        for i in range(scenarios):
+            mine = (sum_C[i] - (sum_C[i - 1] if i > 0 else 0.0)) * scenarios
+            gain = time_CG[i].max() + c * tokens_CG[i].max() - mine
+            saved += gain / scenarios
+            square += gain * gain / scenarios
+        error = np.sqrt(max(square - saved * saved, 0.0) / (scenarios - 1))
+        if saved - terms.caution * error <= skip:
+            return experts
     return experts + count
 
 

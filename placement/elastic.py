@@ -54,6 +54,7 @@ class ElasticParams:
         patience_iterations: iterations a change is taken to pay for where the caller states none
             (``PlanInput.horizon_iterations`` 0), weighed against the time its copies need to arrive.
         skip: leave a layer to static EP where dispatch is not expected to pay for its own control time.
+        skip_caution: standard errors, over the scenarios, that are left out of what dispatch is expected to save.
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
             ``keep_kernels``); 0 asks always.
@@ -67,6 +68,7 @@ class ElasticParams:
     economy: float = 1e-3
     patience_iterations: int = 256
     skip: bool = True
+    skip_caution: float = 1.0
     depth: int = 4
     fuel: int = 700
     keep: float = 0.05
@@ -79,6 +81,7 @@ class ElasticParams:
             "decode_doubt",
             "economy",
             "patience_iterations",
+            "skip_caution",
             "depth",
             "fuel",
             "keep",
@@ -133,7 +136,7 @@ def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: Elast
     rates = rates_of(costs)
     return ChoiceTerms(
         _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
-        params.depth, params.fuel // 7, float(params.economy),
+        params.depth, params.fuel // 7, float(params.economy), float(params.skip_caution),
     )  # fmt: skip
 
 

@@ -47,16 +47,18 @@ class ElasticAheadParams(ElasticParams):
         share_scenarios: loads drawn to fix shares on, and as many others to compare the three kinds; 0: ``elastic``.
         spread, decode_spread: relative spread that these loads have at least, unless the forecast states none.
         caution: standard deviations, over scenarios, of what fixed shares save that are left out of their gain.
+        margin: part of static EP's time that is left out of it besides: no number of scenarios shows all that is rare.
     """
 
     share_scenarios: int = 32
     spread: float = 0.25
     decode_spread: float = 0.1
     caution: float = 0.2
+    margin: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("share_scenarios", "spread", "decode_spread", "caution"):
+        for name in ("share_scenarios", "spread", "decode_spread", "caution", "margin"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
 
@@ -98,7 +100,7 @@ def _fixed(
         elastic._normal_CE(params.seed, 2 * params.share_scenarios, experts), terms, base.expert_R[order],
         base.gpu_R[order], *_previous(x), x.horizon_iterations or params.patience_iterations,
         float(x.lead_seconds), elastic.copy_seconds_G(costs.spec, costs, x.copy_seconds), control, params.caution,
-        expert_R, gpu_R, share_R,
+        params.margin, expert_R, gpu_R, share_R,
     )  # fmt: skip
     if count == 0:
         return base

@@ -261,7 +261,7 @@ def _fits(expert_P, gpu_P, share_P, terms):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def weigh_fixed(  # type: ignore[no-untyped-def]
     mean_E, var_E, spread, normal_CE, terms, base_expert_R, base_gpu_R, expert_P, gpu_P, live_P, share_P, horizon,
-    lead, copy_G, control, caution, expert_R, gpu_R, share_R,
+    lead, copy_G, control, caution, margin, expert_R, gpu_R, share_R,
 ):  # fmt: skip
     """Copies with fixed shares where they beat static EP and the plan ``base``; returns their number, or 0.
 
@@ -269,6 +269,7 @@ def weigh_fixed(  # type: ignore[no-untyped-def]
         base_expert_R, base_gpu_R: extras with dispatch after the gate, behind the primaries; its ``control`` counts.
         expert_P, gpu_P, live_P, share_P: the previous plan, primaries first where it has shares.
         caution: standard deviations of the gain, over scenarios, that are left out of it.
+        margin: part of static EP's time that is left out of it besides.
     """
     a, b, c, gpu_E, experts = terms.a, terms.b, terms.c, terms.gpu_E, len(terms.gpu_E)
     num_gpus = len(terms.room_G)
@@ -309,7 +310,7 @@ def weigh_fixed(  # type: ignore[no-untyped-def]
     shared_seconds(load_CE, expert_R[:count], gpu_R[:count], share_R[:count], a, b, c, time_CG, tokens_CG)
     for i in range(scenarios):
         gain_C[i] = plain_C[i] - time_CG[i].max() - c * tokens_CG[i].max()
-    ahead = gain_C.mean() - caution * gain_C.std() - other
+    ahead = gain_C.mean() - caution * gain_C.std() - margin * plain_C.mean() - other
     return count if ahead > 0.0 and ahead * horizon > delay else 0
 
 

@@ -5,6 +5,8 @@ Axes: C scenarios, E experts, G GPUs, X extras in order of decision, M movable c
 
 from __future__ import annotations
 
+from math import erfc, sqrt
+
 import numpy as np
 
 from moeless.jit import njit
@@ -15,6 +17,30 @@ from moeless.placement.path_kernels import shorten, working_memory
 SLACK = 1e-9
 #: How much slower than the best so far a plan may be after some scenarios and still be judged on the others.
 CLEARLY = 1.01
+#: Mean tokens up to which scenarios count tokens; above it their law is a normal one.
+FEW = 16.0
+
+
+@njit(cache=True, nogil=True)
+def few_tokens(mean, var, normal):  # type: ignore[no-untyped-def]
+    """The count that a standard normal deviate stands for, of a negative binomial law (of Poisson's at equal variance).
+
+    Few tokens are not spread evenly about their mean: an expert with a tenth of a token on average has none or one,
+    and one that is rarely active costs a whole weight read when it is.
+    """
+    below = 0.5 * erfc(-normal / sqrt(2.0))
+    fails = max(1.0 - mean / var, 0.0)
+    if fails > 1e-9:
+        size = mean * (1.0 - fails) / fails
+        part = (1.0 - fails) ** size
+    else:
+        size, part = 0.0, np.exp(-mean)
+    count, total = 0, part
+    while total < below and count < 64 * FEW:
+        part *= fails * (count + size) / (count + 1.0) if fails > 1e-9 else mean / (count + 1.0)
+        count += 1
+        total += part
+    return count
 
 
 @njit(cache=True, nogil=True)
@@ -33,7 +59,10 @@ def draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE):  # type: ignore[no
         if not exact:
             spread = np.sqrt(max(var_E[e], mean_E[e], (doubt * mean_E[e]) ** 2))
         for i in range(rows):
-            load_CE[i, e] = np.int64(np.rint(max(mean_E[e] + spread * normal_CE[i, e], 0.0)))
+            if 0.0 < mean_E[e] <= FEW and spread > 0.0:
+                load_CE[i, e] = few_tokens(mean_E[e], spread * spread, normal_CE[i, e])
+            else:
+                load_CE[i, e] = np.int64(np.rint(max(mean_E[e] + spread * normal_CE[i, e], 0.0)))
     return rows
 
 

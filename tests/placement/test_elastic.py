@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from moeless.placement.choose_kernels import sort_plan
 from moeless.placement.dispatch_kernels import choose_copies, expected_seconds
 from moeless.placement.elastic import ElasticParams, _normal_CE, dispatch, plan_layer, plan_layers
 from moeless.placement.exact import exact_dispatch, terms_seconds
-from moeless.placement.judge_kernels import draw_scenarios, static_and_bound
+from moeless.placement.judge_kernels import draw_scenarios, few_tokens, static_and_bound
 from moeless.placement.layout import static_gpu_E
 from moeless.placement.static import static_plan
 from moeless.spec import preset
@@ -176,6 +178,28 @@ def test_scenarios_repeat_and_keep_the_mean():
 def test_a_forecast_is_doubted_unless_it_claims_to_be_exact():
     assert 250 < drawn(1000, 1000, 0.5).std() < 750
     assert drawn(1000, 0, 0.5).tolist() == [[1000] * 32]
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.1, 0.0), (4.0, 0.0), (4.0, 0.8), (12.0, 0.5)])
+def test_few_tokens_are_counted_with_the_mean_and_spread_asked_for(mean, spread):
+    var = max(mean, (spread * mean) ** 2)
+    normals = NormalDist()
+    counts = np.array([few_tokens(mean, var, normals.inv_cdf((i + 0.5) / 4000)) for i in range(4000)])
+    assert counts.min() == 0
+    assert counts.mean() == pytest.approx(mean, rel=0.02)
+    assert counts.var() == pytest.approx(var, rel=0.05)
+    if spread == 0.0:
+        assert (counts == 0).mean() == pytest.approx(np.exp(-mean), abs=1e-3)
+
+
+def test_more_caution_skips_layers_whose_saving_is_in_doubt():
+    kept = [
+        [plan_for(skewed(seed, 2000), skip_caution=caution).num_extra > 0 for seed in range(20)]
+        for caution in (0.0, 1.0, 50.0)
+    ]
+    assert sum(kept[0]) > sum(kept[2])
+    for less, more in pairwise(kept):
+        assert all(a or not b for a, b in zip(less, more, strict=True))
 
 
 @pytest.mark.parametrize("previous", [False, True])

@@ -70,6 +70,7 @@ def test_it_is_elastic_where_control_costs_nothing():
 def test_caution_turns_fixed_shares_away_and_no_scenarios_do_too():
     load = skewed(0, 8192)
     assert with_setting(plan_layer, inputs(load), caution=50.0).share_R is None
+    assert with_setting(plan_layer, inputs(load), margin=0.9).share_R is None
     assert with_setting(plan_layer, inputs(load), share_scenarios=0).share_R is None
     with pytest.raises(UserError, match="caution must be a number of at least 0"):
         ElasticAheadParams(caution=-1.0)
