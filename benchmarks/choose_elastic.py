@@ -23,7 +23,7 @@ import json
 import multiprocessing
 import sys
 import time
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def judge(job: Job) -> tuple[list[float], float]:
     return cells, float(np.mean(extras))
 
 
-@lru_cache(maxsize=None)
+@cache
 def drawn(routing: Routing, regime: Regime, pairs: int) -> IntArray:
     """Loads of a fold's iterations, ``[I, L, E]``."""
     return np.stack([routing.loads(rows) for rows in sample_iterations(routing, regime, pairs)])
