@@ -18,7 +18,7 @@ from moeless.simulator.runtime import PolicyRuntime
 
 def _no_elastic(num_gpus: int) -> ChoiceTerms:
     none_G = np.zeros(num_gpus, np.int64)
-    return ChoiceTerms(np.zeros((0, 0)), none_G, none_G, 0, 0.0, 0.0, 0.0, 0, 0, 0.0)
+    return ChoiceTerms(np.zeros((0, 0)), none_G, none_G, 0, 0.0, 0.0, 0.0, 0, 0, 0.0, 0.0)
 
 
 class PlannedIterations:
