@@ -111,7 +111,11 @@ def simulate(
         raise RunFailed("no iteration was measured: the workload is empty or warm-up took all of it")
     figures = request_metrics(clocks.times(), duration=now, failed=clocks.unfinished, objectives=objectives)
     request, warnings = check_validity(
-        figures, scheduler, samples=layer.samples, busy_fraction=busy / now if now > 0 else 1.0
+        figures,
+        scheduler,
+        samples=layer.samples,
+        busy_fraction=busy / now if now > 0 else 1.0,
+        cold_start_seconds=pool.wake_seconds if settings.pool.scale_to_zero else 0.0,
     )
     if runtime.lossy:
         warnings.append("the oracle overrides the router: its outputs differ from the model's")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from moeless.metrics.latency import MIN_SAMPLES_P99
 from moeless.metrics.result import RequestMetrics
 from moeless.workloads.one_second import OneSecond
@@ -17,11 +19,22 @@ NOTICEABLE_WAIT = 0.1
 
 
 def check_validity(
-    figures: RequestMetrics | None, scheduler: Any, *, samples: int, busy_fraction: float
+    figures: RequestMetrics | None,
+    scheduler: Any,
+    *,
+    samples: int,
+    busy_fraction: float,
+    cold_start_seconds: float = 0.0,
 ) -> tuple[RequestMetrics | None, list[str]]:
-    """Withhold request figures that mean nothing, and say in sentences what weakens the rest."""
+    """Withhold request figures that mean nothing, and say in sentences what weakens the rest.
+
+    Args:
+        cold_start_seconds: what a request may wait for GPUs that were given back, which is no queue.
+    """
     warnings: list[str] = []
     queueing = scheduler.queueing() if hasattr(scheduler, "queueing") else None
+    if queueing is not None and queueing.piled_up and cold_start_seconds > 0.0:
+        queueing = Queueing.judge(np.maximum(0.0, queueing.wait_N - cold_start_seconds))
     if queueing is not None and queueing.piled_up:
         if isinstance(scheduler, OneSecond):
             warnings.append("one-second batches pile up: request metrics are undefined at this rate")

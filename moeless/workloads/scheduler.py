@@ -34,7 +34,7 @@ class Queueing:
     piled_up: bool
 
     @classmethod
-    def judge(cls, waits: Sequence[float]) -> Queueing:
+    def judge(cls, waits: Sequence[float] | FloatArray) -> Queueing:
         """Piled up: the last quarter waited a second or more on average, and 1.5 times the first half."""
         wait = np.asarray(waits, np.float64)
         if len(wait) < 4:

@@ -114,6 +114,15 @@ def test_scale_to_zero_saves_gpu_time_and_costs_a_cold_start(spec, requests, rep
     assert sleep.cell.request.completed == 3
 
 
+def test_a_cold_start_is_no_growing_queue(spec, requests, replay_for):
+    # three together at once, one after a long silence: its wait is the container's
+    apart = [dataclasses.replace(request, arrival=(0.0, 0.0, 0.0, 60.0)[i]) for i, request in enumerate(requests[:4])]
+    pool = PoolSettings(keep_alive=KeepAlive("fixed", 5.0), scale_to_zero=True, container_seconds=2.0)
+    got = run(spec, apart, replay_for(4, chosen=apart), "moeless:even:1", pool=pool)
+    assert got.cell.layer.stalls["container"] > 2.0
+    assert not any("queue grew" in warning for warning in got.cell.warnings)
+
+
 def test_late_plans_are_counted_and_early_ones_are_not(spec, requests, replay_for):
     def warnings(distance):
         return run(spec, requests, replay_for(4), f"moeless:even:{distance}").cell.warnings
