@@ -12,8 +12,10 @@ A live layer begins when its last rank enters it. *Layer*: the recorded loads of
 ``measured`` cost model as they are; nothing is fitted on live runs. *Requests*: the second workload is simulated whole
 with the recorded routing and the live scheduler's settings; what an iteration takes beyond the profile's layers
 (attention, head, Python, the step to the next iteration) is a linear function of its tokens, fitted on the first
-workload. Errors are relative to what was measured. Run it on an idle machine with two cores: on a busy one the waits of
-the exchange, which no profile can know, decide.
+workload: on the mean of each iteration, for it is means that add up over a request. A machine's speed changes from
+minute to minute, so both workloads are served in turns, the profile is measured between two of them, and repetitions
+are pooled. Errors are relative to what was measured. Run it on an idle machine with two cores: on a busy one the waits
+of the exchange, which no profile can know, decide.
 
 Axes: S ranks, I iterations, L layers, N requests, B repetitions.
 """
@@ -55,8 +57,8 @@ OUTPUT_TOKENS, AT_ONCE = 32, 1e-9
 MAX_RUNNING, TOKEN_BUDGET = 12, 256
 #: Grid of the profile: no expert of a workload gets more tokens, no rank has more experts.
 TOKENS, ACTIVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256), (1, 2, 3, 4, 6, 8)
-#: Repetitions of the workload that the rest is fitted on.
-CALIBRATION = 7
+#: Turns of the two workloads, and repetitions of the one that the rest is fitted on in each of them.
+TURNS, CALIBRATION = 3, 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Live:
 
     Attributes:
         expert_BIL, layer_BIL: seconds of the slowest rank's experts (processor time) and of the layer.
-        iteration_I: seconds from the start of each iteration to the start of the next.
+        iteration_BI: seconds from the start of each iteration to the start of the next.
         first_BN, last_BN: seconds of each request to its first and last token.
     """
 
@@ -73,12 +75,26 @@ class Live:
     requests: tuple[Request, ...]
     expert_BIL: FloatArray
     layer_BIL: FloatArray
-    iteration_I: FloatArray
+    iteration_BI: FloatArray
     first_BN: FloatArray
     last_BN: FloatArray
     load_ILSE: IntArray
     topk_TLK: np.ndarray
     base_N: IntArray
+
+
+def pooled(parts: Sequence[Live]) -> Live:
+    """All repetitions of one workload, from several launches.
+
+    Raises:
+        RuntimeError: the launches ran different iterations.
+    """
+    first = parts[0]
+    if any(not np.array_equal(part.load_ILSE, first.load_ILSE) for part in parts):
+        raise RuntimeError("launches of a workload ran different iterations")
+    names = ("expert_BIL", "layer_BIL", "iteration_BI", "first_BN", "last_BN")
+    together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return dataclasses.replace(first, **together)
 
 
 class KeepingBench(LiveBench):
@@ -109,10 +125,11 @@ class KeepingBench(LiveBench):
         steps = [np.diff(records.start_I, append=records.end_I[-1]) for records in every]
         self.live = Live(
             spec,
-            tuple(live.request for live in job.requests),
+            # the live clock is past all arrivals when it first asks; the simulated one begins at 0
+            tuple(dataclasses.replace(live.request, arrival=0.0) for live in job.requests),
             np.stack([one.expert for one in seconds]),
             np.stack([one.total for one in seconds]),
-            np.median(steps, 0),
+            np.array(steps),
             first,
             last,
             load,
@@ -230,7 +247,7 @@ def compare(live: Live, calibration: Live, profile: Path) -> None:
             errors(f"MoE layer, {at.sum()} iterations of {upto}", layer[at], live.layer_BIL[:, at])
     errors("(the first repetition for a prediction: layer)", live.layer_BIL[0], live.layer_BIL[1:])
     errors("(the same, layers of an iteration)", live.layer_BIL[0].sum(1), live.layer_BIL[1:].sum(2))
-    beyond = calibration.iteration_I - predict(calibration, costs, plans)[1].sum(1)
+    beyond = calibration.iteration_BI.mean(0) - predict(calibration, costs, plans)[1].sum(1)
     run = Run(
         Replay(live.topk_TLK, Workload(live.requests, False, (), live.base_N), live.spec.E, where.G),
         live.requests,
@@ -271,22 +288,25 @@ def main() -> None:
         write_profile(arguments.write_profile)
         return
     before, begun = os.getloadavg()[0], time.perf_counter()
+    ran: tuple[list[Live], list[Live]] = ([], [])
     with tempfile.TemporaryDirectory() as scratch:
-        # live runs first: they fork, which a process that has started threads must not
-        calibration = serve(arguments.requests, min(CALIBRATION, arguments.repeats), arguments.seed)
-        live = serve(arguments.requests, arguments.repeats, arguments.seed + 1)
-        served = time.perf_counter()
         profile = arguments.profile or Path(scratch) / "cpu.json"
-        if arguments.profile is None:
-            # a process of its own, for it forks ranks too
-            subprocess.run([sys.executable, __file__, "--write-profile", str(profile)], check=True)
+        for turn in range(TURNS):
+            counts = (CALIBRATION, -(-arguments.repeats // TURNS))
+            for which, count in enumerate(counts):
+                ran[which].append(serve(arguments.requests, count, arguments.seed + which))
+            if turn == 0 and arguments.profile is None:
+                # a process of its own: it forks ranks, and so do the turns that follow
+                subprocess.run([sys.executable, __file__, "--write-profile", str(profile)], check=True)
+        calibration, live = (pooled(parts) for parts in ran)
         print(
-            f"bundled model, 2 ranks, static EP: {len(live.iteration_I)} iterations, {len(live.requests)} requests, "
-            f"{arguments.repeats} repetitions, seed {arguments.seed}"
+            f"bundled model, 2 ranks, static EP: {live.layer_BIL.shape[1]} iterations, {len(live.requests)} requests, "
+            f"{len(live.layer_BIL)} repetitions, seeds {arguments.seed} and {arguments.seed + 1}"
         )
+        levels = " ".join(f"{1e3 * part.layer_BIL.mean():.2f}" for part in ran[1])
         print(
             f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after, on {os.cpu_count()} cores; "
-            f"live {served - begun:.0f} s, profile {time.perf_counter() - served:.0f} s"
+            f"{time.perf_counter() - begun:.0f} s; mean layer of the turns {levels} ms"
         )
         compare(live, calibration, profile)
 
