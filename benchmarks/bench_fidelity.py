@@ -14,8 +14,8 @@ with the recorded routing and the live scheduler's settings; what an iteration t
 (attention, head, Python, the step to the next iteration) is a linear function of its tokens, fitted on the first
 workload: on the mean of each iteration, for it is means that add up over a request. A machine's speed changes from
 minute to minute, so both workloads are served in turns, the profile is measured between two of them, and repetitions
-are pooled. Errors are relative to what was measured. Run it on an idle machine with two cores: on a busy one the waits
-of the exchange, which no profile can know, decide.
+are pooled; the first of each launch is left out. Errors are relative to what was measured. Run it on an idle machine
+with two cores: on a busy one the waits of the exchange, which no profile can know, decide.
 
 Axes: S ranks, I iterations, L layers, N requests, B repetitions.
 """
@@ -116,6 +116,8 @@ class KeepingBench(LiveBench):
         for records in every:
             if not np.array_equal(records.column("tokens").sum(0)[:, 0], load[:, 0].sum((1, 2))):
                 raise RuntimeError("repetitions of a workload ran different iterations")
+        # the first repetition of a launch warms caches and memory up: it is slower than all others
+        every = every[1:]
         seconds = [layer_seconds(records, own_only=False) for records in every]
         finished = [sorted(records.finished, key=lambda entry: int(entry["request"])) for records in every]
         first, last = (
@@ -140,7 +142,7 @@ class KeepingBench(LiveBench):
 
 
 def serve(count: int, repeats: int, seed: int) -> Live:
-    """Serve a workload under static EP on two ranks, several times in one launch."""
+    """Serve a workload under static EP on two ranks, several times in one launch, and once more to warm up."""
     # all arrive at once: which requests an iteration holds does not depend on how fast the last one was; answers are of
     # many lengths, so that prompts come in while others decode
     workload = WorkloadSettings(
@@ -151,7 +153,7 @@ def serve(count: int, repeats: int, seed: int) -> Live:
         output_tokens=OUTPUT_TOKENS,
         seed=seed,
     )
-    policies = ("static",) * repeats
+    policies = ("static",) * (repeats + 1)
     bench = KeepingBench(
         LiveConfig(policies, workload, ranks=2, max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, record=True)
     )
@@ -245,7 +247,7 @@ def compare(live: Live, calibration: Live, profile: Path) -> None:
         if at.any():
             upto = f"{few} to {min(many - 1, total_I.max())} tokens"
             errors(f"MoE layer, {at.sum()} iterations of {upto}", layer[at], live.layer_BIL[:, at])
-    errors("(the first repetition for a prediction: layer)", live.layer_BIL[0], live.layer_BIL[1:])
+    errors("(one repetition for a prediction: layer)", live.layer_BIL[0], live.layer_BIL[1:])
     errors("(the same, layers of an iteration)", live.layer_BIL[0].sum(1), live.layer_BIL[1:].sum(2))
     beyond = calibration.iteration_BI.mean(0) - predict(calibration, costs, plans)[1].sum(1)
     run = Run(

@@ -151,9 +151,10 @@ def test_one_server_with_constant_service_waits_as_long_as_m_d_1_says(spec, topk
     assert got.cell.request.mean_ttft_ms == pytest.approx(1e3 * total / count, rel=1e-6)
 
 
-def test_timeline_is_a_chrome_trace_whose_events_nest(spec, requests, replay_for, tmp_path):
-    timeline = Timeline(0.0, 0.004)
-    run(spec, requests, replay_for(4), "moeless:even:1", timeline=timeline)
+@pytest.mark.parametrize("start_seconds", [0.0, 0.0005])
+def test_timeline_is_a_chrome_trace_whose_events_nest(start_seconds, spec, requests, replay_for, tmp_path):
+    timeline, pool = Timeline(0.0, 0.02), PoolSettings(KeepAlive("fixed", 0.0), start_seconds=start_seconds)
+    run(spec, requests, replay_for(4), "moeless:even:1", timeline=timeline, pool=pool)
     count = timeline.write(tmp_path / "timeline.json")
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
     assert count > 50
