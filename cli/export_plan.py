@@ -26,6 +26,9 @@ def command(
         str | None, typer.Option("--model", metavar="NAME", help="Preset with the layer indices; default: the plan's.")
     ] = None,
     fill: Annotated[bool, typer.Option("--fill", help="Fill empty slots with copies of what a GPU holds.")] = False,
+    equal_shares: Annotated[
+        bool, typer.Option("--equal-shares", help="Let the engine split evenly where the plan fixes unequal shares.")
+    ] = False,
     out: common.ArtefactOption = Path("plan-export.json"),
     config: common.ConfigOption = None,
     as_json: common.JsonOption = False,
@@ -37,19 +40,23 @@ def command(
     """
     from moeless.contracts import ModelPlan
     from moeless.files import check_writable, read_json
-    from moeless.placement.export import slot_table, write_export
+    from moeless.placement.export import check_shares, slot_table, write_export
     from moeless.placement.moe_layers import layers_of
 
     read = ModelPlan.from_json(read_json(plan))
     check_writable(out)
     moe_layers, num_layers = layers_of(read, model)
     if dry:
+        if not equal_shares:
+            check_shares(read)
         table = slot_table(read, fill=fill)
         common.dry_run(
             {"plan": str(plan), "engine": engine.value, "out": str(out)},
             {"slots_per_layer": table.expert_LP.shape[1], "filled_slots": table.filled},
         )
-    table = write_export(read, engine.value, out, moe_layers=moe_layers, num_layers=num_layers, fill=fill)
+    table = write_export(
+        read, engine.value, out, moe_layers=moe_layers, num_layers=num_layers, fill=fill, equal_shares=equal_shares
+    )
     facts = {
         "out": str(out),
         "engine": engine.value,

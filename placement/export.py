@@ -1,7 +1,8 @@
 """Model plans in the forms that serving engines read, checked against each engine's rules.
 
 SGLang ``--init-expert-location`` (a JSON file), TensorRT-LLM's EPLB configuration (YAML), and the arrays of vLLM's
-and DeepSeek's EPLB (``phy2log``, ``log2phy``, ``logcnt``). All number slots GPU by GPU and need as many on each.
+and DeepSeek's EPLB (``phy2log``, ``log2phy``, ``logcnt``). All number slots GPU by GPU and need as many on each, and
+none has a place for shares: these engines split an expert's tokens evenly over its copies, or by rules of their own.
 
 Axes: L MoE layers, E experts, P slots of a layer, X copies of an expert.
 """
@@ -57,6 +58,26 @@ def slot_table(plan: ModelPlan, *, fill: bool = False) -> SlotTable:
                 raise UserError(f"GPU {gpu} holds no expert in layer {layer.layer}, engines need one at least")
             row[gpu * most : (gpu + 1) * most] = np.resize(held, most)
     return SlotTable(expert_LP, plan.num_gpus, int(expert_LP.size - slots_LG.sum()))
+
+
+def check_shares(plan: ModelPlan) -> None:
+    """Refuse a plan whose copies are to serve unequal parts of their experts, which no engine's file can say.
+
+    Raises:
+        UserError: a layer fixes shares that are not equal.
+    """
+    unequal = []
+    for layer in plan.layers:
+        if layer.share_R is not None:
+            even_R = 1.0 / layer.replicas_E(plan.num_experts)[layer.expert_R]
+            if not np.allclose(layer.share_R, even_R, atol=0.01):
+                unequal.append(layer.layer)
+    if unequal:
+        raise UserError(
+            f"the plan fixes unequal shares of an expert's copies in {len(unequal)} of {len(plan.layers)} layers (first "
+            f"in layer {unequal[0]}), and these engines split evenly: plan with elastic or eplb, or give the engine the "
+            "placement alone (--equal-shares)"
+        )
 
 
 def log2phy(table: SlotTable, num_experts: int) -> tuple[IntArray, IntArray]:
@@ -154,9 +175,18 @@ def _check_rows(rows: dict[int, list[int]], num_experts: int, ep_size: int) -> N
 
 
 def write_export(
-    plan: ModelPlan, engine: str, out: Path, *, moe_layers: Sequence[int], num_layers: int, fill: bool = False
+    plan: ModelPlan,
+    engine: str,
+    out: Path,
+    *,
+    moe_layers: Sequence[int],
+    num_layers: int,
+    fill: bool = False,
+    equal_shares: bool = False,
 ) -> SlotTable:
     """Write a plan for an engine and check what was written; arrays go to an ``.npz`` or a ``.json``.
+
+    ``equal_shares`` lets the engine split evenly where the plan fixes shares.
 
     Raises:
         UserError: the engine is unknown, the plan cannot be expressed, or the file's ending is not the engine's.
@@ -166,6 +196,8 @@ def write_export(
     endings = {"sglang": (".json",), "tensorrt-llm": (".yaml", ".yml"), "vllm": (".npz", ".json")}[engine]
     if out.suffix not in endings:
         raise UserError(f"{engine} plans are written to {' or '.join(endings)} files, not to {out.name!r}")
+    if not equal_shares:
+        check_shares(plan)
     table = slot_table(plan, fill=fill)
     if engine == "sglang":
         data = to_sglang(plan, table, moe_layers, num_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,27 @@ def test_uneven_plans_need_filling(plans):
     for layer, row in zip(plan.layers, table.expert_LP, strict=True):
         for gpu, slots in enumerate(row.reshape(4, -1)):
             assert set(slots.tolist()) == set(layer.expert_R[layer.gpu_R == gpu].tolist())
+
+
+def test_unequal_shares_are_refused_unless_the_placement_alone_is_wanted(plans, tmp_path):
+    plan, out = plans("eplb"), tmp_path / "location.json"
+    where = {"moe_layers": (1, 2, 4), "num_layers": 5}
+
+    def with_shares(last):
+        layer = plan.layers[1]
+        even = 1.0 / layer.replicas_E(12)[layer.expert_R]
+        copies = np.flatnonzero(layer.expert_R == layer.expert_R[np.flatnonzero(even < 1)[0]])
+        even[copies[0]], even[copies[1]] = even[copies[0]] + last, even[copies[1]] - last
+        return replace(plan, layers=(plan.layers[0], replace(layer, share_R=even), plan.layers[2]))
+
+    write_export(with_shares(0.0), "sglang", out, **where)
+    placed = out.read_text()
+    out.unlink()
+    with pytest.raises(UserError, match="unequal shares .* in 1 of 3 layers .*--equal-shares"):
+        write_export(with_shares(0.25), "sglang", out, **where)
+    assert not out.exists()
+    write_export(with_shares(0.25), "sglang", out, **where, equal_shares=True)
+    assert out.read_text() == placed
 
 
 def test_what_cannot_be_written_is_one_sentence(plans, tmp_path):
