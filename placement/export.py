@@ -74,9 +74,9 @@ def check_shares(plan: ModelPlan) -> None:
                 unequal.append(layer.layer)
     if unequal:
         raise UserError(
-            f"the plan fixes unequal shares of an expert's copies in {len(unequal)} of {len(plan.layers)} layers (first "
-            f"in layer {unequal[0]}), and these engines split evenly: plan with elastic or eplb, or give the engine the "
-            "placement alone (--equal-shares)"
+            f"the plan fixes unequal shares of an expert's copies in {len(unequal)} of {len(plan.layers)} layers "
+            f"(first in layer {unequal[0]}), and these engines split evenly: plan with elastic or eplb, or give the "
+            "engine the placement alone (--equal-shares)"
         )
 
 

@@ -103,7 +103,7 @@ def test_unequal_shares_are_refused_unless_the_placement_alone_is_wanted(plans, 
     write_export(with_shares(0.0), "sglang", out, **where)
     placed = out.read_text()
     out.unlink()
-    with pytest.raises(UserError, match="unequal shares .* in 1 of 3 layers .*--equal-shares"):
+    with pytest.raises(UserError, match=r"unequal shares .* in 1 of 3 layers .*--equal-shares"):
         write_export(with_shares(0.25), "sglang", out, **where)
     assert not out.exists()
     write_export(with_shares(0.25), "sglang", out, **where, equal_shares=True)
