@@ -96,7 +96,8 @@ class Outage:
     def evacuate(self, plan: LayerPlan) -> LayerPlan:
         """The plan without the lost GPUs: their extras go, their primaries move to the survivor with fewest copies.
 
-        An expert that keeps another copy makes that one its primary. Shares fixed ahead are void: dispatch decides.
+        An expert that keeps another copy makes that one its primary. Of shares fixed ahead, a lost copy's go to those
+        that are left in proportion to theirs, or to the primary where these have none.
         """
         if not self.down:
             return plan
@@ -119,7 +120,15 @@ class Outage:
                 expert.append(e)
                 gpu.append(home)
                 primary.append(True)
-        return LayerPlan.build(plan.layer, expert, gpu, primary, num_experts=num_experts, num_gpus=len(self.back_at_G))
+        share = None
+        if plan.share_R is not None:
+            kept = np.concatenate([plan.share_R[~lost_R], np.zeros(len(expert) - int((~lost_R).sum()))])
+            whole_E = np.bincount(expert, weights=kept, minlength=num_experts)
+            alone = whole_E[expert] <= 0.0
+            share = np.where(alone, np.array(primary, np.float64), kept / np.where(alone, 1.0, whole_E[expert]))
+        return LayerPlan.build(
+            plan.layer, expert, gpu, primary, num_experts=num_experts, num_gpus=len(self.back_at_G), share_R=share
+        )
 
     def owners(self, rank_N: IntArray, request_N: IntArray) -> IntArray:
         """Where each request's KV cache is: its scheduler's rank, unless it had to move once.

@@ -95,6 +95,25 @@ def test_evacuation_leaves_lost_gpus_and_keeps_one_primary_of_every_expert():
     assert outage.evacuate(plan) is plan
 
 
+def test_evacuation_hands_a_lost_copy_s_share_to_those_that_are_left():
+    expert, gpu = [0, 1, 2, 0, 0, 1, 2], [0, 0, 1, 1, 2, 2, 2]
+    share = [0.5, 0.0, 0.25, 0.125, 0.375, 1.0, 0.75]
+    plan = LayerPlan.build(0, expert, gpu, [True] * 3 + [False] * 4, num_experts=3, num_gpus=4, share_R=share)
+    outage = Outage(4)
+    outage.lose(2, 9.0)
+    there = outage.evacuate(plan)
+    there.validate(num_experts=3, num_gpus=4)
+    found = {(e, g): s for e, g, s in zip(there.expert_R.tolist(), there.gpu_R.tolist(), there.share_R, strict=True)}
+    # of expert 1 nothing is left that had a share: its primary serves
+    assert found == {(0, 0): 0.8, (0, 1): 0.2, (1, 0): 1.0, (2, 1): 1.0}
+    assert not there.decides
+    outage.lose(0, 9.0)
+    again = outage.evacuate(plan)
+    again.validate(num_experts=3, num_gpus=4)
+    assert again.share_R is not None
+    assert again.num_extra == 0
+
+
 @pytest.mark.parametrize("text", ["5", "x:1", "1:2:3:4", "-1:0", "1:0:0"])
 def test_bad_failures_are_one_sentence(text):
     with pytest.raises(UserError, match="GPU"):
