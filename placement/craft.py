@@ -1,12 +1,13 @@
 """CRAFT: replicate only where it pays, with a replica budget for each layer.
 
 Source: Zhao et al., "CRAFT: Cost-aware Expert Replica Allocation with Fine-Grained Layerwise Estimations",
-arXiv 2603.28768: existing schemes replicate more than pays; the most balance under a memory budget comes from deciding
-per layer, by the estimated benefit of its replicas. The rest is our reading: benefit is the balancedness (mean over
-maximum GPU load) that EPLB reaches; replicas come in rounds of one slot on every GPU; the budget of all layers together
-goes, round by round, to the layer that gains most per round, as long as that is at least ``min_benefit``; one layer
-takes at most ``max_share`` times an even layer's replicas. A layer planned alone has its own budget only, as in the
-live engine, whose memory has as many places in every layer.
+arXiv 2603.28768, known from its abstract and from a published summary of it, not from its text: existing schemes
+replicate more than pays; a layer's benefit of 0, 1, 2 ... replicas is the balancedness (mean over maximum GPU load)
+that they reach; how many each layer gets under the memory of all is a multiple-choice knapsack problem, solved by
+dynamic programming; experts are then assigned greedily so that all GPUs have as many places. Our reading: EPLB's
+layouts; replicas in rounds of one slot on every GPU, each of which has to be worth ``min_benefit``; one layer takes at
+most ``max_share`` times an even layer's replicas. A layer planned alone has its own budget only, as in the live engine,
+whose memory has as many places in every layer.
 
 Axes: L layers, E experts, G GPUs, P replicas, N rounds.
 """
@@ -70,31 +71,31 @@ def benefits_N(weight_E: FloatArray, room: IntArray, max_extra: int) -> FloatArr
 
 
 def rounds_L(curves: Sequence[FloatArray], cost_N: IntArray, total_extra: int, min_benefit: float) -> IntArray:
-    """Rounds of each layer, ``[L]``, whose extras sum to at most ``total_extra``.
+    """Rounds of each layer, ``[L]``, whose extras sum to at most ``total_extra``: most balancedness, exactly.
 
-    Each time the layer whose best run of further rounds gains most per round takes the first of them; ties go to the
-    lowest layer.
+    A multiple-choice knapsack problem by dynamic programming over the extras. Each round counts ``min_benefit`` less
+    than what it adds. Ties go to the fewest rounds.
 
     Args:
         curves: balancedness of each layer after 0, 1, 2 ... rounds.
         cost_N: extras of 0, 1, 2 ... rounds.
     """
-    rounds = np.zeros(len(curves), np.int64)
-    spent = 0
-    while True:
-        best, best_gain = -1, max(min_benefit, 1e-9)
-        for layer, curve in enumerate(curves):
-            now = int(rounds[layer])
-            if now + 1 >= len(curve) or spent + cost_N[now + 1] - cost_N[now] > total_extra:
-                continue
-            # a round that gains nothing alone may open the way for the next
-            gain = max((curve[k] - curve[now]) / (k - now) for k in range(now + 1, len(curve)))
-            if gain > best_gain or (best < 0 and gain == best_gain):
-                best, best_gain = layer, gain
-        if best < 0:
-            return rounds
-        spent += int(cost_N[rounds[best] + 1] - cost_N[rounds[best]])
-        rounds[best] += 1
+    worth_X = np.zeros(total_extra + 1)
+    taken_LX = np.zeros((len(curves), total_extra + 1), np.int64)
+    for layer, curve in enumerate(curves):
+        before_X, worth_X = worth_X, worth_X + curve[0]
+        for n in range(1, len(curve)):
+            cost = int(cost_N[n])
+            if cost > total_extra:
+                break
+            with_X = before_X[: total_extra + 1 - cost] + curve[n] - n * min_benefit
+            better = np.flatnonzero(with_X > worth_X[cost:] + 1e-12) + cost
+            worth_X[better], taken_LX[layer, better] = with_X[better - cost], n
+    rounds, left = np.zeros(len(curves), np.int64), total_extra
+    for layer in range(len(curves) - 1, -1, -1):
+        rounds[layer] = taken_LX[layer, left]
+        left -= int(cost_N[rounds[layer]])
+    return rounds
 
 
 def share_budget(

@@ -39,6 +39,7 @@ from moeless.placement.dispatch import serving_R
 from moeless.placement.judge_kernels import draw_scenarios
 from moeless.placement.layout import static_layout
 from moeless.placement.threads import in_parallel
+from moeless.placement.whole_model import spread_over_sources
 from moeless.spec import MoESpec
 
 
@@ -245,8 +246,7 @@ def _where_it_pays(
     count = draw_scenarios(mean_E, x.forecast.var_E, params.doubt_of(x.phase), normal_CE, load_CE)
     usable, saved = np.ones(plan.R, np.bool_), 0.0
     for load_E in load_CE[: min(count, _CHECKED)]:
-        # every rank sends alike: tokens 0, ranks, 2 ranks ... of an expert are the first rank's
-        load_SE = (load_E + ranks - 1 - np.arange(ranks)[:, None]) // ranks
+        load_SE = spread_over_sources(load_E, ranks)
         quota_SR = _dispatch_checked(load_SE, plan, usable, np.empty((ranks, plan.R), np.int64), costs, params)
         saved += seconds_saved(load_SE, quota_SR, plan, costs)
     if saved / min(count, _CHECKED) > skip:

@@ -1,9 +1,11 @@
 """METRO: balance activated experts, not tokens, where weight reads decide (decode).
 
 Source: Yu et al., "Efficient MoE Serving in the Memory-Bound Regime: Balance Activated Experts, Not Tokens",
-arXiv 2512.09277. Replicas are EPLB's; what differs is the routing after the gate: each expert with tokens uses one
-copy only, chosen so that no GPU activates many experts. This is our greedy reading of it: experts with the fewest
-copies choose first, each the GPU with the fewest activated experts, then with the fewest tokens, then the lowest.
+arXiv 2512.09277 (vLLM on 8 A100), known from its abstract and from what others write of it, not from its text: the
+placement stays EPLB's; what differs is the routing after the gate, for which all ranks gather all top-k choices: it
+minimises the experts that a GPU activates and is close to optimal. Its algorithm is not known to us. Our greedy
+reading: each expert with tokens uses one copy only; experts with the fewest copies choose first, each the GPU with the
+fewest activated experts, then with the fewest tokens, then the lowest.
 
 Axes: S source ranks, E experts, R replicas, G GPUs.
 """

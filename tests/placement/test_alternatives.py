@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from moeless.errors import UserError
 from moeless.placement import PLANNERS
 from moeless.placement.base import plan_all_layers
 from moeless.placement.bound import layer_bound
-from moeless.placement.craft import benefits_N
+from moeless.placement.craft import benefits_N, rounds_L
 from moeless.placement.exact import terms_seconds
 from moeless.placement.llep import LlepParams, spill
 from moeless.placement.milp import MilpParams, best_plan
@@ -107,6 +108,22 @@ def test_craft_spends_a_models_replicas_in_the_layers_that_need_them():
     assert [plan.num_extra for plan in plans([100.0] * 8, hot, params=craft.params(max_share=1.0))] == [0, 4]
     assert sum(plan.num_extra for plan in plans(hot, hot, hot)) == 12
     assert plans([100.0] * 8, hot)[1].slots_G(4).max() <= budget.slots_G.max() + 1
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(0, 14), st.sampled_from([0.0, 0.02, 0.2]))
+@settings(max_examples=60, deadline=None)
+def test_craft_divides_replicas_as_well_as_any_division(seed, layers, total, least):
+    rng = np.random.default_rng(seed)
+    cost = np.array([0, 3, 6, 8])
+    curves = [np.cumsum(rng.random(4) * rng.random() * 0.3) for _ in range(layers)]
+
+    def worth(rounds):
+        return sum(curve[n] - n * least for curve, n in zip(curves, rounds, strict=True))
+
+    found = rounds_L(curves, cost, total, least)
+    assert cost[found].sum() <= total
+    every = itertools.product(range(4), repeat=layers)
+    assert worth(found) == pytest.approx(max(worth(r) for r in every if sum(cost[n] for n in r) <= total))
 
 
 @pytest.mark.parametrize("tokens", [60, 20_000])
