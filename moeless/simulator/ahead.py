@@ -8,6 +8,7 @@ layer that starts before its plan is there runs under the plan before, and the n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,40 @@ from moeless.simulator.failures import Outage
 from moeless.simulator.history import LoadHistory
 from moeless.simulator.in_force import PlansInForce
 from moeless.simulator.keeping import Keeping
+from moeless.simulator.routing import Replay, SpanColumns
 from moeless.simulator.runtime import PolicyRuntime
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
-    """One iteration as the layers see it; the optional arrays are filled where the predictor reads them."""
+    """One iteration as the layers see it; the optional arrays are filled where the predictor reads them.
 
-    load_LSE: IntArray
+    ``given_LSE`` are loads that stand for those of the tokens (the oracle's override).
+    """
+
+    replay: Replay
+    spans: SpanColumns
     phase: Phase
     tokens: int
     topk_TLK: NDArray[np.uint16] | None = None
     router_input_TLH: NDArray[Any] | None = None
     token_T: NDArray[np.integer[Any]] | None = None
+    given_LSE: IntArray | None = None
+
+    @cached_property
+    def load_LSE(self) -> IntArray:
+        """Tokens by layer, source rank and expert."""
+        return self.replay.loads(self.spans) if self.given_LSE is None else self.given_LSE
+
+    @cached_property
+    def load_LE(self) -> IntArray:
+        """Tokens by layer and expert; compiled loops, which count them by the way, assign them."""
+        return self.load_LSE.sum(1)
+
+    @cached_property
+    def sorted_T(self) -> tuple[IntArray, IntArray]:
+        """The tokens' rows in the replay and their source ranks, in order of these."""
+        return self.replay.sorted_tokens(self.spans)
 
 
 class AheadPlans:
@@ -114,7 +136,7 @@ class AheadPlans:
             last_load_E=self.history.last(target, work.phase),
             tokens=work.tokens,
             phase=work.phase,
-            true_load_E=work.load_LSE[target].sum(0),
+            true_load_E=work.load_LE[target],
             recent_E=self.history.recent(target),
             token_T=work.token_T,
         )

@@ -12,7 +12,7 @@ from moeless.costs.kernels import exchange_time
 from moeless.costs.nonexpert import nonexpert_times
 from moeless.jit import njit
 from moeless.placement.keep_kernels import kept_layers
-from moeless.simulator.layer_kernels import LOAD, memory, time_layer
+from moeless.simulator.layer_kernels import LOAD, load_table, load_tokens, memory, time_layer
 
 # columns of the tally, sums over (iteration, layer) pairs
 TOTAL, EXPERT, EXCHANGE, MISC, CONTROL, STALL = 0, 1, 2, 3, 4, 5
@@ -35,6 +35,21 @@ def count_loads(topk_TLK, start_N, count_N, rank_N, row_F, load_LSE):  # type: i
             for layer in range(layers):
                 for k in range(top):
                     load_LSE[layer, rank, topk_TLK[row, layer, k]] += 1
+
+
+@njit(cache=True, nogil=True)
+def sort_tokens(start_N, count_N, rank_N, row_F, num_ranks, row_T, rank_T):  # type: ignore[no-untyped-def]
+    """Rows and source ranks of spans of rows (of ``row_F``'s where it is not empty), in order of the ranks."""
+    at_S = np.zeros(num_ranks + 1, np.int64)
+    for n in range(len(start_N)):
+        at_S[rank_N[n] + 1] += count_N[n]
+    for s in range(num_ranks):
+        at_S[s + 1] += at_S[s]
+    for n in range(len(start_N)):
+        s = rank_N[n]
+        for at in range(start_N[n], start_N[n] + count_N[n]):
+            row_T[at_S[s]], rank_T[at_S[s]] = row_F[at] if len(row_F) else at, s
+            at_S[s] += 1
 
 
 @njit(cache=True, nogil=True)
@@ -79,23 +94,32 @@ def tally_layer(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def time_layers(  # type: ignore[no-untyped-def]
-    start, stop, load_LSE, expert_LR, gpu_LR, primary_LR, count_L, mode, rates, terms, num_gpus, part_LX
-):
-    """Layers ``start`` to ``stop`` of one iteration under warm plans, into their rows of ``part_LX``.
+    start, stop, load_LSE, topk_TLK, row_T, rank_T, num_experts, expert_LR, gpu_LR, primary_LR, count_L, mode, rates,
+    terms, num_gpus, part_LX, load_LE,
+):  # fmt: skip
+    """Layers ``start`` to ``stop`` of one iteration under warm plans, into their rows of ``part_LX`` and ``load_LE``.
 
-    ``mode`` and ``rates`` as in :func:`layer_kernels.time_layer`.
+    Loads are ``load_LSE``, or where it is empty those of tokens as in :func:`layer_kernels.load_tokens`. ``mode`` and
+    ``rates`` as in :func:`layer_kernels.time_layer`.
     """
     widest = count_L.max()
-    m = memory(load_LSE.shape[1], load_LSE.shape[2], widest, num_gpus)
+    tables = load_LSE.shape[0] > 0
+    tokens = num_gpus * num_experts if tables else len(row_T) * topk_TLK.shape[2]
+    m = memory(num_gpus, num_experts, widest, num_gpus, terms.island_size, tokens)
     serving_R = np.ones(widest, np.int64)
     for layer in range(start, stop):
         n = count_L[layer]
+        if tables:
+            load_table(load_LSE[layer], m)
+        else:
+            load_tokens(topk_TLK, row_T, rank_T, layer, m)
         expert, exchange, active = time_layer(
-            load_LSE[layer], expert_LR[layer, :n], gpu_LR[layer, :n], primary_LR[layer, :n], serving_R[:n], mode,
-            rates, terms, num_gpus, m,
+            expert_LR[layer, :n], gpu_LR[layer, :n], primary_LR[layer, :n], serving_R[:n], mode, rates, terms, num_gpus,
+            m,
         )  # fmt: skip
         part_LX[layer, PART_EXPERT], part_LX[layer, PART_EXCHANGE] = expert, exchange
         part_LX[layer, PART_IMBALANCE], part_LX[layer, PART_ACTIVE] = imbalance(m.sums_QG[LOAD]), active
+        load_LE[layer] = m.load_E
 
 
 @njit(cache=True, nogil=True)
@@ -189,9 +213,12 @@ def decode_run(  # type: ignore[no-untyped-def]
     later step that plans (every ``plan_every``-th, ``since_plan`` went before) and does not keep all plans is left to
     the caller. Returns the number of steps done; fills ``time_IL`` and ``end_I``.
     """
-    layers = topk_TLK.shape[1]
+    layers, top = topk_TLK.shape[1], topk_TLK.shape[2]
     size = len(index_N)
-    row_N = np.empty(size, np.int64)
+    # tokens in order of their ranks, the same in every step
+    from_N, rank_T = np.empty(size, np.int64), np.empty(size, np.int64)
+    sort_tokens(np.arange(size), np.ones(size, np.int64), rank_N, row_F[:0], num_gpus, from_N, rank_T)
+    row_T = np.empty(size, np.int64)
     tokens_E = np.zeros(num_experts, np.int64)
     scratch = np.zeros((6, num_gpus))
     sums_SX = np.zeros((num_gpus, 4))
@@ -202,31 +229,28 @@ def decode_run(  # type: ignore[no-untyped-def]
     for layer in range(layers):
         for r in range(count_L[layer]):
             gpu_LE[layer, expert_LR[layer, r]] = gpu_LR[layer, r]
-    dense = not single or len(weight_LE) > 0
-    load_LSE = np.zeros((layers if dense else 0, num_gpus, num_experts), np.int64)
-    one_N = np.ones(size, np.int64)
+    few = single and size * top < num_gpus * num_experts
+    none_LSE = np.zeros((0, 0, 0), np.int64)
     all_replicas = count_L.sum()
     kept_L = np.zeros(layers, np.bool_)
     part_LX = np.empty((layers, NUM_PARTS))
     for i in range(steps):
         if keep.active and i > 0 and (since_plan + i) % plan_every == 0:
-            every = kept_layers(weight_LE, float(size * topk_TLK.shape[2]), keep, kept_L)
+            every = kept_layers(weight_LE, float(size * top), keep, kept_L)
             if not every:
                 return i
         sums_SX[:, 1:3] = 0.0
-        for n in range(size):
-            row_N[n] = row_F[index_N[n] + i] if len(row_F) else index_N[n] + i
+        for t in range(size):
+            n = from_N[t]
+            row_T[t] = row_F[index_N[n] + i] if len(row_F) else index_N[n] + i
             # a token attends to its past and itself
-            sums_SX[rank_N[n], 1] += position_N[n] + i + 1
-            sums_SX[rank_N[n], 2] += position_N[n] + i + 1
+            sums_SX[rank_T[t], 1] += position_N[n] + i + 1
+            sums_SX[rank_T[t], 2] += position_N[n] + i + 1
         per_layer, once = nonexpert_times(sums_SX, other_terms)
-        if dense:
-            load_LSE[:] = 0
-            count_loads(topk_TLK, index_N + i, one_N, rank_N, row_F, load_LSE)
-        if single:
+        if few:
             for layer in range(layers):
                 expert, exchange, active = _sparse_layer(
-                    topk_TLK, row_N, rank_N, layer, gpu_LE[layer], terms, num_gpus, tokens_E, scratch
+                    topk_TLK, row_T, rank_T, layer, gpu_LE[layer], terms, num_gpus, tokens_E, scratch
                 )
                 time_IL[i, layer] = tally_layer(
                     tally,
@@ -241,16 +265,17 @@ def decode_run(  # type: ignore[no-untyped-def]
                     active,
                     num_experts,
                 )
+                last_LE[layer] = tokens_E
         else:
             time_layers(
-                0, layers, load_LSE, expert_LR, gpu_LR, primary_LR, count_L, mode, rates, terms, num_gpus, part_LX
-            )
+                0, layers, none_LSE, topk_TLK, row_T, rank_T, num_experts, expert_LR, gpu_LR, primary_LR, count_L, mode,
+                rates, terms, num_gpus, part_LX, last_LE,
+            )  # fmt: skip
             tally_layers(part_LX, count_L, num_experts, misc, control_L, tally, time_IL[i])
         if len(weight_LE):
             for layer in range(layers):
                 for e in range(num_experts):
                     weight_LE[layer, e] *= decay
-                    last_LE[layer, e] = load_LSE[layer, :, e].sum()
                     weight_LE[layer, e] += last_LE[layer, e]
         for layer in range(layers):
             now += time_IL[i, layer]

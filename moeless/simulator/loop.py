@@ -124,18 +124,18 @@ class Run:
 
     def _compute(self, spans: SpanColumns, phase: Phase, tokens: int, sums_SX: FloatArray) -> None:
         """Run one iteration and move the clock to its end."""
-        load_LSE = self.replay.loads(spans)
         rows = self.replay.rows(spans) if self._reads != "nothing" else None
         inputs = None
         if rows is not None and self._reads == "router_inputs" and self._router_inputs is not None:
             inputs = self._router_inputs(rows)
-        work = Work(load_LSE, phase, tokens, None if rows is None else self.replay.topk_TLK[rows], inputs)
+        topk_TLK = None if rows is None else self.replay.topk_TLK[rows]
+        work = Work(self.replay, spans, phase, tokens, topk_TLK, inputs)
         if rows is not None and self.replay.token_T is not None:
-            work = dataclasses.replace(work, token_T=self.replay.token_T[rows])
+            work.token_T = self.replay.token_T[rows]
         other = self.nonexpert.seconds(sums_SX)
         begin = self.now
         self.now = self.stage.run(work, begin, other) + other.once
-        self.history.add(load_LSE.sum(1), phase, tokens)
+        self.history.add(work.load_LE, phase, tokens)
         if self.timeline is not None:
             self.timeline.iteration(self._iterations, work, begin, self.now)
 

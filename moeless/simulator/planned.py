@@ -117,11 +117,13 @@ class PlannedIterations:
                 np.empty_like(plans.count_L),
             )
         stall_2, stalled_2 = np.array([record.stalls.get(cause, 0.0), record.stalls["cold"]]), np.zeros(2, np.bool_)
+        load_LE = np.empty((self.runtime.spec.L, self.runtime.spec.E), np.int64)
         pace_1 = np.array([ahead.layer_seconds.get(work.phase, np.nan)])
         end, late, failed = planned_iteration(
-            work.load_LSE, mean_LE, var_LE, horizon_L, self._doubts[work.phase], kept_L, pace_1, clock, per_layer,
-            self._terms, plans, self._coming, ahead.pool.state(), ahead.keeping.terms, self._mode, self._rates,
-            self.runtime.costs.kernel_terms(), self._misc, self._control_L,
+            work.replay.topk_TLK, *work.sorted_T, load_LE, mean_LE, var_LE, horizon_L, self._doubts[work.phase],
+            kept_L, pace_1, clock, per_layer, self._terms, plans, self._coming, ahead.pool.state(),
+            ahead.keeping.terms, self._mode, self._rates, self.runtime.costs.kernel_terms(), self._misc,
+            self._control_L,
             # one account where the cause is the same
             settled_at if cause != "cold" else -np.inf, stall_2, stalled_2, record.tally, time_L,
         )  # fmt: skip
@@ -130,6 +132,7 @@ class PlannedIterations:
             ahead.made += int((~kept_L).sum())
             ahead.late += late
             ahead.layer_seconds[work.phase] = float(pace_1[0])
+        work.load_LE = load_LE
         if failed >= 0:
             raise RunFailed(NO_ROOM.format(layer=failed))
         for name, seconds, touched in zip((cause, "cold"), stall_2.tolist(), stalled_2.tolist(), strict=True):

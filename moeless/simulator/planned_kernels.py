@@ -19,7 +19,7 @@ from moeless.placement.paper_kernels import PaperTerms, plan_copies
 from moeless.predictors.distance import NEWEST
 from moeless.serverless.kernels import expire, provision
 from moeless.simulator.kernels import imbalance, tally_layer
-from moeless.simulator.layer_kernels import LOAD, memory, time_layer
+from moeless.simulator.layer_kernels import LOAD, load_tokens, memory, time_layer
 
 #: Whose plans: Algorithms 1 and 2, or the elastic planner's.
 PAPER, ELASTIC = 0, 1
@@ -147,7 +147,7 @@ def _adopt(layer, since, plans, coming, pool):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _wait(layer, load_SE, clock, expert_R, gpu_R, primary_R, pool, first_E, busy_E, serving_R):  # type: ignore[no-untyped-def]
+def _wait(layer, load_E, clock, expert_R, gpu_R, primary_R, pool, first_E, alive_E, serving_R):  # type: ignore[no-untyped-def]
     """Fill ``serving_R``; returns how many copies are warm at once, and how long until those needed are."""
     experts, replicas, warm = len(first_E), len(expert_R), 0
     for r in range(replicas):
@@ -156,36 +156,32 @@ def _wait(layer, load_SE, clock, expert_R, gpu_R, primary_R, pool, first_E, busy
     if warm == replicas:
         return warm, 0.0
     for e in range(experts):
-        first_E[e], busy_E[e] = np.inf, 0
-    for s in range(load_SE.shape[0]):
-        for e in range(experts):
-            busy_E[e] += load_SE[s, e]
+        first_E[e], alive_E[e] = np.inf, 0
     for r in range(replicas):
         first_E[expert_R[r]] = min(first_E[expert_R[r]], pool.ready_LEG[layer, expert_R[r], gpu_R[r]])
     until = clock
     for e in range(experts):
-        if busy_E[e] > 0:
+        if load_E[e] > 0:
             until = max(until, first_E[e])
     stall = until - clock
-    for e in range(experts):
-        busy_E[e] = 0
     for r in range(replicas):
         serving_R[r] = pool.ready_LEG[layer, expert_R[r], gpu_R[r]] <= clock + stall
-        busy_E[expert_R[r]] += serving_R[r]
+        alive_E[expert_R[r]] += serving_R[r]
     for r in range(replicas):
-        if primary_R[r] and busy_E[expert_R[r]] == 0:
+        if primary_R[r] and alive_E[expert_R[r]] == 0:
             serving_R[r] = 1
     return warm, stall
 
 
 @njit(cache=True, nogil=True)
 def planned_iteration(  # type: ignore[no-untyped-def]
-    load_LSE, mean_LE, var_LE, horizon_L, doubt, kept_L, pace_1, clock, per_layer, planner, plans, coming, pool, keep,
-    mode, rates, terms, misc, control_L, settled_at, stall_2, stalled_2, tally, time_L,
+    topk_TLK, row_T, rank_T, load_LE, mean_LE, var_LE, horizon_L, doubt, kept_L, pace_1, clock, per_layer, planner,
+    plans, coming, pool, keep, mode, rates, terms, misc, control_L, settled_at, stall_2, stalled_2, tally, time_L,
 ):  # fmt: skip
     """One iteration that plans all layers but those kept; returns the clock, plans that came late, and a layer.
 
     Args:
+        topk_TLK, row_T, rank_T: the tokens' experts, as in ``layer_kernels.load_tokens``; ``load_LE`` gets their loads.
         mean_LE, var_LE: each layer's forecast, where it is not kept.
         horizon_L: iterations that a change's gain is weighed over.
         pace_1: seconds that a layer of this phase takes with all around it, NaN where none has been planned for yet;
@@ -197,13 +193,14 @@ def planned_iteration(  # type: ignore[no-untyped-def]
 
     The layer is -1, or one that tokens need and whose copies nothing loads: the run has failed.
     """
-    layers, _, experts = load_LSE.shape
+    layers, experts = load_LE.shape
     num_gpus = pool.ready_LEG.shape[2]
     all_replicas = plans.count_L.sum()
     since_L, waiting_L = np.zeros(layers), np.zeros(layers, np.bool_)
     widest = plans.expert_LR.shape[1]
-    m = memory(load_LSE.shape[1], experts, widest, num_gpus)
-    first_E, busy_E, serving_R = np.empty(experts), np.empty(experts, np.int64), np.empty(widest, np.int64)
+    tokens = len(row_T) * topk_TLK.shape[2]
+    m = memory(num_gpus, experts, widest, num_gpus, terms.island_size, tokens)
+    first_E, alive_E, serving_R = np.empty(experts), np.empty(experts, np.int64), np.empty(widest, np.int64)
     late, planned = 0, not kept_L.all()
     for layer in range(min(planner.distance, layers)):
         if not kept_L[layer]:
@@ -230,7 +227,9 @@ def planned_iteration(  # type: ignore[no-untyped-def]
         n = plans.count_L[layer]
         expert_R, gpu_R = plans.expert_LR[layer, :n], plans.gpu_LR[layer, :n]
         primary_R = plans.primary_LR[layer, :n]
-        warm, stall = _wait(layer, load_LSE[layer], clock, expert_R, gpu_R, primary_R, pool, first_E, busy_E, serving_R)
+        load_tokens(topk_TLK, row_T, rank_T, layer, m)
+        load_LE[layer] = m.load_E
+        warm, stall = _wait(layer, m.load_E, clock, expert_R, gpu_R, primary_R, pool, first_E, alive_E, serving_R)
         if warm < n:
             if stall == np.inf:
                 return clock, late, layer
@@ -238,7 +237,7 @@ def planned_iteration(  # type: ignore[no-untyped-def]
             stall_2[kind] += stall
             stalled_2[kind] = True
         expert, exchange, active = time_layer(
-            load_LSE[layer], expert_R, gpu_R, primary_R, serving_R[:n], mode, rates, terms, num_gpus, m
+            expert_R, gpu_R, primary_R, serving_R[:n], mode, rates, terms, num_gpus, m
         )
         control = control_L[layer] if n > experts else 0.0
         time_L[layer] = tally_layer(

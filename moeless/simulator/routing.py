@@ -82,6 +82,14 @@ class Replay:
         kernels.count_loads(self.topk_TLK, start_N, spans.stop_N - spans.start_N, spans.rank_N, self.row_F, load_LSE)
         return load_LSE
 
+    def sorted_tokens(self, spans: SpanColumns) -> tuple[IntArray, IntArray]:
+        """Rows of ``topk_TLK`` and source ranks of an iteration's tokens, in order of the ranks, ``[T]`` each."""
+        count_N = spans.stop_N - spans.start_N
+        row_T, rank_T = np.empty((2, int(count_N.sum())), np.int64)
+        start_N = self.base_N[spans.request_N] + spans.start_N
+        kernels.sort_tokens(start_N, count_N, spans.rank_N, self.row_F, self.num_ranks, row_T, rank_T)
+        return row_T, rank_T
+
     def rows(self, spans: SpanColumns) -> IntArray:
         """Rows of ``topk_TLK`` that are the iteration's tokens, ``[T]``."""
         start_N = self.base_N[spans.request_N] + spans.start_N

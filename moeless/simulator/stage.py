@@ -6,6 +6,7 @@ uses the copies that are warm when it starts, and waits only for an expert that 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -143,8 +144,10 @@ class Stage:
 
     def run(self, work: Work, now: float, other: NonExpertTime) -> float:
         """Run one iteration's layers from ``now`` on; returns when the last of them ended."""
+        given_LSE = np.empty((0, 0, 0), np.int64)
         if self.runtime.lossy:
-            work = Work(balanced_loads(work.load_LSE, self._first_gpu_E), work.phase, work.tokens)
+            given_LSE = balanced_loads(work.load_LSE, self._first_gpu_E)
+            work = dataclasses.replace(work, given_LSE=given_LSE)
         self._replan(now)
         kept_L = self._kept(work.tokens)
         if not self._compiled(now, kept_L):
@@ -152,13 +155,16 @@ class Stage:
         self._since_plan += 1
         time_IL = np.empty((1, self.spec.L))
         part_LX = np.empty((self.spec.L, kernels.NUM_PARTS))
+        load_LE = np.empty((self.spec.L, self.spec.E), np.int64)
         kernels.time_layers(
-            0, self.spec.L, work.load_LSE, self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L,
-            self._mode or EVEN, self._rates, self.terms, self.cluster.G, part_LX,
+            0, self.spec.L, given_LSE, work.replay.topk_TLK, *work.sorted_T, self.spec.E, self._expert_LR,
+            self._gpu_LR, self._primary_LR, self._count_L, self._mode or EVEN, self._rates, self.terms,
+            self.cluster.G, part_LX, load_LE,
         )  # fmt: skip
         kernels.tally_layers(
             part_LX, self._count_L, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
         )
+        work.load_LE = load_LE
         self.record.append(time_IL)
         return now + float(time_IL.sum()) + self.spec.L * other.per_moe_layer
 
@@ -235,8 +241,8 @@ class Stage:
         self._since_plan += 1
         self._stale = self._stale or planned
         time_IL = np.empty((1, self.spec.L))
-        compiled = self._planned
-        if compiled is not None and self.timeline is None and (not planned or self._plans_compiled):
+        compiled = self._planned if self._unwatched(planned) else None
+        if compiled is not None:
             cause = self._cause if now < self._settled_at else "cold"
             none_L = np.ones(self.spec.L, np.bool_)
             clock = compiled.run(
@@ -281,10 +287,11 @@ class Stage:
         self.record.append(time_IL)
         return clock
 
-    @property
-    def _plans_compiled(self) -> bool:
-        """Whether the planner may plan in a compiled iteration: it is one that can, and no GPU is down."""
-        return self._planned is not None and self._planned.plans and not self.outage.down
+    def _unwatched(self, planned: bool) -> bool:
+        """Whether an iteration's layers may be compiled: nobody looks, and the planner can if it has to."""
+        if self._planned is None or self.timeline is not None or self.runtime.lossy:
+            return False
+        return not planned or (self._planned.plans and not self.outage.down)
 
     def _layer_time(self, quota_SR: IntArray, plan: LayerPlan) -> tuple[float, float, FloatArray]:
         load_G = np.zeros(self.cluster.G)

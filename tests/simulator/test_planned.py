@@ -20,7 +20,7 @@ from moeless.serverless import PoolSettings
 from moeless.serverless.keep_alive import KeepAlive
 from moeless.simulator import SimulationSettings, resolve, simulate
 from moeless.simulator.ahead import AheadPlans
-from moeless.simulator.layer_kernels import CHOSEN, EVEN, LOAD, memory, time_layer
+from moeless.simulator.layer_kernels import CHOSEN, EVEN, LOAD, load_table, load_tokens, memory, time_layer
 from moeless.simulator.timeline import Timeline
 from moeless.spec import Attention, MoESpec
 from moeless.workloads.schedulers import Continuous
@@ -114,7 +114,9 @@ def test_layers_timed_without_tables_equal_the_planners_own_dispatch(seed, gpus,
     usable = np.ones(plan.R, np.bool_) if all_serve else rng.random(plan.R) < 0.6
     serving = serving_R(plan, usable, experts)
     load_SE = rng.poisson(mean * rng.gamma(0.3, 3.0, experts), (gpus, experts)).astype(np.int64)
-    m = memory(gpus, experts, plan.R, gpus)
+    # one expert a token
+    rank_T, topk_T = np.divmod(np.repeat(np.arange(load_SE.size), load_SE.ravel()), experts)
+    topk_TLK = np.ascontiguousarray(topk_T[:, None, None], np.uint16)
     where = cluster("h100x8") if gpus == 8 else cluster("h100x8x3").with_gpus(gpus)
     for name in ("paper", "roofline"):
         costs = COSTS.get(name)(SPEC, where)
@@ -125,9 +127,16 @@ def test_layers_timed_without_tables_equal_the_planners_own_dispatch(seed, gpus,
         for mode, dispatch in ((EVEN, even_dispatch), (CHOSEN, elastic.dispatch)):
             quota_SR = dispatch(load_SE, plan, usable, **shared)
             expected = (*quota_time(quota_SR, plan.gpu_R, terms, gpus, load_G), int(quota_SR.any(0).sum()))
-            got = time_layer(
-                load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, serving.astype(np.int64), mode, given_rates, terms,
-                gpus, m,
-            )  # fmt: skip
-            assert got == expected
-            np.testing.assert_array_equal(m.sums_QG[LOAD], load_G)
+            for by_table in (True, False):
+                tokens = load_SE.size if by_table else len(rank_T)
+                m = memory(gpus, experts, plan.R, gpus, where.island_size, tokens)
+                if by_table:
+                    load_table(load_SE, m)
+                else:
+                    load_tokens(topk_TLK, np.arange(len(rank_T)), rank_T, 0, m)
+                got = time_layer(
+                    plan.expert_R, plan.gpu_R, plan.primary_R, serving.astype(np.int64), mode, given_rates, terms,
+                    gpus, m,
+                )  # fmt: skip
+                assert got == expected
+                np.testing.assert_array_equal(m.sums_QG[LOAD], load_G)
