@@ -118,8 +118,8 @@ def time_layers(  # type: ignore[no-untyped-def]
             m,
         )  # fmt: skip
         part_LX[layer, PART_EXPERT], part_LX[layer, PART_EXCHANGE] = expert, exchange
-        part_LX[layer, PART_IMBALANCE], part_LX[layer, PART_ACTIVE] = imbalance(m.sums_QG[LOAD]), active
-        load_LE[layer] = m.load_E
+        part_LX[layer, PART_IMBALANCE], part_LX[layer, PART_ACTIVE] = imbalance(m.sums_XG[LOAD]), active
+        load_LE[layer] = m.expert_XE[0, :num_experts]
 
 
 @njit(cache=True, nogil=True)

@@ -28,31 +28,31 @@ SENT_FAST, SENT_SLOW, GOT_FAST, GOT_SLOW, LOAD = 0, 1, 2, 3, 4
 
 
 class Memory(NamedTuple):
-    """What one layer's timing works in, and its loads: ``first_E`` .. ``last_E`` are an expert's runs of tokens.
+    """What one layer's timing works in, and its loads; made by :func:`memory`, filled from a table or from tokens.
 
-    Afterwards ``sums_QG[LOAD]`` holds the tokens of each GPU. Made by :func:`memory`, filled by :func:`load_table` or
-    :func:`load_tokens`.
+    Few arrays of many rows: a call hands on a reference to each.
+
+    Attributes:
+        island_G: link island of each GPU.
+        table_SE: tokens by source and expert, where that is smaller than a list of them; otherwise of no rows.
+        expert_XE: by expert its tokens, the range of its runs, and what ``_sort_copies`` writes.
+        run_2N: source and tokens of each run.
+        copy_XR: copies by expert, tokens of each copy, and of each while they are dealt out.
+        sums_XG: five rows of tokens by GPU that a layer ends with, five of another choice, and seconds.
     """
 
     island_G: IntArray
     table_SE: IntArray
-    load_E: IntArray
-    first_E: IntArray
-    last_E: IntArray
-    fill_E: IntArray
-    source_N: IntArray
-    count_N: IntArray
-    home_E: IntArray
-    copies_E: IntArray
-    copy_R: IntArray
-    offset_E: IntArray
-    tokens_R: IntArray
-    other_R: IntArray
-    sums_QG: FloatArray
-    other_QG: FloatArray
-    seconds_G: FloatArray
+    expert_XE: IntArray
+    run_2N: IntArray
+    copy_XR: IntArray
+    sums_XG: FloatArray
     whole_W: IntArray
     real_W: FloatArray
+
+
+_TOKENS, _FIRST, _LAST, _FILL, _HOME, _COPIES, _OFFSET = 0, 1, 2, 3, 4, 5, 6
+_BY_EXPERT, _DEALT, _LEFT = 0, 1, 2
 
 
 @njit(cache=True, nogil=True)
@@ -62,96 +62,99 @@ def memory(sources, experts, replicas, gpus, island_size, tokens):  # type: igno
     whole, real = working_memory(0, experts, replicas, gpus)
     # a table where it is smaller than the tokens are many
     rows = sources if sources * experts <= tokens else 0
-    runs = min(sources * experts, tokens)
     return Memory(
-        np.arange(gpus) // island_size, np.empty((rows, experts), np.int64), np.empty(experts, np.int64),
-        np.empty(experts, np.int64), np.empty(experts, np.int64), np.empty(experts, np.int64),
-        np.empty(runs, np.int64), np.empty(runs, np.int64), np.empty(experts, np.int64), np.empty(experts, np.int64),
-        np.empty(replicas, np.int64), np.empty(experts + 1, np.int64), np.empty(replicas, np.int64),
-        np.empty(replicas, np.int64), np.empty((5, gpus)), np.empty((5, gpus)), np.empty(gpus),
-        np.empty(whole, np.int64), np.empty(real),
-    )  # fmt: skip
+        np.arange(gpus) // island_size,
+        np.empty((rows, experts), np.int64),
+        np.empty((7, experts + 1), np.int64),
+        np.empty((2, min(sources * experts, tokens)), np.int64),
+        np.empty((3, replicas), np.int64),
+        np.empty((11, gpus)),
+        np.empty(whole, np.int64),
+        np.empty(real),
+    )
 
 
 @njit(cache=True, nogil=True)
 def load_table(load_SE, m):  # type: ignore[no-untyped-def]
     """Take a layer's loads from a table of source ranks by experts."""
+    x_XE, run_2N = m.expert_XE, m.run_2N
     sources, experts = load_SE.shape
     for e in range(experts):
-        m.load_E[e], m.fill_E[e] = 0, 0
+        x_XE[_TOKENS, e], x_XE[_FILL, e] = 0, 0
     for s in range(sources):
         for e in range(experts):
             n = load_SE[s, e]
-            m.load_E[e] += n
-            m.fill_E[e] += n > 0
+            x_XE[_TOKENS, e] += n
+            x_XE[_FILL, e] += n > 0
     at = 0
     for e in range(experts):
-        m.first_E[e], m.last_E[e] = at, at
-        at += m.fill_E[e]
+        x_XE[_FIRST, e], x_XE[_LAST, e] = at, at
+        at += x_XE[_FILL, e]
     for s in range(sources):
         for e in range(experts):
             n = load_SE[s, e]
             if n > 0:
-                i = m.last_E[e]
-                m.source_N[i], m.count_N[i] = s, n
-                m.last_E[e] += 1
+                i = x_XE[_LAST, e]
+                run_2N[0, i], run_2N[1, i] = s, n
+                x_XE[_LAST, e] = i + 1
 
 
 @njit(cache=True, nogil=True)
 def load_tokens(topk_TLK, row_T, rank_T, layer, m):  # type: ignore[no-untyped-def]
     """Take a layer's loads from its tokens' experts: rows of ``topk_TLK`` and source ranks, the ranks ascending."""
-    top, experts, tokens = topk_TLK.shape[2], len(m.load_E), len(row_T)
-    if len(m.table_SE) > 0:
-        m.table_SE[:] = 0
+    x_XE, run_2N, table_SE = m.expert_XE, m.run_2N, m.table_SE
+    top, experts, tokens = topk_TLK.shape[2], x_XE.shape[1] - 1, len(row_T)
+    if len(table_SE) > 0:
+        table_SE[:] = 0
         for t in range(tokens):
             row, s = row_T[t], rank_T[t]
             for k in range(top):
-                m.table_SE[s, topk_TLK[row, layer, k]] += 1
-        load_table(m.table_SE, m)
+                table_SE[s, topk_TLK[row, layer, k]] += 1
+        load_table(table_SE, m)
         return
     for e in range(experts):
-        m.load_E[e] = 0
+        x_XE[_TOKENS, e] = 0
     for t in range(tokens):
         row = row_T[t]
         for k in range(top):
-            m.load_E[topk_TLK[row, layer, k]] += 1
+            x_XE[_TOKENS, topk_TLK[row, layer, k]] += 1
     at = 0
     for e in range(experts):
-        m.first_E[e], m.last_E[e] = at, at
-        at += m.load_E[e]
+        x_XE[_FIRST, e], x_XE[_LAST, e] = at, at
+        at += x_XE[_TOKENS, e]
     for t in range(tokens):
         row, s = row_T[t], rank_T[t]
         for k in range(top):
             e = topk_TLK[row, layer, k]
-            i = m.last_E[e]
-            if i > m.first_E[e] and m.source_N[i - 1] == s:
-                m.count_N[i - 1] += 1
+            i = x_XE[_LAST, e]
+            if i > x_XE[_FIRST, e] and run_2N[0, i - 1] == s:
+                run_2N[1, i - 1] += 1
             else:
-                m.source_N[i], m.count_N[i] = s, 1
-                m.last_E[e] = i + 1
+                run_2N[0, i], run_2N[1, i] = s, 1
+                x_XE[_LAST, e] = i + 1
 
 
 @njit(cache=True, nogil=True)
-def _sort_copies(expert_R, primary_R, serving_R, m):  # type: ignore[no-untyped-def]
-    """Serving copies of each expert, ascending, into ``copy_R`` by ``offset_E``; the one that takes all by itself."""
-    experts = len(m.load_E)
+def _sort_copies(expert_R, primary_R, serving_R, x_XE, copy_XR):  # type: ignore[no-untyped-def]
+    """Serving copies of each expert, ascending, by its offset; the one that takes all by itself."""
+    experts = x_XE.shape[1] - 1
     for e in range(experts):
-        m.copies_E[e], m.home_E[e] = 0, -1
+        x_XE[_COPIES, e], x_XE[_HOME, e] = 0, -1
     for r in range(len(expert_R)):
         if serving_R[r]:
             e = expert_R[r]
-            m.copies_E[e] += 1
-            if m.home_E[e] < 0 or primary_R[r]:
-                m.home_E[e] = r
-    m.offset_E[0] = 0
+            x_XE[_COPIES, e] += 1
+            if x_XE[_HOME, e] < 0 or primary_R[r]:
+                x_XE[_HOME, e] = r
+    x_XE[_OFFSET, 0] = 0
     for e in range(experts):
-        m.offset_E[e + 1] = m.offset_E[e] + m.copies_E[e]
-        m.fill_E[e] = m.offset_E[e]
+        x_XE[_OFFSET, e + 1] = x_XE[_OFFSET, e] + x_XE[_COPIES, e]
+        x_XE[_FILL, e] = x_XE[_OFFSET, e]
     for r in range(len(expert_R)):
         if serving_R[r]:
             e = expert_R[r]
-            m.copy_R[m.fill_E[e]] = r
-            m.fill_E[e] += 1
+            copy_XR[_BY_EXPERT, x_XE[_FILL, e]] = r
+            x_XE[_FILL, e] += 1
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -163,65 +166,93 @@ def _send(s, g, n, island_G, sums_QG):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _all_to_one(e, r, gpu_R, m, tokens_R, sums_QG):  # type: ignore[no-untyped-def]
-    """All tokens of an expert to one copy."""
-    tokens_R[r] = m.load_E[e]
-    for i in range(m.first_E[e], m.last_E[e]):
-        _send(m.source_N[i], gpu_R[r], m.count_N[i], m.island_G, sums_QG)
+def _clear(replicas, copy_XR, sums_QG):  # type: ignore[no-untyped-def]
+    for r in range(replicas):
+        copy_XR[_DEALT, r] = 0
+    for q in range(5):
+        for g in range(sums_QG.shape[1]):
+            sums_QG[q, g] = 0.0
 
 
 @njit(cache=True, nogil=True)
-def _fill(e, gpu_R, m, tokens_R, sums_QG):  # type: ignore[no-untyped-def]
-    """As ``dispatch_kernels.fill_sources``: a copy's own GPU first, then source by source; uses up ``count_N``."""
-    first, last = m.first_E[e], m.last_E[e]
-    left_R = m.other_R
-    for j in range(m.offset_E[e], m.offset_E[e + 1]):
-        r = m.copy_R[j]
-        left_R[r] = tokens_R[r]
-        if left_R[r] > 0:
-            low, high, g = first, last, gpu_R[r]
-            while low < high:
-                middle = (low + high) // 2
-                if m.source_N[middle] < g:
-                    low = middle + 1
-                else:
-                    high = middle
-            if low < last and m.source_N[low] == g:
-                taken = min(m.count_N[low], left_R[r])
-                m.count_N[low] -= taken
-                left_R[r] -= taken
-    i = first
-    for j in range(m.offset_E[e], m.offset_E[e + 1]):
-        r = m.copy_R[j]
-        while left_R[r] > 0 and i < last:
-            taken = min(m.count_N[i], left_R[r])
-            _send(m.source_N[i], gpu_R[r], taken, m.island_G, sums_QG)
-            m.count_N[i] -= taken
-            left_R[r] -= taken
-            if m.count_N[i] == 0:
-                i += 1
+def _static(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG):  # type: ignore[no-untyped-def]
+    """All tokens of an expert to its home."""
+    _clear(len(gpu_R), copy_XR, sums_QG)
+    for e in range(x_XE.shape[1] - 1):
+        r = x_XE[_HOME, e]
+        if r >= 0:
+            copy_XR[_DEALT, r] = x_XE[_TOKENS, e]
+            g = gpu_R[r]
+            for i in range(x_XE[_FIRST, e], x_XE[_LAST, e]):
+                _send(run_2N[0, i], g, run_2N[1, i], island_G, sums_QG)
 
 
 @njit(cache=True, nogil=True)
-def _in_turn(e, gpu_R, m, tokens_R, sums_QG):  # type: ignore[no-untyped-def]
+def _even(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG):  # type: ignore[no-untyped-def]
     """As ``dispatch.even_dispatch``: the tokens, source by source, to the copies in turn."""
-    before, k = 0, m.copies_E[e]
-    for i in range(m.first_E[e], m.last_E[e]):
-        n = m.count_N[i]
-        for j in range(k):
-            first = (j - before) % k
-            if n > first:
-                r = m.copy_R[m.offset_E[e] + j]
-                share = (n - first + k - 1) // k
-                tokens_R[r] += share
-                _send(m.source_N[i], gpu_R[r], share, m.island_G, sums_QG)
-        before += n
+    _clear(len(gpu_R), copy_XR, sums_QG)
+    for e in range(x_XE.shape[1] - 1):
+        before, k, offset = 0, x_XE[_COPIES, e], x_XE[_OFFSET, e]
+        for i in range(x_XE[_FIRST, e], x_XE[_LAST, e]):
+            s, n = run_2N[0, i], run_2N[1, i]
+            for j in range(k):
+                # of the expert's tokens before .. before + n, every k-th is this copy's
+                first = (j - before) % k
+                if n > first:
+                    r = copy_XR[_BY_EXPERT, offset + j]
+                    share = (n - first + k - 1) // k
+                    copy_XR[_DEALT, r] += share
+                    _send(s, gpu_R[r], share, island_G, sums_QG)
+            before += n
 
 
 @njit(cache=True, nogil=True)
-def _seconds(gpu_R, terms, num_gpus, tokens_R, sums_QG, seconds_G):  # type: ignore[no-untyped-def]
+def _fill(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG):  # type: ignore[no-untyped-def]
+    """As ``dispatch_kernels.fill_sources`` for the tokens dealt: a copy's own GPU first, then source by source.
+
+    Uses up the runs' tokens.
+    """
+    for q in range(5):
+        for g in range(sums_QG.shape[1]):
+            sums_QG[q, g] = 0.0
+    for e in range(x_XE.shape[1] - 1):
+        first, last = x_XE[_FIRST, e], x_XE[_LAST, e]
+        begin, end = x_XE[_OFFSET, e], x_XE[_OFFSET, e + 1]
+        if end - begin > 1:
+            for j in range(begin, end):
+                r = copy_XR[_BY_EXPERT, j]
+                left, low, high, g = copy_XR[_DEALT, r], first, last, gpu_R[r]
+                if left > 0:
+                    while low < high:
+                        middle = (low + high) // 2
+                        if run_2N[0, middle] < g:
+                            low = middle + 1
+                        else:
+                            high = middle
+                    if low < last and run_2N[0, low] == g:
+                        taken = min(run_2N[1, low], left)
+                        run_2N[1, low] -= taken
+                        left -= taken
+                copy_XR[_LEFT, r] = left
+        elif end > begin:
+            copy_XR[_LEFT, copy_XR[_BY_EXPERT, begin]] = x_XE[_TOKENS, e]
+        i = first
+        for j in range(begin, end):
+            r = copy_XR[_BY_EXPERT, j]
+            left, g = copy_XR[_LEFT, r], gpu_R[r]
+            while left > 0 and i < last:
+                taken = min(run_2N[1, i], left)
+                _send(run_2N[0, i], g, taken, island_G, sums_QG)
+                run_2N[1, i] -= taken
+                left -= taken
+                if run_2N[1, i] == 0:
+                    i += 1
+
+
+@njit(cache=True, nogil=True)
+def _seconds(gpu_R, terms, tokens_R, sums_QG, seconds_G):  # type: ignore[no-untyped-def]
     """Expert and exchange seconds, and copies with tokens; fills ``sums_QG[LOAD]``."""
-    active = 0
+    active, num_gpus = 0, len(seconds_G)
     for g in range(num_gpus):
         seconds_G[g] = 0.0
     for r in range(len(gpu_R)):
@@ -246,20 +277,8 @@ def _seconds(gpu_R, terms, num_gpus, tokens_R, sums_QG, seconds_G):  # type: ign
 
 
 @njit(cache=True, nogil=True)
-def _even(gpu_R, terms, num_gpus, m, tokens_R, sums_QG):  # type: ignore[no-untyped-def]
-    tokens_R[: len(gpu_R)] = 0
-    sums_QG[:] = 0.0
-    for e in range(len(m.load_E)):
-        if m.copies_E[e] == 1:
-            _all_to_one(e, m.copy_R[m.offset_E[e]], gpu_R, m, tokens_R, sums_QG)
-        elif m.copies_E[e] > 1:
-            _in_turn(e, gpu_R, m, tokens_R, sums_QG)
-    return _seconds(gpu_R, terms, num_gpus, tokens_R, sums_QG, m.seconds_G)
-
-
-@njit(cache=True, nogil=True)
 def time_layer(expert_R, gpu_R, primary_R, serving_R, mode, rates, terms, num_gpus, m):  # type: ignore[no-untyped-def]
-    """Expert seconds, exchange seconds, copies with tokens; tokens of each GPU into ``m.sums_QG[LOAD]``.
+    """Expert seconds, exchange seconds, copies with tokens; tokens of each GPU into ``m.sums_XG[LOAD]``.
 
     Args:
         serving_R: whole numbers, 0 where a copy does not serve; every expert with tokens has one that does.
@@ -267,40 +286,36 @@ def time_layer(expert_R, gpu_R, primary_R, serving_R, mode, rates, terms, num_gp
         rates: the elastic dispatch's a, b, c, depth, fuel.
         m: the layer's loads, used up, and memory to work in.
     """
-    _sort_copies(expert_R, primary_R, serving_R, m)
-    replicas, experts = len(expert_R), len(m.load_E)
-    if mode == EVEN:
-        return _even(gpu_R, terms, num_gpus, m, m.tokens_R, m.sums_QG)
-    m.tokens_R[:replicas] = 0
-    m.sums_QG[:] = 0.0
-    for e in range(experts):
-        if m.home_E[e] >= 0:
-            _all_to_one(e, m.home_E[e], gpu_R, m, m.tokens_R, m.sums_QG)
-    best = _seconds(gpu_R, terms, num_gpus, m.tokens_R, m.sums_QG, m.seconds_G)
+    island_G, x_XE, run_2N, copy_XR = m.island_G, m.expert_XE, m.run_2N, m.copy_XR
+    sums_QG, other_QG, seconds_G = m.sums_XG[:5], m.sums_XG[5:10], m.sums_XG[10]
+    replicas, experts = len(expert_R), x_XE.shape[1] - 1
+    tokens_R = copy_XR[_DEALT, :replicas]
+    _sort_copies(expert_R, primary_R, serving_R, x_XE, copy_XR)
+    if mode == EVEN and replicas > experts:
+        _even(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG)
+        return _seconds(gpu_R, terms, tokens_R, sums_QG, seconds_G)
+    _static(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG)
+    best = _seconds(gpu_R, terms, tokens_R, sums_QG, seconds_G)
     if replicas == experts:
         return best
     even = best
     if terms.reduce_max:
         # before the choice, which uses up the counts; compared after it, as the planner does
-        even = _even(gpu_R, terms, num_gpus, m, m.tokens_R, m.other_QG)
+        _even(gpu_R, island_G, x_XE, run_2N, copy_XR, other_QG)
+        even = _seconds(gpu_R, terms, tokens_R, other_QG, seconds_G)
     a, b, c, depth, fuel = rates
     before, after = _choose_copies(
-        m.load_E, expert_R, gpu_R, primary_R, serving_R, num_gpus, a, b, c, int(depth), int(fuel),
-        m.tokens_R[:replicas], m.whole_W, m.real_W,
+        x_XE[_TOKENS, :experts], expert_R, gpu_R, primary_R, serving_R, num_gpus, a, b, c, int(depth), int(fuel),
+        tokens_R, m.whole_W, m.real_W,
     )  # fmt: skip
     if after < before:
-        chosen_QG = np.zeros((5, num_gpus)) if terms.reduce_max else m.other_QG
-        chosen_QG[:] = 0.0
-        for e in range(experts):
-            if m.copies_E[e] == 1:
-                _all_to_one(e, m.copy_R[m.offset_E[e]], gpu_R, m, m.tokens_R, chosen_QG)
-            elif m.copies_E[e] > 1:
-                _fill(e, gpu_R, m, m.tokens_R, chosen_QG)
-        chosen = _seconds(gpu_R, terms, num_gpus, m.tokens_R, chosen_QG, m.seconds_G)
+        chosen_QG = np.empty((5, num_gpus)) if terms.reduce_max else other_QG
+        _fill(gpu_R, island_G, x_XE, run_2N, copy_XR, chosen_QG)
+        chosen = _seconds(gpu_R, terms, tokens_R, chosen_QG, seconds_G)
         if chosen[0] + chosen[1] < best[0] + best[1]:
             best = chosen
-            m.sums_QG[:] = chosen_QG
+            sums_QG[:] = chosen_QG
     if terms.reduce_max and even[0] + even[1] < best[0] + best[1]:
         best = even
-        m.sums_QG[:] = m.other_QG
+        sums_QG[:] = other_QG
     return best

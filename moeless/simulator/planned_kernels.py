@@ -228,8 +228,8 @@ def planned_iteration(  # type: ignore[no-untyped-def]
         expert_R, gpu_R = plans.expert_LR[layer, :n], plans.gpu_LR[layer, :n]
         primary_R = plans.primary_LR[layer, :n]
         load_tokens(topk_TLK, row_T, rank_T, layer, m)
-        load_LE[layer] = m.load_E
-        warm, stall = _wait(layer, m.load_E, clock, expert_R, gpu_R, primary_R, pool, first_E, alive_E, serving_R)
+        load_LE[layer] = m.expert_XE[0, :experts]
+        warm, stall = _wait(layer, load_LE[layer], clock, expert_R, gpu_R, primary_R, pool, first_E, alive_E, serving_R)
         if warm < n:
             if stall == np.inf:
                 return clock, late, layer
@@ -241,7 +241,7 @@ def planned_iteration(  # type: ignore[no-untyped-def]
         )
         control = control_L[layer] if n > experts else 0.0
         time_L[layer] = tally_layer(
-            tally, expert, exchange, misc, control, stall, imbalance(m.sums_QG[LOAD]), n, all_replicas, active, warm
+            tally, expert, exchange, misc, control, stall, imbalance(m.sums_XG[LOAD]), n, all_replicas, active, warm
         )
         clock += time_L[layer]
         if planned:

@@ -139,4 +139,4 @@ def test_layers_timed_without_tables_equal_the_planners_own_dispatch(seed, gpus,
                     gpus, m,
                 )  # fmt: skip
                 assert got == expected
-                np.testing.assert_array_equal(m.sums_QG[LOAD], load_G)
+                np.testing.assert_array_equal(m.sums_XG[LOAD], load_G)
