@@ -9,22 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from functools import cache, lru_cache
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import moeless
 from moeless.errors import UserError
 from moeless.experiments.base import Job
 from moeless.files import folder_atomic, read_json, sha256, write_text
+from moeless.fingerprint import code_hash
 
 #: Default place, relative to the working folder.
 CACHE = Path("results/.cache")
 #: An artefact's file of wall-clock measurements: it must be there, its content differs from run to run.
 TIMING = "timing.json"
-#: Parts of the package that present results and do not change them.
-_PRESENTATION = ("report", "cli", "tracking", "experiments", "doctor.py", "__main__.py")
 
 
 def canonical(data: Any) -> str:
@@ -35,26 +33,6 @@ def canonical(data: Any) -> str:
 def digest(data: Any) -> str:
     """Hash of the canonical JSON."""
     return hashlib.sha256(canonical(data).encode()).hexdigest()
-
-
-def code_files() -> list[Path]:
-    """The sources that compute: the package without its presentation, and the jobs' functions."""
-    root = Path(moeless.__file__).parent
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if not set(path.relative_to(root).parts[:1]) & set(_PRESENTATION) and "assets" not in path.parts
-    ]
-    # the linked folders: rglob does not follow links before Python 3.13
-    for name in ("predictors", "placement", "experiments/cells"):
-        files += (root / name).resolve().rglob("*.py")
-    return sorted({path.resolve() for path in files})
-
-
-@lru_cache(maxsize=1)
-def code_hash() -> str:
-    """Hash of the sources that compute."""
-    return digest([[path.name, sha256(path)] for path in code_files()])
 
 
 @cache

@@ -15,6 +15,7 @@ from moeless import __version__
 from moeless.contracts import Policy
 from moeless.errors import UserError
 from moeless.files import check_writable
+from moeless.fingerprint import code_hash
 from moeless.metrics import schema
 from moeless.metrics.result import Cell
 from moeless.simulator.bench import Bench, BenchConfig
@@ -33,10 +34,10 @@ class Point:
 
     @property
     def key(self) -> str:
-        """A digest of everything that decides the cell, the trace's and predictors' contents included."""
+        """A digest of everything that decides the cell, the trace's and predictors' contents and the code included."""
         config = replace(self.config, policies=(self.policy,), costs=(self.costs,))
         inputs = [_digest(path) for path in (config.trace, *config.predictors, Path(config.arrivals)) if path.exists()]
-        text = json.dumps([__version__, dataclasses.asdict(config), inputs], sort_keys=True, default=str)
+        text = json.dumps([__version__, code_hash(), dataclasses.asdict(config), inputs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -14,8 +14,9 @@ import pytest
 
 from moeless.errors import RunFailed
 from moeless.experiments.base import Job
-from moeless.experiments.cache import Cache, code_files, job_key
+from moeless.experiments.cache import Cache, job_key
 from moeless.experiments.runner import run_jobs
+from moeless.fingerprint import code_files
 
 MODULE = "jobs_under_test"
 
