@@ -58,6 +58,8 @@ def made_by(data: dict[str, Any]) -> str:
 
 
 def number(value: float) -> str:
+    # a sum of times is exact to its last digits only: what is lost in them is no loss
+    value = 0.0 if abs(value) < 1e-9 else value
     return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}"
 
 
