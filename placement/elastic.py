@@ -59,7 +59,8 @@ class ElasticParams:
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
             ``keep_kernels``); 0 asks always.
-        fuel: pairs of copies that the dispatch examines at most; a seventh as many in judging a placement.
+        fuel: pairs of copies that the dispatch examines at most; a seventh as many in judging a placement. As many
+            for every 64 GPUs, where there are more: otherwise the search ends before it has been to most of them.
         seed: of the scenarios.
     """
 
@@ -90,6 +91,10 @@ class ElasticParams:
         ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+
+    def fuel_of(self, num_gpus: int) -> int:
+        """Pairs of copies that the dispatch examines at most on so many GPUs."""
+        return int(self.fuel * max(1, num_gpus // 64))
 
     def doubt_of(self, phase: Phase) -> float:
         """The least relative spread of a forecast for this phase."""
@@ -137,7 +142,7 @@ def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: Elast
     rates = rates_of(costs)
     return ChoiceTerms(
         _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
-        params.depth, params.fuel // 7, float(params.economy), float(params.skip_caution),
+        params.depth, params.fuel_of(costs.cluster.num_gpus) // 7, float(params.economy), float(params.skip_caution),
     )  # fmt: skip
 
 
@@ -283,8 +288,8 @@ def dispatch(
     if numbers_K is None:
         return _dispatch_checked(load_SE, plan, usable, quota_SR, costs, params)
     kernels.best_quotas(
-        load_SE, expert_R, plan.gpu_R, plan.primary_R, usable, numbers_K, params.depth, params.fuel, quota_SR,
-        *_memory(sources, experts, len(expert_R), cluster.num_gpus),
+        load_SE, expert_R, plan.gpu_R, plan.primary_R, usable, numbers_K, params.depth,
+        params.fuel_of(cluster.num_gpus), quota_SR, *_memory(sources, experts, len(expert_R), cluster.num_gpus),
     )  # fmt: skip
     return quota_SR
 
@@ -336,7 +341,8 @@ def _dispatch_checked(
     rates = rates_of(costs)
     if plan.num_extra == 0 or not kernels.dispatch_layer(
         load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, serving, costs.cluster.num_gpus, rates.a, rates.b, rates.c,
-        params.depth, params.fuel, quota_SR, *_memory(*load_SE.shape, plan.R, costs.cluster.num_gpus),
+        params.depth, params.fuel_of(costs.cluster.num_gpus), quota_SR,
+        *_memory(*load_SE.shape, plan.R, costs.cluster.num_gpus),
     ):  # fmt: skip
         return static_SR
     least = costs.layer_seconds(static_SR, plan).total

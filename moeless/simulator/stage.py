@@ -41,7 +41,8 @@ def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...
         return EVEN, none
     if runtime.planner.dispatch is elastic.dispatch:
         rates = elastic.rates_of(runtime.costs)
-        return CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), float(runtime.params.fuel))
+        fuel = float(runtime.params.fuel_of(runtime.cluster.num_gpus))
+        return CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), fuel)
     return None, none
 
 

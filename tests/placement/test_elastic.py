@@ -240,6 +240,19 @@ def test_a_forked_process_plans_all_layers_too():
     process.join()
 
 
+def test_hundreds_of_gpus_are_searched_as_far_as_a_few():
+    spec, machine, model = setting(256)
+    shared = {"spec": spec, "cluster": machine, "costs": model}
+    load = np.random.default_rng(0).multinomial(500_000, np.full(32, 1 / 32)).astype(float)
+    x = PlanInput(0, Phase.PREFILL, Forecast(load, load, 1, "test"))
+    plan = plan_layer(x, budget=Budget.even(32, 256, 1, spec.expert_bytes), params=ElasticParams(), **shared)
+    load_SE = np.stack([load // 256] * 256).astype(np.int64)
+    quota = dispatch(load_SE, plan, np.ones(plan.R, bool), params=ElasticParams(), **shared)
+    tokens_G = np.bincount(plan.gpu_R, weights=quota.sum(0), minlength=256)
+    # static EP has 32 GPUs at work
+    assert tokens_G.max() < 0.3 * load_SE.sum() / 32
+
+
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 20))
 def test_replicas_come_in_a_plan_s_order(seed, gpus, extra):
     rng = np.random.default_rng(seed)
