@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,9 +26,10 @@ from moeless import __version__
 from moeless.cluster import Cluster, cluster
 from moeless.contracts import Forecast, Phase, Policy, Request
 from moeless.costs import COSTS
+from moeless.costs.roofline import RooflineCosts
 from moeless.experiments.cells.scale import some_layers
 from moeless.predictors import PREDICTORS
-from moeless.simulator import Replay, SimulationSettings, resolve, simulate
+from moeless.simulator import Replay, SimulationSettings, kernels, resolve, simulate
 from moeless.simulator.bench import Bench, BenchConfig
 from moeless.spec import MoESpec, preset
 from moeless.traces.synthetic import SyntheticParams, write_synthetic
@@ -50,10 +52,32 @@ def skewed_topk(spec: MoESpec, tokens: int, seed: int = 0) -> np.ndarray:
     return topk
 
 
+class Measured(NamedTuple):
+    """One run's layer events per second of CPU, how many there were, and extras in force per layer."""
+
+    rate: float
+    events: int
+    extras: float
+
+
 def measure(
-    spec: MoESpec, where: Cluster, policy: str, plan_every: int, count: int, output: int, rate: float
-) -> tuple[float, int]:
-    """Layer events per second of one run, after one that compiles; and how many there were."""
+    spec: MoESpec,
+    where: Cluster,
+    policy: str,
+    plan_every: int,
+    count: int,
+    output: int,
+    rate: float,
+    *,
+    at_once: int = 256,
+    control: bool = True,
+) -> Measured:
+    """One run, after one that compiles.
+
+    Args:
+        rate: requests per second; ``at_once`` of them run at most.
+        control: False: gathering counts and deciding take no time, so that copies pay in small batches too.
+    """
     topk_TLK = skewed_topk(spec, 4096)
     random = np.random.default_rng(1)
     arrivals = np.cumsum(random.exponential(1.0 / rate, count))
@@ -64,25 +88,27 @@ def measure(
         Policy.parse(policy),
         spec=spec,
         cluster=where,
-        costs=COSTS.get("roofline")(spec, where),
+        costs=RooflineCosts(spec, where, charge_control=control),
         extra_slots=1,
         predictors={"history": PREDICTORS.get("history")(spec)},
     )
     settings = SimulationSettings(plan_every=plan_every)
 
-    def once(chosen: tuple[Request, ...]) -> tuple[float, int]:
+    def once(chosen: tuple[Request, ...]) -> Measured:
         start = time.process_time()
-        done = simulate(replay, chosen, Continuous(chosen, where.G), runtime, settings=settings)
-        return time.process_time() - start, done.record.iterations * spec.L
+        scheduler = Continuous(chosen, where.G, max_running=at_once)
+        record = simulate(replay, chosen, scheduler, runtime, settings=settings).record
+        seconds, events = time.process_time() - start, record.iterations * spec.L
+        return Measured(events / seconds, events, record.tally[kernels.REPLICAS] / events - spec.E)
 
     once(requests[:2])
-    seconds, events = once(requests)
-    return events / seconds, events
+    return once(requests)
 
 
-def show(name: str, rate: float, events: int) -> None:
+def show(name: str, rate: float, events: int, extras: float | None = None) -> None:
     """One line of the table."""
-    print(f"{name:<46} {rate / 1e3:>10,.1f} k layer events/s   ({events:,} events)", flush=True)
+    held = "" if extras is None else f", {extras:.1f} extras a layer"
+    print(f"{name:<52} {rate / 1e3:>10,.1f} k layer events/s   ({events:,} events{held})", flush=True)
 
 
 def hour(folder: Path) -> None:
@@ -169,8 +195,12 @@ def speed() -> None:
     for policy, plan_every in EVERY_ITERATION:
         show(f"{policy}, plans every iteration", *measure(spec, eight, policy, plan_every, 20, 300, 5.4))
     print("\nthe same at 500 requests/s: hundreds of running requests, prefill and decode in one iteration")
-    for policy, count in (("static", 1000), ("elastic:history:1", 1000), ("moeless:history:1", 200)):
+    for policy, count in (("static", 1000), ("elastic:history:1", 1000), ("moeless:history:1", 1000)):
         show(f"{policy}, plans every iteration", *measure(spec, eight, policy, 1, count, 40, 500.0))
+    print("\nand with control that takes no time, so that elastic holds copies and dispatches in nearly all layers")
+    for every, count, output, rate in ((1, 20, 300, 5.4), (1, 1000, 40, 500.0), (256, 1000, 40, 500.0)):
+        name = f"elastic:history:1, {rate:g} requests/s, plans every {every}"
+        show(name, *measure(spec, eight, "elastic:history:1", every, count, output, rate, control=False))
 
 
 def growth() -> None:
@@ -178,14 +208,19 @@ def growth() -> None:
     spec, eight = preset("gpt-oss-20b"), cluster("h100x8")
     deep = some_layers("deepseek-v3", 8)
     print("deepseek-v3 shapes, 8 layers, 4 requests a GPU at once, by GPUs (nodes of eight)")
-    print("elastic stops at 512 GPUs: one layer's dispatch works on a table [GPUs, copies], see the last lines")
-    for policy, every, largest in (("static", 1, 128), ("elastic:history:1", 1, 16), ("elastic:history:1", 256, 64)):
-        for nodes in [n for n in (1, 4, 16, 64, 128) if n <= largest]:
+    for policy, every in (
+        ("static", 1),
+        ("elastic:history:1", 1),
+        ("elastic:history:1", 256),
+        ("moeless:history:1", 1),
+    ):
+        for nodes in (1, 4, 16, 64, 128):
             where = cluster("h100x8" if nodes == 1 else f"h100x8x{nodes}")
             name = f"  {policy}, {where.G} GPUs" + (f", plans every {every}" if every > 1 else "")
-            show(name, *measure(deep, where, policy, every, 4 * where.G, 128, 1e4 * where.G))
+            at_once = 4 * where.G
+            show(name, *measure(deep, where, policy, every, at_once, 128, 1e4 * where.G, at_once=at_once))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(f"{'':<46} peak memory so far {peak:.2f} GiB")
+            print(f"{'':<52} peak memory so far {peak:.2f} GiB")
     print("\nstatic, by experts, h100x8x4")
     for name in ("mixtral-8x7b", "phi-3.5-moe", "gpt-oss-20b", "qwen3-30b-a3b", "deepseek-v3"):
         # the large ones do not fit beside each other on eight GPUs in any but their stored precision
