@@ -9,7 +9,8 @@ where the bound leaves less than a tenth of static EP's time to save, that tenth
 
 What is chosen, by the one-standard-error rule: of the settings that are no more behind the best one than one standard
 error of the difference over the folds, those that are nowhere below static EP by more than rounding where there are
-any, and of these the one that holds the fewest extras, then the one with the fewest scenarios and the least fuel.
+any, and of these the one that holds the fewest extras, then the one with the fewest scenarios. ``fuel`` is not among
+the parameters: the time that a dispatch may take decides it.
 
 ``elastic`` first, with control time zero and charged; then what ``elastic-ahead`` has beside it, charged (elsewhere
 the two are the same), with what was chosen for ``elastic``. The program names both planners' defaults.
@@ -53,18 +54,17 @@ from moeless.placement.whole_model import spread_over_sources
 VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
     "elastic": {
         "scenarios": (8, 16),
-        "doubt": (0.3, 0.5, 0.7),
+        "doubt": (0.2, 0.3, 0.5),
         "decode_doubt": (0.15, 0.25, 0.4),
-        "economy": (5e-4, 1e-3, 2e-3, 4e-3),
-        "depth": (3, 4, 5),
-        "fuel": (400, 700),
+        "economy": (1e-3, 2e-3),
+        "depth": (4, 5),
         "skip_caution": (0.5, 1.0, 2.0),
     },
     "elastic-ahead": {
         "share_scenarios": (16, 32),
-        "spread": (0.15, 0.25, 0.4),
-        "decode_spread": (0.05, 0.1, 0.2),
-        "caution": (0.1, 0.2, 0.4, 0.6),
+        "spread": (0.25, 0.4),
+        "decode_spread": (0.1, 0.2),
+        "caution": (0.1, 0.2, 0.4),
         "margin": (0.0025, 0.005, 0.01),
     },
 }
@@ -161,7 +161,7 @@ def choose(lines: list[dict[str, Any]]) -> dict[str, Any]:
         line["error"] = float(behind_F.std(ddof=1) / np.sqrt(len(behind_F)))
     alike = [line for line in lines if line["behind"] <= line["error"] + 1e-12]
     alike = [line for line in alike if line["worst"] >= -ROUNDING] or alike
-    sizes = ("scenarios", "share_scenarios", "fuel")
+    sizes = ("scenarios", "share_scenarios")
     return min(alike, key=lambda line: (round(line["extras"], 3), *(line["params"].get(name, 0) for name in sizes)))
 
 
@@ -194,8 +194,8 @@ def study(planner: str, given: dict[str, Any], options: argparse.Namespace, pool
 def main() -> None:
     global _folds
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=72, help="(iteration, layer) pairs of a cell and fold")
-    parser.add_argument("--settings", type=int, default=32, help="settings of each planner")
+    parser.add_argument("--pairs", type=int, default=48, help="(iteration, layer) pairs of a cell and fold")
+    parser.add_argument("--settings", type=int, default=10, help="settings of each planner")
     parser.add_argument("--folds", type=int, default=4)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file")
