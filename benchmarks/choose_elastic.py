@@ -7,10 +7,10 @@ are drawn from its own. Settings are drawn at random, all parameters at once, fr
 one in force. A setting's score in a fold is the mean gap closed over regimes, GPUs and ways of charging control time;
 where the bound leaves less than a tenth of static EP's time to save, that tenth stands for it, as in the protocol.
 
-What is chosen, by the one-standard-error rule: of the settings that are no more behind the best one than one standard
-error of the difference over the folds, those that are nowhere below static EP by more than rounding where there are
-any, and of these the one that holds the fewest extras, then the one with the fewest scenarios. ``fuel`` is not among
-the parameters: the time that a dispatch may take decides it.
+What is chosen, by the one-standard-error rule, of the settings that are in no cell below static EP by more than
+rounding (of all where there are none): of those that are no more behind the best one than one standard error of the
+difference over the folds the one that holds the fewest extras, then the one with the fewest scenarios. ``fuel`` and
+``elastic``'s ``scenarios`` are not among the parameters: the time that a dispatch and a plan may take decides them.
 
 ``elastic`` first, with control time zero and charged; then what ``elastic-ahead`` has beside it, charged (elsewhere
 the two are the same), with what was chosen for ``elastic``. The program names both planners' defaults.
@@ -53,7 +53,6 @@ from moeless.placement.whole_model import spread_over_sources
 #: Values that settings are drawn from, besides the default in force.
 VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
     "elastic": {
-        "scenarios": (8, 16),
         "doubt": (0.2, 0.3, 0.5),
         "decode_doubt": (0.15, 0.25, 0.4),
         "economy": (1e-3, 2e-3),
@@ -154,15 +153,14 @@ def cell(routing: Routing, regime: Regime, gpus: int, charged: bool, job: Job) -
 
 def choose(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The line that the rule in the module's docstring picks."""
-    best = max(lines, key=lambda line: line["mean"])
+    allowed = [line for line in lines if line["worst"] >= -ROUNDING] or lines
+    best = max(allowed, key=lambda line: line["mean"])
     for line in lines:
         behind_F = np.array(best["fold_means"]) - np.array(line["fold_means"])
         line["behind"] = float(behind_F.mean())
         line["error"] = float(behind_F.std(ddof=1) / np.sqrt(len(behind_F)))
-    alike = [line for line in lines if line["behind"] <= line["error"] + 1e-12]
-    alike = [line for line in alike if line["worst"] >= -ROUNDING] or alike
-    sizes = ("scenarios", "share_scenarios")
-    return min(alike, key=lambda line: (round(line["extras"], 3), *(line["params"].get(name, 0) for name in sizes)))
+    alike = [line for line in allowed if line["behind"] <= line["error"] + 1e-12]
+    return min(alike, key=lambda line: (round(line["extras"], 3), line["params"].get("share_scenarios", 0)))
 
 
 def study(planner: str, given: dict[str, Any], options: argparse.Namespace, pool: Any) -> dict[str, Any]:
