@@ -65,8 +65,8 @@ class ElasticParams:
     """
 
     scenarios: int = 8
-    doubt: float = 0.5
-    decode_doubt: float = 0.25
+    doubt: float = 0.3
+    decode_doubt: float = 0.15
     economy: float = 1e-3
     patience_iterations: int = 256
     skip: bool = True
