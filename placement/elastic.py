@@ -92,13 +92,14 @@ class ElasticParams:
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
 
-    def fuel_of(self, num_gpus: int) -> int:
-        """Pairs of copies that the dispatch examines at most on so many GPUs."""
-        return int(self.fuel * max(1, num_gpus // 64))
-
     def doubt_of(self, phase: Phase) -> float:
         """The least relative spread of a forecast for this phase."""
         return float(self.decode_doubt if phase == Phase.DECODE else self.doubt)
+
+
+def fuel_on(num_gpus: int, fuel: int) -> int:
+    """Pairs of copies that the dispatch examines at most on so many GPUs, given ``ElasticParams.fuel``."""
+    return int(fuel * max(1, num_gpus // 64))
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: Elast
     rates = rates_of(costs)
     return ChoiceTerms(
         _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
-        params.depth, params.fuel_of(costs.cluster.num_gpus) // 7, float(params.economy), float(params.skip_caution),
+        params.depth, fuel_on(costs.cluster.num_gpus, params.fuel) // 7, float(params.economy), float(params.skip_caution),
     )  # fmt: skip
 
 
@@ -289,7 +290,7 @@ def dispatch(
         return _dispatch_checked(load_SE, plan, usable, quota_SR, costs, params)
     kernels.best_quotas(
         load_SE, expert_R, plan.gpu_R, plan.primary_R, usable, numbers_K, params.depth,
-        params.fuel_of(cluster.num_gpus), quota_SR, *_memory(sources, experts, len(expert_R), cluster.num_gpus),
+        fuel_on(cluster.num_gpus, params.fuel), quota_SR, *_memory(sources, experts, len(expert_R), cluster.num_gpus),
     )  # fmt: skip
     return quota_SR
 
@@ -341,7 +342,7 @@ def _dispatch_checked(
     rates = rates_of(costs)
     if plan.num_extra == 0 or not kernels.dispatch_layer(
         load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, serving, costs.cluster.num_gpus, rates.a, rates.b, rates.c,
-        params.depth, params.fuel_of(costs.cluster.num_gpus), quota_SR,
+        params.depth, fuel_on(costs.cluster.num_gpus, params.fuel), quota_SR,
         *_memory(*load_SE.shape, plan.R, costs.cluster.num_gpus),
     ):  # fmt: skip
         return static_SR

@@ -41,7 +41,7 @@ def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...
         return EVEN, none
     if runtime.planner.dispatch is elastic.dispatch:
         rates = elastic.rates_of(runtime.costs)
-        fuel = float(runtime.params.fuel_of(runtime.cluster.num_gpus))
+        fuel = float(elastic.fuel_on(runtime.cluster.num_gpus, runtime.params.fuel))
         return CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), fuel)
     return None, none
 
