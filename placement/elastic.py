@@ -143,7 +143,8 @@ def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: Elast
     rates = rates_of(costs)
     return ChoiceTerms(
         _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
-        params.depth, fuel_on(costs.cluster.num_gpus, params.fuel) // 7, float(params.economy), float(params.skip_caution),
+        params.depth, fuel_on(costs.cluster.num_gpus, params.fuel) // 7, float(params.economy),
+        float(params.skip_caution),
     )  # fmt: skip
 
 
