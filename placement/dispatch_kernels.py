@@ -11,12 +11,9 @@ import numpy as np
 
 from moeless.costs.kernels import KernelTerms, quota_time_with
 from moeless.jit import njit
-from moeless.placement.chain_kernels import GPU, NEXT, TOKENS
+from moeless.placement.chain_kernels import copies_in
 from moeless.placement.dispatch import _round_robin
 from moeless.placement.path_kernels import search
-
-#: Starts of the search: the primaries, then whole experts spread over copies in several orders.
-STARTS = 3
 
 
 @njit(cache=True, nogil=True)
@@ -78,7 +75,8 @@ def _choose_copies(  # type: ignore[no-untyped-def]
     before = time_G.max() + c * tokens_G.max()
     if movable == 0:
         return before, before
-    state, whole_W = whole_W[: 3 * movable].reshape(3, movable), whole_W[3 * movable :]
+    state, whole_W = copies_in(whole_W, movable), whole_W[2 * movable :]
+    tokens_M, gpu_M, next_M = state
     for g in range(num_gpus):
         fill_G[g] = first_G[g]
         first_G[g + 1] += first_G[g]
@@ -87,16 +85,16 @@ def _choose_copies(  # type: ignore[no-untyped-def]
         if serving[r] and load_E[e] > 0 and copies_E[e] > 1:
             i = fill_G[g]
             fill_G[g] += 1
-            state[TOKENS, i], state[GPU, i], back_M[i] = tokens_R[r], g, r
+            tokens_M[i], gpu_M[i], back_M[i] = tokens_R[r], g, r
             if head_E[e] < 0:
                 head_E[e] = i
             else:
-                state[NEXT, tail_E[e]] = i
+                next_M[tail_E[e]] = i
             tail_E[e] = i
-            state[NEXT, i] = head_E[e]
-    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, STARTS, whole_W, real_W)
+            next_M[i] = head_E[e]
+    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, True, whole_W, real_W)
     for i in range(movable):
-        tokens_R[back_M[i]] = state[TOKENS, i]
+        tokens_R[back_M[i]] = tokens_M[i]
     return before, after
 
 

@@ -59,7 +59,7 @@ class ElasticParams:
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
             ``keep_kernels``); 0 asks always.
-        fuel: pairs of copies that the dispatch examines at most; a seventh as many in judging a placement. As many
+        fuel: pairs of copies that the dispatch examines at most; a quarter as many in judging a placement. As many
             for every 64 GPUs, where there are more: otherwise the search ends before it has been to most of them.
         seed: of the scenarios.
     """
@@ -72,7 +72,7 @@ class ElasticParams:
     skip: bool = True
     skip_caution: float = 1.0
     depth: int = 4
-    fuel: int = 700
+    fuel: int = 400
     keep: float = 0.05
     seed: int = 0
 
@@ -143,7 +143,7 @@ def _choice_terms(spec: MoESpec, costs: CostModel, budget: Budget, params: Elast
     rates = rates_of(costs)
     return ChoiceTerms(
         _normal_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, rates.a, rates.b, rates.c,
-        params.depth, fuel_on(costs.cluster.num_gpus, params.fuel) // 7, float(params.economy),
+        params.depth, fuel_on(costs.cluster.num_gpus, params.fuel) // 4, float(params.economy),
         float(params.skip_caution),
     )  # fmt: skip
 
@@ -301,7 +301,7 @@ class _Memory(threading.local):
 
     def __init__(self) -> None:
         self.whole, self.real = np.empty(0, np.int64), np.empty(0)
-        self.fits: set[tuple[int, ...]] = set()
+        self.fits: set[tuple[int, int, int, int]] = set()
 
 
 _local = _Memory()

@@ -10,8 +10,8 @@ from math import erfc, sqrt
 import numpy as np
 
 from moeless.jit import njit
-from moeless.placement.chain_kernels import GPU, NEXT, TOKENS
-from moeless.placement.path_kernels import shorten, working_memory
+from moeless.placement.chain_kernels import Copies, copies_in
+from moeless.placement.path_kernels import search, working_memory
 
 #: Rounding that a bound must leave to the times it is compared with.
 SLACK = 1e-9
@@ -121,6 +121,7 @@ def _movable(load_E, expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state):  # t
 
     ``at_E`` is -1 everywhere, before and after.
     """
+    tokens_M, gpu_M, next_M = state
     first_G[:] = 0
     copies = 0
     for x in range(len(expert_X)):
@@ -148,11 +149,11 @@ def _movable(load_E, expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state):  # t
             i = fill_G[gpu_E[e]]
             fill_G[gpu_E[e]] += 1
             at_E[e] = i
-            state[TOKENS, i], state[GPU, i], state[NEXT, i] = load_E[e], gpu_E[e], i
+            tokens_M[i], gpu_M[i], next_M[i] = load_E[e], gpu_E[e], i
         i, home = fill_G[gpu_X[x]], at_E[e]
         fill_G[gpu_X[x]] += 1
-        state[TOKENS, i], state[GPU, i], state[NEXT, i] = 0, gpu_X[x], state[NEXT, home]
-        state[NEXT, home] = i
+        tokens_M[i], gpu_M[i], next_M[i] = 0, gpu_X[x], next_M[home]
+        next_M[home] = i
     for x in range(len(expert_X)):
         at_E[expert_X[x]] = -1
     return copies
@@ -170,19 +171,19 @@ def mean_seconds(  # type: ignore[no-untyped-def]
     num_scenarios, num_gpus = time_CG.shape
     at_E = np.full(load_CE.shape[1], -1, np.int64)
     first_G, fill_G = np.empty(num_gpus + 1, np.int64), np.empty(num_gpus, np.int64)
-    state = np.empty((3, 2 * len(expert_X) + 1), np.int64)
+    most = 2 * len(expert_X)
     time_G, tokens_G = np.empty(num_gpus), np.empty(num_gpus, np.int64)
-    whole, real = working_memory(state.shape[1], num_gpus)
-    whole_W, real_W = np.empty(whole, np.int64), np.empty(real)
+    whole, real = working_memory(most, num_gpus)
+    whole_W, real_W = np.empty(2 * most + whole, np.int64), np.empty(real)
+    state, whole_W = copies_in(whole_W, most), whole_W[2 * most :]
     total = 0.0
     for i in range(num_scenarios):
         if total + rest_C[i] > worst:
             return np.inf
         time_G[:], tokens_G[:] = time_CG[i], tokens_CG[i]
         copies = _movable(load_CE[i], expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state)
-        reached, _ = shorten(
-            state[:, :copies], first_G, time_G, tokens_G, a, b, c, depth, fuel, whole_W, real_W
-        )  # fmt: skip
+        loaded = Copies(state.tokens_M[:copies], state.gpu_M[:copies], state.next_M[:copies])
+        reached = search(loaded, first_G, time_G, tokens_G, a, b, c, depth, fuel, False, whole_W, real_W)
         total += reached / num_scenarios
         sum_C[i] = total
         if i > 0 and total > CLEARLY * pace_C[i]:
