@@ -16,7 +16,6 @@ import numpy as np
 from moeless.contracts import IntArray
 from moeless.jit import njit
 
-
 #: Copies up to which the next largest is looked for rather than sorted out.
 FEW = 96
 

@@ -301,7 +301,7 @@ class _Memory(threading.local):
 
     def __init__(self) -> None:
         self.whole, self.real = np.empty(0, np.int64), np.empty(0)
-        self.fits: set[tuple[int, int, int, int]] = set()
+        self.fits: set[tuple[int, ...]] = set()
 
 
 _local = _Memory()

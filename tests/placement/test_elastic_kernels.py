@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,11 +11,14 @@ from hypothesis import strategies as st
 from moeless.contracts import LayerPlan
 from moeless.costs.roofline import RooflineCosts
 from moeless.placement import reference
+from moeless.placement.chain_kernels import Copies, spread
 from moeless.placement.dispatch_kernels import fill_sources
 from moeless.placement.elastic import ElasticParams, dispatch, dispatch_numbers
 from moeless.placement.grow_kernels import BY_EXPERT, grow
 from moeless.placement.judge_kernels import static_and_bound
 from moeless.placement.layout import static_gpu_E
+from moeless.placement.level_kernels import least_totals
+from moeless.placement.path_kernels import search, working_memory
 from tests.placement.conftest import make_cluster, make_spec
 
 
@@ -85,3 +90,98 @@ def test_one_call_chooses_as_the_cost_model_would(seed, tokens, gpus, ready):
     assert dispatch_numbers(costs) is None
     seconds = [costs.layer_seconds(quota, plan).total for quota in quotas]
     np.testing.assert_allclose(seconds[0], seconds[1], rtol=1e-12)
+
+
+def movable(rng: np.random.Generator, gpus: int, experts: int, most: int) -> tuple[Copies, np.ndarray]:
+    """Copies of random experts on 2 to 4 GPUs each, sorted by GPU, all tokens on the first; and their experts."""
+    pairs = sorted(
+        (int(gpu), e)
+        for e in range(experts)
+        for gpu in rng.choice(gpus, int(rng.integers(2, min(4, gpus) + 1)), replace=False)
+    )
+    gpu_M, expert_M = (np.array(x, np.int64) for x in zip(*pairs, strict=True))
+    tokens_M, next_M = np.zeros(len(pairs), np.int64), np.zeros(len(pairs), np.uint32)
+    for e in range(experts):
+        ring = np.flatnonzero(expert_M == e)
+        next_M[ring] = np.roll(ring, -1)
+        tokens_M[ring[0]] = rng.integers(1, most)
+    return Copies(tokens_M, gpu_M.astype(np.uint32), next_M), expert_M
+
+
+@given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 60), st.sampled_from([4, 300, 9000]), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_search_keeps_tokens_and_says_what_it_reached(seed, gpus, experts, most, thorough):
+    rng = np.random.default_rng(seed)
+    a, b, c = 7e-8, 1.6e-5, 4e-8
+    state, expert_M = movable(rng, gpus, experts, most)
+    gpu_M = state.gpu_M.astype(np.int64)
+    fixed_tokens_G = rng.integers(0, most, gpus)
+    fixed_time_G = rng.random(gpus) * b * 4
+    first_G = np.searchsorted(gpu_M, np.arange(gpus + 1))
+
+    def totals(tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        busy_M = np.where(tokens_M > 0, np.maximum(a * tokens_M, b), 0.0)
+        return fixed_time_G + np.bincount(gpu_M, busy_M, gpus), fixed_tokens_G + np.bincount(
+            gpu_M, tokens_M, gpus
+        ).astype(np.int64)
+
+    load_E = np.bincount(expert_M, state.tokens_M, experts)
+    time_G, tokens_G = totals(state.tokens_M)
+    before = time_G.max() + c * tokens_G.max()
+    low_time, low_tokens = least_totals(state, first_G, time_G, tokens_G, a, b, np.empty(gpus, np.int64))
+    whole, real = working_memory(len(gpu_M), gpus)
+    memory = np.empty(whole, np.int64), np.empty(real)
+    reached = search(state, first_G, time_G, tokens_G, a, b, c, 4, 400, thorough, *memory)
+    assert (state.tokens_M >= 0).all()
+    np.testing.assert_array_equal(np.bincount(expert_M, state.tokens_M, experts), load_E)
+    time_G, tokens_G = totals(state.tokens_M)
+    np.testing.assert_allclose(time_G.max() + c * tokens_G.max(), reached, rtol=1e-9)
+    assert (low_time + c * low_tokens) * (1 - 1e-9) <= reached <= before * (1 + 1e-9)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 80))
+@settings(max_examples=40, deadline=None)
+def test_spread_serves_whole_experts_the_largest_first(seed, gpus, experts):
+    rng = np.random.default_rng(seed)
+    # powers of two: sums are exact, so that ties are ties
+    a, b, c = 2.0**-24, 2.0**-16, 2.0**-25
+    state, expert_M = movable(rng, gpus, experts, 900)
+    load_E = np.bincount(expert_M, state.tokens_M, experts).astype(np.int64)
+    holder_E = np.array([np.flatnonzero((expert_M == e) & (state.tokens_M > 0))[0] for e in range(experts)])
+    first_E = np.array([np.flatnonzero(expert_M == e)[0] for e in range(experts)])
+    time_G, tokens_G = np.zeros(gpus), np.zeros(gpus, np.int64)
+    np.add.at(time_G, state.gpu_M[holder_E], np.maximum(a * load_E, b))
+    np.add.at(tokens_G, state.gpu_M[holder_E], load_E)
+    spread(state, time_G, tokens_G, a, b, c, np.empty(len(expert_M), np.int64))
+    # the same by plain Python: ties of size and of GPUs to the first copy
+    busy_G, load_G, tokens_M = np.zeros(gpus), np.zeros(gpus, np.int64), np.zeros(len(expert_M), np.int64)
+    for e in sorted(range(experts), key=lambda e: (-load_E[e], first_E[e])):
+        ring = np.flatnonzero(expert_M == e)
+        to = min(ring, key=lambda r: (busy_G[state.gpu_M[r]] + c * load_G[state.gpu_M[r]], r))
+        tokens_M[to] = load_E[e]
+        busy_G[state.gpu_M[to]] += max(a * load_E[e], b)
+        load_G[state.gpu_M[to]] += load_E[e]
+    np.testing.assert_array_equal(state.tokens_M, tokens_M)
+    np.testing.assert_array_equal(time_G, busy_G)
+    np.testing.assert_array_equal(tokens_G, load_G)
+
+
+def test_threads_dispatch_as_one_does():
+    jobs = []
+    for seed, (experts, gpus, extra) in enumerate([(32, 8, 8), (16, 4, 6), (32, 8, 16), (8, 2, 3)] * 3):
+        rng, plan = layer(seed, experts, gpus, extra)
+        spec = make_spec(experts)
+        cluster = make_cluster(gpus)
+        model = RooflineCosts(spec, cluster)
+        load = rng.multinomial(9000, rng.dirichlet(np.full(experts, 0.4)), gpus)
+        jobs.append((load, plan, np.ones(plan.R, np.bool_), spec, cluster, model))
+
+    def run(job: tuple) -> np.ndarray:
+        load, plan, usable, spec, cluster, model = job
+        return dispatch(load, plan, usable, spec=spec, cluster=cluster, costs=model, params=ElasticParams())
+
+    alone = [run(job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, jobs * 40))
+    for i, quota in enumerate(together):
+        np.testing.assert_array_equal(quota, alone[i % len(jobs)])
