@@ -19,28 +19,39 @@ SLACK = 1e-9
 CLEARLY = 1.01
 #: Mean tokens up to which scenarios count tokens; above it their law is a normal one.
 FEW = 16.0
+#: Counts at which the law of few tokens is cut off.
+MOST_FEW = 1025
+HALF = sqrt(0.5)
 
 
 @njit(cache=True, nogil=True)
-def few_tokens(mean, var, normal):  # type: ignore[no-untyped-def]
-    """The count that a standard normal deviate stands for, of a negative binomial law (of Poisson's at equal variance).
+def few_tokens(mean, var, normal_C, count_C, below_W):  # type: ignore[no-untyped-def]
+    """The counts that standard normal deviates stand for, of a negative binomial law (of Poisson's at equal variance).
 
     Few tokens are not spread evenly about their mean: an expert with a tenth of a token on average has none or one,
-    and one that is rarely active costs a whole weight read when it is.
+    and one that is rarely active costs a whole weight read when it is. ``below_W`` is working memory, ``MOST_FEW``
+    numbers or more: the law's distribution function, as far as it is asked for.
     """
-    below = 0.5 * erfc(-normal / sqrt(2.0))
     fails = max(1.0 - mean / var, 0.0)
     if fails > 1e-9:
         size = mean * (1.0 - fails) / fails
         part = (1.0 - fails) ** size
     else:
-        size, part = 0.0, np.exp(-mean)
-    count, total = 0, part
-    while total < below and count < 64 * FEW:
-        part *= fails * (count + size) / (count + 1.0) if fails > 1e-9 else mean / (count + 1.0)
-        count += 1
-        total += part
-    return count
+        # the limit of the rule below: mean / (count + 1)
+        size, part, fails = 0.0, np.exp(-mean), 0.0
+    known, total = 1, part
+    below_W[0] = total
+    for i in range(len(normal_C)):
+        below = 0.5 * erfc(-normal_C[i] * HALF)
+        while total < below and known < MOST_FEW:
+            part *= (fails * (known - 1 + size) if fails > 0.0 else mean) / known
+            total += part
+            below_W[known] = total
+            known += 1
+        count = 0
+        while count < known - 1 and below_W[count] < below:
+            count += 1
+        count_C[i] = count
 
 
 @njit(cache=True, nogil=True)
@@ -54,15 +65,16 @@ def draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE):  # type: ignore[no
     for e in range(len(mean_E)):
         exact = exact and var_E[e] == 0.0
     rows = min(1, len(normal_CE)) if exact else len(normal_CE)
+    below_W = np.empty(MOST_FEW)
     for e in range(len(mean_E)):
         spread = 0.0
         if not exact:
             spread = np.sqrt(max(var_E[e], mean_E[e], (doubt * mean_E[e]) ** 2))
+        if 0.0 < mean_E[e] <= FEW and spread > 0.0:
+            few_tokens(mean_E[e], spread * spread, normal_CE[:rows, e], load_CE[:rows, e], below_W)
+            continue
         for i in range(rows):
-            if 0.0 < mean_E[e] <= FEW and spread > 0.0:
-                load_CE[i, e] = few_tokens(mean_E[e], spread * spread, normal_CE[i, e])
-            else:
-                load_CE[i, e] = np.int64(np.rint(max(mean_E[e] + spread * normal_CE[i, e], 0.0)))
+            load_CE[i, e] = np.int64(np.rint(max(mean_E[e] + spread * normal_CE[i, e], 0.0)))
     return rows
 
 

@@ -20,7 +20,7 @@ from moeless.placement.choose_kernels import sort_plan
 from moeless.placement.dispatch_kernels import choose_copies, expected_seconds
 from moeless.placement.elastic import ElasticParams, _normal_CE, dispatch, plan_layer, plan_layers
 from moeless.placement.exact import exact_dispatch, terms_seconds
-from moeless.placement.judge_kernels import draw_scenarios, few_tokens, static_and_bound
+from moeless.placement.judge_kernels import MOST_FEW, draw_scenarios, few_tokens, static_and_bound
 from moeless.placement.layout import static_gpu_E
 from moeless.placement.static import static_plan
 from moeless.spec import preset
@@ -184,7 +184,10 @@ def test_a_forecast_is_doubted_unless_it_claims_to_be_exact():
 def test_few_tokens_are_counted_with_the_mean_and_spread_asked_for(mean, spread):
     var = max(mean, (spread * mean) ** 2)
     normals = NormalDist()
-    counts = np.array([few_tokens(mean, var, normals.inv_cdf((i + 0.5) / 4000)) for i in range(4000)])
+    counts = np.empty(4000, np.int64)
+    few_tokens(
+        mean, var, np.array([normals.inv_cdf((i + 0.5) / 4000) for i in range(4000)]), counts, np.empty(MOST_FEW)
+    )
     assert counts.min() == 0
     assert counts.mean() == pytest.approx(mean, rel=0.02)
     assert counts.var() == pytest.approx(var, rel=0.05)
