@@ -17,6 +17,7 @@ from moeless.costs.nonexpert import NonExpertCosts, NonExpertTime
 from moeless.errors import RunFailed
 from moeless.placement import elastic
 from moeless.placement.dispatch import even_dispatch
+from moeless.placement.threads import in_parallel
 from moeless.serverless import InstancePool
 from moeless.simulator import kernels
 from moeless.simulator.ahead import AheadPlans, Work
@@ -32,6 +33,8 @@ from moeless.simulator.timeline import Timeline
 
 #: Steady decode steps that are simulated in one go, at most.
 LONGEST_RUN = 4096
+#: What deciding one layer's dispatch takes, in expert loads looked at (see ``placement.threads``).
+DISPATCH_WORK = 2000
 
 
 def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...]]:
@@ -104,6 +107,8 @@ class Stage:
         """Look at the plans once, until the next change."""
         self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L = self.plans.rows()
         self._single = bool((self._count_L == self.spec.E).all())
+        chosen = int((self._count_L > self.spec.E).sum()) if self._mode == CHOSEN else 0
+        self._dispatch_work = chosen * DISPATCH_WORK
         self._stale = False
 
     def _last_ready(self) -> float:
@@ -157,11 +162,16 @@ class Stage:
         time_IL = np.empty((1, self.spec.L))
         part_LX = np.empty((self.spec.L, kernels.NUM_PARTS))
         load_LE = np.empty((self.spec.L, self.spec.E), np.int64)
-        kernels.time_layers(
-            0, self.spec.L, given_LSE, work.replay.topk_TLK, *work.sorted_T, self.spec.E, self._expert_LR,
-            self._gpu_LR, self._primary_LR, self._count_L, self._mode or EVEN, self._rates, self.terms,
-            self.cluster.G, part_LX, load_LE,
-        )  # fmt: skip
+        row_T, rank_T = work.sorted_T
+
+        def some(start: int, stop: int) -> None:
+            kernels.time_layers(
+                start, stop, given_LSE, work.replay.topk_TLK, row_T, rank_T, self.spec.E, self._expert_LR, self._gpu_LR,
+                self._primary_LR, self._count_L, self._mode or EVEN, self._rates, self.terms, self.cluster.G, part_LX,
+                load_LE,
+            )  # fmt: skip
+
+        in_parallel(some, self.spec.L, self._dispatch_work)
         kernels.tally_layers(
             part_LX, self._count_L, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
         )
