@@ -178,7 +178,8 @@ def mean_seconds(  # type: ignore[no-untyped-def]
     """Mean time over scenarios with these extras; infinite as soon as it is bound to exceed ``worst``.
 
     ``rest_C[i]`` is the least that scenarios i and after add; ``sum_C[i]`` gets what those up to i took. Infinite too
-    where that is clearly more than ``pace_C[i]``, the best plan's so far, after the first pair of scenarios.
+    where that is clearly more than ``pace_C[i]``, the best plan's so far, after the first pair of scenarios. A single
+    scenario is an exact forecast: searched as the dispatch does.
     """
     num_scenarios, num_gpus = time_CG.shape
     at_E = np.full(load_CE.shape[1], -1, np.int64)
@@ -195,7 +196,7 @@ def mean_seconds(  # type: ignore[no-untyped-def]
         time_G[:], tokens_G[:] = time_CG[i], tokens_CG[i]
         copies = _movable(load_CE[i], expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state)
         loaded = Copies(state.tokens_M[:copies], state.gpu_M[:copies], state.next_M[:copies])
-        reached = search(loaded, first_G, time_G, tokens_G, a, b, c, depth, fuel, False, whole_W, real_W)
+        reached = search(loaded, first_G, time_G, tokens_G, a, b, c, depth, fuel, num_scenarios == 1, whole_W, real_W)
         total += reached / num_scenarios
         sum_C[i] = total
         if i > 0 and total > CLEARLY * pace_C[i]:
