@@ -51,10 +51,10 @@ class ElasticAheadParams(ElasticParams):
     """
 
     share_scenarios: int = 32
-    spread: float = 0.4
-    decode_spread: float = 0.2
-    caution: float = 0.1
-    margin: float = 0.0025
+    spread: float = 0.25
+    decode_spread: float = 0.1
+    caution: float = 0.2
+    margin: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
