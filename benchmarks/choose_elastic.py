@@ -12,7 +12,8 @@ rounding (of all where there are none): of those that are no more behind the bes
 difference over the folds the one that holds the fewest extras, then the one with the fewest scenarios. ``fuel`` and
 ``elastic``'s ``scenarios`` are not among the parameters: the time that a dispatch and a plan may take decides them.
 
-``elastic`` first, with control time zero and charged; then what ``elastic-ahead`` has beside it, charged (elsewhere
+``elastic`` first, with control time zero (on few and on many GPUs) and charged; then what ``elastic-ahead`` has beside
+it, charged (elsewhere
 the two are the same), with what was chosen for ``elastic``. The program names both planners' defaults.
 """
 
@@ -53,11 +54,10 @@ from moeless.placement.whole_model import spread_over_sources
 #: Values that settings are drawn from, besides the default in force.
 VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
     "elastic": {
-        "doubt": (0.2, 0.3, 0.5),
-        "decode_doubt": (0.15, 0.25, 0.4),
-        "economy": (1e-3, 2e-3),
-        "depth": (4, 5),
-        "skip_caution": (0.5, 1.0, 2.0),
+        "doubt": (0.3, 0.5),
+        "decode_doubt": (0.15, 0.25),
+        "economy": (5e-4, 1e-3),
+        "skip_margin": (0.0, 0.1, 0.25),
     },
     "elastic-ahead": {
         "share_scenarios": (16, 32),
@@ -69,7 +69,7 @@ VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 #: GPUs and ways of charging control time that settings are judged on.
 ASKED: dict[str, tuple[tuple[int, bool], ...]] = {
-    "elastic": ((8, False), (8, True), (2, True)),
+    "elastic": ((8, False), (8, True), (32, False), (2, True)),
     "elastic-ahead": ((8, True), (32, True), (2, True)),
 }
 #: Part of static EP's time that stands for the bound's room where that is less.

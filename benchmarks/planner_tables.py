@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "results" / "reference" / "planners", ROOT / "docs" / "planners.md"
 FIGURE = ROOT / "docs" / "planners-memory.svg"
 RUNS: dict[str, list[str]] = {
-    "gap": ["bench_gap_closed.py", "--exact", "history", "predicted"],
+    "gap": ["bench_gap_closed.py", "--exact", "history"],
     **{
         f"gpus{gpus}": ["bench_gap_closed.py", "--gpus", str(gpus), "--extra", "1", "--know", "history"]
         for gpus in (2, 16, 32, 64)

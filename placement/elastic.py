@@ -55,6 +55,8 @@ class ElasticParams:
         patience_iterations: iterations a change is taken to pay for where the caller states none
             (``PlanInput.horizon_iterations`` 0), weighed against the time its copies need to arrive.
         skip: leave a layer to static EP where dispatch is not expected to pay for its own control time.
+        skip_margin: part of the control time by which the expected saving has to exceed it, for what scenarios do not
+            show.
         skip_caution: standard errors, over the scenarios, that are left out of what dispatch is expected to save.
         depth: GPUs that a chain of moved load may pass on.
         keep: change of a forecast, relative to its tokens, below which a caller may keep the plan unasked (see
@@ -65,11 +67,12 @@ class ElasticParams:
     """
 
     scenarios: int = 8
-    doubt: float = 0.3
+    doubt: float = 0.5
     decode_doubt: float = 0.15
     economy: float = 1e-3
     patience_iterations: int = 256
     skip: bool = True
+    skip_margin: float = 0.1
     skip_caution: float = 1.0
     depth: int = 4
     fuel: int = 400
@@ -83,6 +86,7 @@ class ElasticParams:
             "decode_doubt",
             "economy",
             "patience_iterations",
+            "skip_margin",
             "skip_caution",
             "depth",
             "fuel",
@@ -161,6 +165,11 @@ def _previous(x: PlanInput) -> tuple[Int32Array, Int32Array, BoolArray, BoolArra
     return plan.expert_R, plan.gpu_R, plan.primary_R, live
 
 
+def skip_seconds(costs: CostModel, layer: int, params: ElasticParams) -> float:
+    """What dispatch must be expected to save, or the layer is left to static EP; negative: any saving is welcome."""
+    return costs.control_seconds(_POLICY, layer) * (1 + params.skip_margin) if params.skip else -1.0
+
+
 def plan_layer(
     x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: ElasticParams
 ) -> LayerPlan:
@@ -175,7 +184,7 @@ def plan_layer(
     terms = _choice_terms(spec, costs, budget, params)
     size = spec.E + terms.extra
     expert_R, gpu_R, primary_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_)
-    skip = costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0
+    skip = skip_seconds(costs, x.layer, params)
     horizon = x.horizon_iterations or params.patience_iterations
     count = choose(
         x.forecast.mean_E, x.forecast.var_E, params.doubt_of(x.phase), *_previous(x), horizon, float(x.lead_seconds),
@@ -207,7 +216,7 @@ def plan_layers(
     mean_LE = np.stack([x.forecast.mean_E for x in inputs_L])
     var_LE = np.stack([x.forecast.var_E for x in inputs_L])
     doubt_L = np.array([params.doubt_of(x.phase) for x in inputs_L])
-    skip_L = np.array([costs.control_seconds(_POLICY, x.layer) if params.skip else -1.0 for x in inputs_L])
+    skip_L = np.array([skip_seconds(costs, x.layer, params) for x in inputs_L])
     horizon_L = np.array([x.horizon_iterations or params.patience_iterations for x in inputs_L], np.int64)
     lead_L = np.array([x.lead_seconds for x in inputs_L], np.float64)
     copy_LG = np.stack([copy_seconds_G(spec, costs, x.copy_seconds) for x in inputs_L])

@@ -56,7 +56,7 @@ class PlannedIterations:
             widest += by_elastic.extra
             self._doubts = {phase: params.doubt_of(phase) for phase in Phase}
             if params.skip:
-                skip_L = np.array([runtime.costs.control_seconds(elastic._POLICY, layer) for layer in range(spec.L)])
+                skip_L = np.array([elastic.skip_seconds(runtime.costs, layer, params) for layer in range(spec.L)])
         self.widest = widest
         copy_G = np.full(gpus, ahead.copy_seconds)
         self._terms = PlannerTerms(kind, distance, float(ahead.delay), copy_G, skip_L, by_paper, by_elastic)
