@@ -231,11 +231,15 @@ def plan_layers(
         )  # fmt: skip
 
     in_parallel(some, layers, layers * spec.E * max(1, params.scenarios))
-    return [
-        _where_it_pays(
-            LayerPlan(x.layer, expert_LR[i, :n], gpu_LR[i, :n], primary_LR[i, :n]), x, skip_L[i], terms, costs, params
-        )
+    plans_L = [
+        LayerPlan(x.layer, expert_LR[i, :n], gpu_LR[i, :n], primary_LR[i, :n])
         for i, (x, n) in enumerate(zip(inputs_L, count_L.tolist(), strict=True))
+    ]
+    if costs.kernel_terms() is not None:
+        return plans_L
+    return [
+        _where_it_pays(plan, x, skip, terms, costs, params)
+        for plan, x, skip in zip(plans_L, inputs_L, skip_L.tolist(), strict=True)
     ]
 
 
