@@ -13,8 +13,8 @@ difference over the folds the one that holds the fewest extras, then the one wit
 ``elastic``'s ``scenarios`` are not among the parameters: the time that a dispatch and a plan may take decides them.
 
 ``elastic`` first, with control time zero (on few and on many GPUs) and charged; then what ``elastic-ahead`` has beside
-it, charged (elsewhere
-the two are the same), with what was chosen for ``elastic``. The program names both planners' defaults.
+it, charged (elsewhere the two are the same), with what was chosen for ``elastic``. The program names both planners'
+defaults.
 """
 
 from __future__ import annotations

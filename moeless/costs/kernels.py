@@ -52,6 +52,26 @@ def quota_time(quota_SR, gpu_R, terms, num_gpus, load_G):  # type: ignore[no-unt
 
 
 @njit(cache=True, nogil=True)
+def add_copy(tokens, gpu, terms, seconds_G):  # type: ignore[no-untyped-def]
+    """A copy's expert time on top of its GPU's."""
+    time = max(tokens * terms.token_seconds, terms.floor_seconds)
+    if terms.reduce_max:
+        seconds_G[gpu] = max(seconds_G[gpu], time)
+    else:
+        seconds_G[gpu] += time
+
+
+@njit(cache=True, nogil=True)
+def slowest_gpu(seconds_G, terms):  # type: ignore[no-untyped-def]
+    """When the last GPU that has anything to do is done, its launch included."""
+    worst = 0.0
+    for g in range(len(seconds_G)):
+        if seconds_G[g] > 0.0:
+            worst = max(worst, seconds_G[g] + terms.launch_seconds)
+    return worst
+
+
+@njit(cache=True, nogil=True)
 def quota_time_with(quota_SR, gpu_R, terms, num_gpus, load_G, scratch_5G):  # type: ignore[no-untyped-def]
     """:func:`quota_time` with memory to work in, whatever it holds."""
     num_sources, num_replicas = quota_SR.shape
@@ -80,13 +100,7 @@ def quota_time_with(quota_SR, gpu_R, terms, num_gpus, load_G, scratch_5G):  # ty
                 got_slow[gpu] += n
         if tokens > 0:
             load_G[gpu] += tokens
-            time = max(tokens * terms.token_seconds, terms.floor_seconds)
-            if terms.reduce_max:
-                seconds_G[gpu] = max(seconds_G[gpu], time)
-            else:
-                seconds_G[gpu] += time
-    worst = 0.0
-    for g in range(num_gpus):
-        if seconds_G[g] > 0.0:
-            worst = max(worst, seconds_G[g] + terms.launch_seconds)
-    return worst, exchange_time(sent_fast, sent_slow, got_fast, got_slow, load_G, terms, num_gpus)
+            add_copy(tokens, gpu, terms, seconds_G)
+    return slowest_gpu(seconds_G, terms), exchange_time(
+        sent_fast, sent_slow, got_fast, got_slow, load_G, terms, num_gpus
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless.costs.kernels import exchange_time
+from moeless.costs.kernels import add_copy, exchange_time, slowest_gpu
 from moeless.costs.nonexpert import nonexpert_times
 from moeless.jit import njit
 from moeless.placement.keep_kernels import kept_layers
@@ -160,17 +160,9 @@ def _sparse_layer(topk_TLK, row_N, rank_N, layer, gpu_E, terms, num_gpus, tokens
     for e in range(len(tokens_E)):
         if tokens_E[e] > 0:
             active += 1
-            time = max(tokens_E[e] * terms.token_seconds, terms.floor_seconds)
-            if terms.reduce_max:
-                seconds_G[gpu_E[e]] = max(seconds_G[gpu_E[e]], time)
-            else:
-                seconds_G[gpu_E[e]] += time
-    worst = 0.0
-    for g in range(num_gpus):
-        if seconds_G[g] > 0.0:
-            worst = max(worst, seconds_G[g] + terms.launch_seconds)
+            add_copy(tokens_E[e], gpu_E[e], terms, seconds_G)
     exchange = exchange_time(sent_fast, sent_slow, got_fast, got_slow, load_G, terms, num_gpus)
-    return worst, exchange, active
+    return slowest_gpu(seconds_G, terms), exchange, active
 
 
 @njit(cache=True, nogil=True)

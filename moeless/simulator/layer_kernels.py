@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeless.contracts import FloatArray, IntArray
-from moeless.costs.kernels import exchange_time
+from moeless.costs.kernels import add_copy, exchange_time, slowest_gpu
 from moeless.jit import njit
 from moeless.placement.dispatch_kernels import _choose_copies, working_memory
 
@@ -261,19 +261,11 @@ def _seconds(gpu_R, terms, tokens_R, sums_QG, seconds_G):  # type: ignore[no-unt
             active += 1
             g = gpu_R[r]
             sums_QG[LOAD, g] += n
-            time = max(n * terms.token_seconds, terms.floor_seconds)
-            if terms.reduce_max:
-                seconds_G[g] = max(seconds_G[g], time)
-            else:
-                seconds_G[g] += time
-    worst = 0.0
-    for g in range(num_gpus):
-        if seconds_G[g] > 0.0:
-            worst = max(worst, seconds_G[g] + terms.launch_seconds)
+            add_copy(n, g, terms, seconds_G)
     exchange = exchange_time(
         sums_QG[SENT_FAST], sums_QG[SENT_SLOW], sums_QG[GOT_FAST], sums_QG[GOT_SLOW], sums_QG[LOAD], terms, num_gpus
     )
-    return worst, exchange, active
+    return slowest_gpu(seconds_G, terms), exchange, active
 
 
 @njit(cache=True, nogil=True)
