@@ -265,6 +265,11 @@ class InstancePool:
                 layer, expert, gpu, end, self._bytes, self.ready_LEG, self.born_LEG, self.resident_G, self._counters
             )
 
+    @property
+    def gives_back(self) -> bool:
+        """Whether GPUs are given back after an idle keep-alive."""
+        return self.settings.scale_to_zero and self.settings.keep_alive.kind != "lru"
+
     def sleep(self, idle_from: float, until: float) -> bool:
         """An idle gap: where it outlasts the keep-alive, everything expires and the GPUs are given back.
 
@@ -272,7 +277,7 @@ class InstancePool:
             Whether that happened; the caller then waits ``wake_seconds`` and provisions its plans again.
         """
         keep = self.settings.keep_alive
-        if not self.settings.scale_to_zero or keep.kind == "lru" or until - idle_from <= keep.seconds:
+        if not self.gives_back or until - idle_from <= keep.seconds:
             return False
         end = idle_from + keep.seconds
         self.drop(np.ones(self.born_LEG.shape, np.bool_), end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from moeless.errors import RunFailed
 from moeless.serverless import InstancePool
 from moeless.simulator.ahead import Work
 from moeless.simulator.clocks import RequestClocks
-from moeless.simulator.failures import check_failures
+from moeless.simulator.failures import Failure, check_failures
 from moeless.simulator.history import LoadHistory
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
@@ -36,6 +36,14 @@ class SchedulerLike(Protocol):
     def next(self, now: float) -> Iteration | None: ...
     def complete(self, iteration: Iteration, now: float) -> None: ...
     def next_arrival(self, now: float) -> float | None: ...
+
+
+class Lost(NamedTuple):
+    """Requests that lost their KV cache, how many positions each had, and on which GPU."""
+
+    request_N: IntArray
+    position_N: IntArray
+    owner_N: IntArray
 
 
 class Run:
@@ -72,7 +80,8 @@ class Run:
         self._reads = getattr(runtime.predictor, "reads", "topk") if self.stage.cadence == "iteration" else "nothing"
         self._router_inputs = router_inputs
         self._ranks: Any = {}
-        self.now, self.busy, self._idle, self._iterations, self._lost = 0.0, 0.0, 0.0, 0, 0
+        self.now, self.busy, self._idle, self._iterations = 0.0, 0.0, 0.0, 0
+        self._lost, self._missed = 0, 0
         self.until = math.inf
         if timeline is not None:
             self.pool.on_copy = timeline.copy
@@ -90,8 +99,6 @@ class Run:
                     raise RunFailed("the scheduler has work that it never starts")
                 self._idle_until(arrival)
                 continue
-            if self._iterations == self._warmup:
-                self.record.restart()
             self.serve(iteration)
             if progress is not None:
                 progress(self.clocks.completed)
@@ -101,6 +108,8 @@ class Run:
 
     def serve(self, iteration: Iteration) -> None:
         """Run one iteration from ``now`` on, and the decode steps like it that may follow at once."""
+        if self._iterations == self._warmup:
+            self.record.restart()
         spans, begin = columns(iteration), self.now
         self._ranks = iteration.rank_of_request
         outage = self.stage.outage
@@ -140,43 +149,78 @@ class Run:
             self.timeline.iteration(self._iterations, work, begin, self.now)
 
     def _idle_until(self, arrival: float) -> None:
-        asleep = self.pool.sleep(self.now, arrival)
-        self._idle += arrival - self.now
-        self.now = arrival
+        """Let time pass without requests; what breaks meanwhile breaks then, unless the GPU was given back before."""
+        idle_from, keep = self.now, self.pool.settings.keep_alive.seconds
+        gone = idle_from + keep if self.pool.gives_back else math.inf
+        while self._failures and self._failures[0].seconds < min(arrival, gone):
+            self._wait_until(self._failures[0].seconds)
+            self._happen(arrival)
+        asleep = self.pool.sleep(max(idle_from, self.now - keep), arrival)
+        if asleep:
+            while self._failures and self._failures[0].seconds <= arrival:
+                self._failures.pop(0)
+                self._missed += 1
+            # lost GPUs are not taken again, but others
+            for gpu in self.stage.outage.returned(math.inf):
+                self.pool.set_down(gpu, False)
+        self._wait_until(arrival)
         if asleep:
             self._pause(self.pool.wake_seconds, "container")
             self.stage.wake(self.now)
 
-    def _pause(self, seconds: float, cause: str) -> None:
-        """Nothing runs although requests wait."""
-        self.record.stalls[cause] += seconds
+    def _wait_until(self, moment: float) -> None:
+        seconds = max(0.0, moment - self.now)
         self._idle += seconds
         self.now += seconds
+
+    def _pause(self, seconds: float, cause: str, waits_from: float = -math.inf) -> None:
+        """Nothing runs; requests wait from ``waits_from`` on."""
+        self._idle += seconds
+        self.now += seconds
+        self.waited(cause, seconds, self.now, waits_from)
+
+    def waited(self, cause: str, seconds: float, until: float, waits_from: float) -> None:
+        """Book the last ``seconds`` before ``until`` on a cause, as far as requests waited."""
+        self.record.stalls[cause] += min(seconds, max(0.0, until - waits_from))
 
     def _next_event(self) -> float:
         failure = self._failures[0].seconds if self._failures else math.inf
         return min(failure, self.stage.outage.next_return, self.until)
 
-    def _happen(self) -> None:
-        """Let failures and returns whose time has come take effect."""
+    def _happen(self, waits_from: float = -math.inf) -> None:
+        """Let failures and returns whose time has come take effect; requests wait from ``waits_from`` on."""
         self.stage.gpus_back(self.now)
         while self._failures and self._failures[0].seconds <= self.now:
             failure = self._failures.pop(0)
-            request_N, position_N = self.clocks.cached()
-            owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
-            owner_N = self.stage.outage.owners(owner_N, request_N)
-            self._pause(failure.detection_seconds, "failure")
-            self.stage.fail(failure, self.now)
-            if failure.layer is None:
-                lost_N = owner_N == failure.gpu
-                self._recover(request_N[lost_N], position_N[lost_N], owner_N[lost_N])
+            self._pause(failure.detection_seconds, "failure", waits_from)
+            self.recover(self.lose(failure))
 
-    def _recover(self, request_N: IntArray, position_N: IntArray, owner_N: IntArray) -> None:
-        """Compute lost KV caches again on the GPUs that are left; no request gets a token from it."""
-        self._lost += len(request_N)
+    def hand_over_failures(self) -> list[Failure]:
+        """What is to break, for whoever has the clock of several runs; this run forgets it."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def lose(self, failure: Failure, loads: bool = True) -> Lost:
+        """Lose a copy or a GPU at ``now``; where ``loads``, stand-ins of the copies begin to load.
+
+        Returns:
+            The requests whose KV cache went with it, to be given to :meth:`recover`.
+        """
+        request_N, position_N = self.clocks.cached()
+        owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
         owner_N = self.stage.outage.owners(owner_N, request_N)
-        begin = self.now
-        for request, upto, owner in zip(request_N.tolist(), position_N.tolist(), owner_N.tolist(), strict=True):
+        self.stage.fail(failure, self.now, loads)
+        lost_N = (owner_N == failure.gpu) & (failure.layer is None)
+        return Lost(request_N[lost_N], position_N[lost_N], owner_N[lost_N])
+
+    def recover(self, lost: Lost) -> None:
+        """Compute lost KV caches again on the GPUs that are left; no request gets a token from it."""
+        if not len(lost.request_N):
+            return
+        self._lost += len(lost.request_N)
+        owner_N = self.stage.outage.owners(lost.owner_N, lost.request_N)
+        begin, place_N = self.now, zip(lost.request_N.tolist(), lost.position_N.tolist(), owner_N.tolist(), strict=True)
+        for request, upto, owner in place_N:
             for start in range(0, upto, RECOVERY_TOKENS):
                 stop = min(upto, start + RECOVERY_TOKENS)
                 one = np.ones(1, np.int64)
@@ -198,6 +242,8 @@ class Run:
         ahead = self.stage.ahead
         if ahead.made and ahead.late:
             said.append(f"{100 * ahead.late / ahead.made:.1f} % of the plans came after their layer had started")
+        if self._missed:
+            said.append(f"{self._missed} losses hit GPUs that had been given back: they changed nothing")
         if self._lost:
             said.append(f"{self._lost} requests lost their KV cache with a GPU and were computed again")
         return said

@@ -4,8 +4,12 @@ A *tenant* is one model with its workload. Each iteration has all GPUs to itself
 that have work take turns. A tenant is *asleep* while its weights are in no GPU memory. It is woken when work arrives:
 where memory is short, tenants without work are put to sleep first, least recently used first. Where that is not enough
 it waits, for its patience at most: then those that have been in memory longest are *drained*, which is to say that they
-admit no request, and sleep when the running ones have ended. So no tenant waits for ever, however busy the others are.
+admit no request, and sleep when the running ones have ended, and nobody else is woken before it. So no tenant waits for
+ever, however busy the others are.
 Loading goes on beside the others' iterations, and all tenants share each GPU's copy engine.
+
+A GPU that a tenant's run is to lose is lost to all of them: each tenant's copies and KV caches on it. The iterations
+that compute these again take turns as well. A copy's failure is its tenant's alone.
 
 Axes: G GPUs.
 """
@@ -18,8 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless.contracts import FloatArray
+from moeless.contracts import BoolArray, FloatArray
 from moeless.errors import RunFailed, UserError
+from moeless.simulator.failures import Failure
 from moeless.simulator.loop import Run
 from moeless.workloads.continuous import Continuous
 
@@ -97,20 +102,21 @@ class SharedPool:
             if not isinstance(run.scheduler, Continuous):
                 raise UserError("tenants of a shared pool are served with continuous batching")
             self.tenants.append(Tenant(run, run.scheduler))
-        self.end, self.overflow_bytes, self.drains = 0.0, 0.0, 0
+        self.end, self.overflow_bytes, self.drains, self._idle = 0.0, 0.0, 0, 0.0
+        self._failures = self._hand_over()
         self.patience_seconds = patience_seconds
         engine_free_G = np.zeros(self.cluster.G)
         self._need_G = [tenant.bytes_G for tenant in self.tenants]
         held_G = np.zeros(self.cluster.G)
         for tenant, need_G in zip(self.tenants, self._need_G, strict=True):
             tenant.run.pool.engine_free_G = engine_free_G
-            if (need_G > self._memory).any():
+            if not self._fits(need_G):
                 raise RunFailed(
                     f"{tenant.run.spec.name} needs {need_G.max() / 1e9:.1f} GB on a GPU of {self.cluster.name}, which "
                     f"has {self._memory / 1e9:.1f} GB; use more GPUs"
                 )
             # whoever fits is there from the start, in the order given
-            if (held_G + need_G <= self._memory).all():
+            if self._fits(held_G + need_G):
                 held_G = held_G + need_G
             else:
                 self._sleep(tenant, 0.0)
@@ -118,6 +124,23 @@ class SharedPool:
     @property
     def _memory(self) -> float:
         return float(self.cluster.device.memory_bytes)
+
+    def _hand_over(self) -> list[tuple[Failure, Tenant | None]]:
+        """What breaks, in order of time: a copy with its tenant, a GPU once, however many runs name it, with None."""
+        found: dict[tuple[Failure, int | None], tuple[Failure, Tenant | None]] = {}
+        for place, tenant in enumerate(self.tenants):
+            for failure in tenant.run.hand_over_failures():
+                alone = failure.layer is not None
+                found[failure, place if alone else None] = failure, tenant if alone else None
+        return sorted(found.values(), key=lambda pair: pair[0].seconds)
+
+    @property
+    def _down_G(self) -> BoolArray:
+        return self.tenants[0].run.pool.down_G
+
+    def _fits(self, held_G: FloatArray) -> bool:
+        """Whether so many bytes are in the memory of the GPUs that work."""
+        return bool((np.where(self._down_G, 0.0, held_G) <= self._memory).all())
 
     @property
     def gpu_seconds(self) -> float:
@@ -133,6 +156,7 @@ class SharedPool:
         """Serve every request of every tenant, then check that tokens and memory were conserved."""
         now, turn = 0.0, 0
         while True:
+            now = self._happen(now)
             place = next((p for p in self._places(turn) if self._can_run(self.tenants[p], now)), None)
             if place is not None:
                 now = self._iterate(self.tenants[place], now)
@@ -141,6 +165,7 @@ class SharedPool:
             later = self._next_moment(now)
             if later is None:
                 break
+            self._idle += later - now
             now = later
         if any(tenant.has_work(now) for tenant in self.tenants):
             raise RunFailed("a tenant has work and there is no memory for it")
@@ -148,6 +173,62 @@ class SharedPool:
         for tenant in self.tenants:
             tenant.run.clocks.check()
             tenant.run.pool.check()
+        busy = sum(tenant.run.busy for tenant in self.tenants)
+        assert math.isclose(now, busy + self._idle, rel_tol=1e-9, abs_tol=1e-9), "time was lost"
+
+    def _happen(self, now: float) -> float:
+        """Let what is due take effect on all tenants at once; returns when serving goes on."""
+        back = [tenant.run.stage.gpus_back(now, tenant.awake) for tenant in self.tenants]
+        if any(back):
+            self._look_again(now)
+        while self._failures and self._failures[0][0].seconds <= now:
+            failure, only = self._failures.pop(0)
+            seconds = failure.detection_seconds
+            waits_from = [self._waits_from(tenant, now) for tenant in self.tenants]
+            now, self._idle = now + seconds, self._idle + seconds
+            lost = []
+            for tenant, since in zip(self.tenants, waits_from, strict=True):
+                tenant.run.waited("failure", seconds, now, since)
+                if only in (None, tenant):
+                    tenant.run.now = now
+                    lost.append((tenant, tenant.run.lose(failure, tenant.awake)))
+            self._look_again(now)
+            for tenant, caches in lost:
+                tenant.run.now = now
+                tenant.run.recover(caches)
+                now = tenant.run.now
+            self._settle(now)
+        return now
+
+    def _waits_from(self, tenant: Tenant, now: float) -> float:
+        """From when on a request of it waits, infinity where none will."""
+        if tenant.has_work(now):
+            return now
+        arrival = tenant.scheduler.next_arrival(now)
+        return math.inf if arrival is None else arrival
+
+    def _look_again(self, now: float) -> None:
+        """After GPUs were lost or came back: what a sleeping tenant needs, and when a loading one is there."""
+        for place, tenant in enumerate(self.tenants):
+            run = tenant.run
+            self._need_G[place] = run.stage.waking_bytes_G() + float(run.spec.non_expert_bytes)
+            if tenant.awake and tenant.ready > now:
+                tenant.ready = self._all_there(tenant)
+
+    def _all_there(self, tenant: Tenant) -> float:
+        """When the last copy of its plans is warm."""
+        ready = max(float(tenant.run.pool.ready_at(plan).max()) for plan in tenant.run.stage.plans)
+        if not math.isfinite(ready):
+            raise RunFailed(f"GPU memory has no room for the plans of {tenant.run.spec.name}")
+        return ready
+
+    def _settle(self, now: float) -> None:
+        """Where tenants together have outgrown the memory, those without work make room."""
+        leaving = self._leaving(np.zeros(self.cluster.G), now)
+        if leaving is None:
+            self.overflow_bytes = max(self.overflow_bytes, float(self._over_G.max()))
+        for other in leaving or ():
+            self._sleep(other, now)
 
     def _places(self, turn: int) -> list[int]:
         """Tenants in order of their turns."""
@@ -158,10 +239,11 @@ class SharedPool:
         if not tenant.has_work(now):
             return False
         if not tenant.awake:
-            room = self._make_room(tenant, now)
+            # who has waited for its patience is next: smaller ones must not take what others leave for it
+            room = self._next_in_line(now) in (None, tenant) and self._make_room(tenant, now)
             if not room:
                 tenant.wanted = now if tenant.wanted is None else tenant.wanted
-                if now - tenant.wanted >= self.patience_seconds:
+                if self._next_in_line(now) is tenant:
                     self._drain(tenant, now)
                     # whoever runs no request leaves at once
                     room = self._make_room(tenant, now)
@@ -170,6 +252,17 @@ class SharedPool:
         if not tenant.awake or tenant.ready > now:
             return False
         return bool(tenant.scheduler.num_running) or not tenant.scheduler.draining
+
+    def _next_in_line(self, now: float) -> Tenant | None:
+        """Who has waited longest for memory, and as long as it would; not who finds no room even alone."""
+        waiting = [
+            (tenant.wanted, place)
+            for place, tenant in enumerate(self.tenants)
+            if tenant.wanted is not None
+            and now - tenant.wanted >= self.patience_seconds
+            and self._fits(self._need_G[place])
+        ]
+        return self.tenants[min(waiting)[1]] if waiting else None
 
     def _drain(self, tenant: Tenant, now: float) -> None:
         """Let those in memory longest admit no more, as many as must leave for the tenant.
@@ -180,12 +273,12 @@ class SharedPool:
         held_G = sum((other.bytes_G for other in awake), self._need_G[self.tenants.index(tenant)])
         leaving: list[Tenant] = []
         for other in awake:
-            if (held_G <= self._memory).all():
+            if self._fits(held_G):
                 break
             if other.served or other.may_sleep(now):
                 leaving.append(other)
                 held_G = held_G - other.bytes_G
-        if (held_G > self._memory).any():
+        if not self._fits(held_G):
             return
         for other in leaving:
             if other.has_work(now) and not other.scheduler.draining:
@@ -205,13 +298,13 @@ class SharedPool:
         held_G = sum((tenant.bytes_G for tenant in awake), np.zeros(self.cluster.G)) + more_G
         leaving: list[Tenant] = []
         for tenant in awake:
-            if (held_G <= self._memory).all():
+            if self._fits(held_G):
                 break
             if tenant.may_sleep(now):
                 leaving.append(tenant)
                 held_G = held_G - tenant.bytes_G
-        self._over_G = held_G - self._memory
-        return None if (self._over_G > 0).any() else leaving
+        self._over_G = np.where(self._down_G, 0.0, held_G - self._memory)
+        return leaving if self._fits(held_G) else None
 
     def _sleep(self, tenant: Tenant, now: float) -> None:
         pool = tenant.run.pool
@@ -224,9 +317,7 @@ class SharedPool:
         restart = run.runtime.costs.load_seconds(float(run.spec.non_expert_bytes), run.pool.settings.home, 0)
         run.pool.engine_free_G[:] = np.maximum(run.pool.engine_free_G, now) + restart
         run.stage.wake(now)
-        tenant.ready = max(float(run.pool.ready_at(plan).max()) for plan in run.stage.plans)
-        if not math.isfinite(tenant.ready):
-            raise RunFailed(f"GPU memory has no room for the plans of {run.spec.name}")
+        tenant.ready = self._all_there(tenant)
         tenant.awake, tenant.used, tenant.wanted = True, now, None
         tenant.wakes += 1
         for other in self.tenants:
@@ -245,14 +336,12 @@ class SharedPool:
         else:
             arrivals = [other.scheduler.next_arrival(now) for other in others]
             run.until = min((time for time in arrivals if time is not None), default=math.inf)
+            if self._failures:
+                run.until = min(run.until, self._failures[0][0].seconds)
         run.serve(iteration)
         tenant.used, tenant.served = run.now, True
         # its KV cache or copies may have grown into memory that others hold
-        leaving = self._leaving(np.zeros(self.cluster.G), run.now)
-        if leaving is None:
-            self.overflow_bytes = max(self.overflow_bytes, float(self._over_G.max()))
-        for other in leaving or ():
-            self._sleep(other, run.now)
+        self._settle(run.now)
         return run.now
 
     def _next_moment(self, now: float) -> float | None:
@@ -264,4 +353,8 @@ class SharedPool:
             arrival = tenant.scheduler.next_arrival(now)
             if arrival is not None:
                 moments.append(arrival)
-        return min(moments, default=None)
+            if moments or tenant.has_work(now):
+                moments.append(tenant.run.stage.outage.next_return)
+        if moments and self._failures:
+            moments.append(self._failures[0][0].seconds)
+        return min((moment for moment in moments if moment < math.inf), default=None)

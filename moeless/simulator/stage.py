@@ -103,6 +103,11 @@ class Stage:
         """The plan in force of each layer."""
         return self.ahead.plans
 
+    @property
+    def wanted(self) -> list[LayerPlan]:
+        """What would be in force if every GPU worked."""
+        return list(self.plans) if self.cadence == "iteration" else self._wanted
+
     def _adopt(self) -> None:
         """Look at the plans once, until the next change."""
         self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L = self.plans.rows()
@@ -112,7 +117,7 @@ class Stage:
         self._stale = False
 
     def _last_ready(self) -> float:
-        """When the last copy of any plan in force is warm."""
+        """When the last copy of any plan in force is warm; infinity where memory had no room for one."""
         expert_LR, gpu_LR, _, count_L = self.plans.rows()
         held_LR = np.arange(expert_LR.shape[1]) < count_L[:, None]
         layer_N = np.repeat(np.arange(self.spec.L), count_L)
@@ -133,7 +138,7 @@ class Stage:
             return False
         if self._stale:
             self._adopt()
-            self._settled_at = max(self._settled_at, self._last_ready())
+            self._settled_at = self._last_ready()
             self._cause = "cold"
         return now >= self._settled_at and (self.timeline is None or not self.timeline.watches(now))
 
@@ -209,37 +214,12 @@ class Stage:
             row_F = np.repeat(np.arange(size, dtype=np.uint32), steps)
             index_N = np.arange(size) * steps
         done = kernels.decode_run(
-            topk_TLK,
-            row_F,
-            index_N,
-            spans.start_N,
-            spans.rank_N,
-            steps,
-            now,
-            min(deadline, self._next_change),
-            self._expert_LR,
-            self._gpu_LR,
-            self._primary_LR,
-            self._count_L,
-            self._single,
-            self._mode or EVEN,
-            self._rates,
-            self.terms,
-            self._misc,
-            self.control_L,
-            other.terms,
-            self.cluster.G,
-            self.spec.E,
-            self.history.weight_LE if learns else self.history.weight_LE[:0],
-            last_LE,
-            DECAY,
-            keep,
-            self._since_plan,
-            self.plan_every,
-            self.record.tally,
-            time_IL,
-            end_I,
-        )
+            topk_TLK, row_F, index_N, spans.start_N, spans.rank_N, steps, now, min(deadline, self._next_change),
+            self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L, self._single, self._mode or EVEN,
+            self._rates, self.terms, self._misc, self.control_L, other.terms, self.cluster.G, self.spec.E,
+            self.history.weight_LE if learns else self.history.weight_LE[:0], last_LE, DECAY, keep, self._since_plan,
+            self.plan_every, self.record.tally, time_IL, end_I,
+        )  # fmt: skip
         self.record.append(time_IL[:done])
         self.history.count(done, done * len(spans.request_N))
         if learns:
@@ -359,20 +339,26 @@ class Stage:
             there = self.outage.evacuate(plan)
             self.pool.provision(layer, there.expert_R, there.gpu_R, now)
             self.plans[layer] = there
-            ready = self.pool.ready_at(there)
-            self._settled_at = max(self._settled_at, float(ready[np.isfinite(ready)].max(initial=now)))
         self._adopt()
+        self._settled_at = self._last_ready()
 
     def wake(self, now: float) -> None:
         """After the GPUs were given back: load everything again."""
         self._cause = "wake"
-        if self.cadence == "iteration":
-            self._wanted = list(self.plans)
+        self._wanted = self.wanted
         self.ahead.keeping.forget()
         self._restore(now)
 
-    def fail(self, failure: Failure, now: float) -> None:
-        """Lose a copy or a GPU at ``now``, and load a stand-in for what was on it."""
+    def waking_bytes_G(self) -> FloatArray:
+        """Bytes of the copies on each GPU that :meth:`wake` would load."""
+        copies_LEG = np.zeros(self.pool.born_LEG.shape, np.bool_)
+        for layer, plan in enumerate(self.wanted):
+            there = self.outage.evacuate(plan)
+            copies_LEG[layer, there.expert_R, there.gpu_R] = True
+        return np.asarray(copies_LEG.sum((0, 1)) * float(self.spec.expert_bytes))
+
+    def fail(self, failure: Failure, now: float, loads: bool = True) -> None:
+        """Lose a copy or a GPU at ``now``; load a stand-in for what was on it, unless nothing is in memory anyway."""
         lost_LEG = np.zeros(self.pool.born_LEG.shape, np.bool_)
         if failure.layer is not None:
             lost_LEG[failure.layer, failure.expert, failure.gpu] = True
@@ -382,18 +368,18 @@ class Stage:
             self.pool.set_down(failure.gpu, True)
         self.pool.drop(lost_LEG, now)
         self._cause = "failure"
-        if self.cadence == "iteration":
-            self._wanted = list(self.plans)
+        self._wanted = self.wanted
         self.ahead.keeping.forget()
-        self._restore(now)
+        if loads:
+            self._restore(now)
 
-    def gpus_back(self, now: float) -> Sequence[int]:
+    def gpus_back(self, now: float, loads: bool = True) -> Sequence[int]:
         """Use GPUs again that have restarted; returns them."""
         back = self.outage.returned(now)
         for gpu in back:
             self.pool.set_down(gpu, False)
         if back:
             self.ahead.keeping.forget()
-        if back and self.cadence != "iteration":
+        if back and loads and self.cadence != "iteration":
             self._restore(now)
         return back

@@ -1,0 +1,197 @@
+"""Several models on one set of GPUs while these break: every request of every model gets every token once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless.cluster import cluster
+from moeless.contracts import Forecast, Policy, Request
+from moeless.costs import COSTS
+from moeless.errors import RunFailed
+from moeless.serverless import KeepAlive, PoolSettings
+from moeless.simulator import SimulationSettings, resolve
+from moeless.simulator.failures import Failure
+from moeless.simulator.loop import Run
+from moeless.simulator.shared import SharedPool
+from moeless.workloads.schedulers import Continuous
+
+GPUS = 4
+
+
+class LastLoad:
+    """Forecasts what the target layer had last time, or even shares."""
+
+    def predict(self, context, layer, distance):
+        load_E = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)
+        mean_E = load_E / load_E.sum() * context.tokens * 2
+        return Forecast(mean_E, mean_E.copy(), context.tokens, "last")
+
+
+def weights_per_gpu(spec):
+    return spec.L * spec.E / GPUS * spec.expert_bytes + spec.non_expert_bytes
+
+
+@pytest.fixture(scope="session")
+def tenant(spec, topk, replay_of):
+    def make(asked, policy="static", share=8.0, broken=(), warmup=0):
+        """``share``: a GPU's memory, in times of what the model takes of it by static placement."""
+        where = cluster("h100x8").with_gpus(GPUS)
+        device = dataclasses.replace(where.device, memory_bytes=share * weights_per_gpu(spec))
+        where = dataclasses.replace(where, device=device)
+        runtime = resolve(
+            Policy.parse(policy),
+            spec=spec,
+            cluster=where,
+            costs=COSTS.get("roofline")(spec, where),
+            extra_slots=1,
+            predictors={"last": LastLoad()},
+        )
+        how = SimulationSettings(
+            PoolSettings(keep_alive=KeepAlive("fixed", 0.002)),
+            replan_seconds=0.01,
+            failures=tuple(broken),
+            warmup_iterations=warmup,
+        )
+        scheduler = Continuous(asked, GPUS, token_budget=16, max_running=7)
+        return Run(replay_of(GPUS, topk, asked), asked, scheduler, runtime, how, None, None, None)
+
+    return make
+
+
+def ask(count, gap, start=0.0):
+    return [Request(i, start + gap * i, 8, 1 + i % 9, trace_request=i % 40) for i in range(count)]
+
+
+def assert_each_token_came_once(run, asked):
+    times = run.clocks.times()
+    assert run.clocks.unfinished == 0
+    assert times.output_tokens_N.tolist() == [request.output_tokens for request in asked]
+    assert times.itl_count_I.sum() == sum(request.output_tokens - 1 for request in asked)
+    assert (times.ttft_N > 0).all()
+    assert (times.itl_seconds_I >= 0).all()
+
+
+@st.composite
+def losses(draw):
+    """A few losses of GPUs and copies in the first 80 ms; GPUs 0 and 1 stay."""
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        copy = draw(st.booleans())
+        found.append(
+            Failure(
+                draw(st.floats(0.0, 0.08)),
+                draw(st.integers(2, GPUS - 1)),
+                layer=draw(st.integers(0, 2)) if copy else None,
+                expert=draw(st.integers(0, 7)) if copy else None,
+                restart_seconds=draw(st.sampled_from([1e-4, 0.004, 0.02, 100.0])),
+                detection_seconds=draw(st.sampled_from([0.0, 0.001])),
+            )
+        )
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    broken=st.lists(losses(), min_size=1, max_size=3),
+    policies=st.tuples(*[st.sampled_from(["static", "eplb:history", "moeless:last:1", "elastic:last:1"])] * 3),
+    share=st.sampled_from([5.0, 8.0, 12.0]),
+    patience=st.sampled_from([0.0, 0.01, 5.0]),
+    gap=st.sampled_from([0.0, 0.001, 0.004]),
+)
+def test_no_request_of_any_model_is_lost_or_counted_twice(tenant, broken, policies, share, patience, gap):
+    asked = [ask(12, gap, start) for start in (0.0, 0.01, 0.05)]
+    broken = [*broken, (), ()][:3]
+    runs = [tenant(a, policy, share, b) for a, policy, b in zip(asked, policies, broken, strict=True)]
+    pool = SharedPool(runs, patience)
+    pool.to_the_end()
+    for run, requests in zip(runs, asked, strict=True):
+        assert_each_token_came_once(run, requests)
+        assert pool.end >= run.clocks.times().last_token_N.max()
+    assert pool.gpu_seconds == GPUS * pool.end
+
+
+def test_a_lost_gpu_is_lost_to_every_model_and_named_twice_it_is_one_loss(tenant):
+    asked = ask(12, 0.0)
+    loss = Failure(0.001, 3, restart_seconds=100.0, detection_seconds=0.25)
+    runs = [tenant(asked, broken=[loss]) for _ in range(2)]
+    pool = SharedPool(runs)
+    pool.to_the_end()
+    for run in runs:
+        assert run.pool.down_G.tolist() == [False, False, False, True]
+        assert not np.isfinite(run.pool.born_LEG[:, :, 3]).any()
+        # noticed once, and both had requests that waited meanwhile
+        assert 0.2499 < run.record.stalls["failure"] < 0.5
+        assert run.record.stalls["recovery"] > 0
+        assert any("lost their KV cache" in text for text in run.remarks())
+    alone = SharedPool([tenant(asked) for _ in range(2)])
+    alone.to_the_end()
+    assert pool.end > alone.end + 0.25
+
+
+def test_a_gpu_lost_while_a_model_sleeps_is_missing_when_it_wakes(tenant, spec):
+    first, later = ask(6, 0.001), ask(6, 0.001, 5.0)
+    runs = [tenant(first, share=1.9), tenant(later, share=1.9, broken=[Failure(1.0, 2, restart_seconds=1000.0)])]
+    pool = SharedPool(runs)
+    assert [each.awake for each in pool.tenants] == [True, False]
+    pool.to_the_end()
+    assert [each.wakes for each in pool.tenants] == [0, 1]
+    awake = np.isfinite(runs[1].pool.born_LEG).sum((0, 1))
+    assert awake[2] == 0
+    assert awake.sum() == spec.L * spec.E
+    # nobody waited while it was lost, nothing had to be computed again
+    assert runs[1].record.stalls["recovery"] == 0
+    assert [run.record.stalls["failure"] for run in runs] == [0.0, 0.0]
+    assert_each_token_came_once(runs[1], later)
+
+
+def test_a_copys_failure_is_its_models_alone_and_may_hit_it_on_its_way(tenant):
+    asked = ask(6, 0.004)
+    # the second falls into the reload after the first
+    broken = [Failure(0.004, 0, layer=1, expert=0), Failure(0.5, 0, layer=1, expert=0, detection_seconds=0.0)]
+    runs = [tenant(asked, broken=broken), tenant(asked)]
+    pool = SharedPool(runs)
+    pool.to_the_end()
+    assert runs[0].pool.evictions >= 1
+    assert runs[1].pool.evictions == 0
+    for run in runs:
+        assert_each_token_came_once(run, asked)
+
+
+def test_where_too_few_gpus_are_left_models_wait_for_the_lost_one(tenant):
+    asked = ask(4, 0.05)
+    loss = [Failure(0.06, gpu, restart_seconds=2.0, detection_seconds=0.0) for gpu in (1, 2, 3)]
+    with pytest.raises(RunFailed, match="room"):
+        SharedPool([tenant(asked, share=1.2, broken=loss)]).to_the_end()
+    late = ask(4, 0.05, 0.5)
+    runs = [tenant(ask(1, 0.0), share=1.5), tenant(late, share=1.5, broken=loss[:2])]
+    pool = SharedPool(runs)
+    pool.to_the_end()
+    assert runs[1].clocks.times().first_token_N.min() > 2.0
+    assert_each_token_came_once(runs[1], late)
+
+
+def test_warmup_leaves_each_models_first_iterations_out_of_its_record(tenant):
+    asked = ask(10, 0.001)
+    runs = [tenant(asked, warmup=warmup) for warmup in (0, 5)]
+    SharedPool(runs).to_the_end()
+    whole, rest = (run.record for run in runs)
+    assert rest.iterations == whole.iterations - 5
+    # bills keep them
+    assert rest.billed[0] > rest.tally[0]
+
+
+def test_small_models_do_not_take_what_others_leave_for_a_large_one(tenant):
+    # the last model needs both others' memory, and these always have work
+    busy = [Request(i, 0.0005 * i, 8, 13, trace_request=i % 40) for i in range(400)]
+    one = [Request(0, 0.01, 8, 13, trace_request=0)]
+    runs = [tenant(busy, share=2.2), tenant(busy, share=2.2), tenant(one, share=2.2)]
+    pool = SharedPool(runs, 0.02)
+    # as if its weights were twice as many
+    pool._need_G[2] = pool._need_G[2] * 2.0
+    pool.to_the_end()
+    assert runs[2].clocks.times().last_token_N[0] < 0.12 < 0.2 < pool.end
