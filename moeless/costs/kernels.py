@@ -29,20 +29,26 @@ class KernelTerms(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def exchange_time(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_gpus):  # type: ignore[no-untyped-def]
-    """Both directions of a layer's all-to-all, from tokens by GPU, tier and direction."""
+def exchange_seconds(most_fast, most_slow, most, terms, num_gpus):  # type: ignore[no-untyped-def]
+    """Both directions of a layer's all-to-all, from the most tokens of any GPU: within a tier in one direction; all."""
     if not terms.local_is_free:
-        return 2.0 * got_all.max() * terms.token_bytes / terms.slow_bytes_per_second
+        return 2.0 * most * terms.token_bytes / terms.slow_bytes_per_second
     if num_gpus == 1:
         return 0.0
     worst = 0.0
     if terms.island_size > 1:
-        most = max(sent_fast.max(), got_fast.max()) * terms.token_bytes
-        worst = terms.fast_latency + most / terms.fast_bytes_per_second
+        worst = terms.fast_latency + most_fast * terms.token_bytes / terms.fast_bytes_per_second
     if num_gpus > terms.island_size:
-        most = max(sent_slow.max(), got_slow.max()) * terms.token_bytes
-        worst = max(worst, terms.slow_latency + most / terms.slow_bytes_per_second)
+        worst = max(worst, terms.slow_latency + most_slow * terms.token_bytes / terms.slow_bytes_per_second)
     return 2.0 * worst
+
+
+@njit(cache=True, nogil=True)
+def exchange_time(sent_fast, sent_slow, got_fast, got_slow, got_all, terms, num_gpus):  # type: ignore[no-untyped-def]
+    """:func:`exchange_seconds` from tokens by GPU, tier and direction."""
+    most_fast = max(sent_fast.max(), got_fast.max())
+    most_slow = max(sent_slow.max(), got_slow.max())
+    return exchange_seconds(most_fast, most_slow, got_all.max(), terms, num_gpus)
 
 
 @njit(cache=True, nogil=True)
@@ -66,9 +72,8 @@ def slowest_gpu(seconds_G, terms):  # type: ignore[no-untyped-def]
     """When the last GPU that has anything to do is done, its launch included."""
     worst = 0.0
     for g in range(len(seconds_G)):
-        if seconds_G[g] > 0.0:
-            worst = max(worst, seconds_G[g] + terms.launch_seconds)
-    return worst
+        worst = max(worst, seconds_G[g])
+    return worst + terms.launch_seconds if worst > 0.0 else 0.0
 
 
 @njit(cache=True, nogil=True)

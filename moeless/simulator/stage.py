@@ -21,20 +21,20 @@ from moeless.placement.threads import in_parallel
 from moeless.serverless import InstancePool
 from moeless.simulator import kernels
 from moeless.simulator.ahead import AheadPlans, Work
+from moeless.simulator.decode import DISPATCH_WORK, Batch, DecodeSteps
 from moeless.simulator.failures import Failure, Outage
-from moeless.simulator.history import DECAY, LoadHistory
+from moeless.simulator.history import LoadHistory
 from moeless.simulator.in_force import PlansInForce
 from moeless.simulator.layer_kernels import CHOSEN, EVEN
 from moeless.simulator.planned import NO_ROOM, PlannedIterations
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, balanced_loads, balanced_topk
 from moeless.simulator.runtime import INTERVAL_ITERATIONS, PolicyRuntime
+from moeless.simulator.single_kernels import NUM_PARTS, locate
 from moeless.simulator.timeline import Timeline
 
 #: Steady decode steps that are simulated in one go, at most.
 LONGEST_RUN = 4096
-#: What deciding one layer's dispatch takes, in expert loads looked at (see ``placement.threads``).
-DISPATCH_WORK = 2000
 
 
 def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...]]:
@@ -84,6 +84,10 @@ class Stage:
         self.control_L = np.array([self.costs.control_seconds(runtime.policy, layer) for layer in layers])
         self._misc = self.costs.misc_seconds()
         self._mode, self._rates = _dispatch_mode(runtime)
+        self._steps = DecodeSteps(
+            runtime, history, record, self.ahead.keeping.terms, plan_every, self._mode or EVEN, self._rates,
+            self.control_L, self._misc,
+        )  # fmt: skip
         self._planned: PlannedIterations | None = None
         if self.terms is not None and self._mode is not None:
             self._planned = PlannedIterations(runtime, self.ahead, self._mode, self._rates, self.control_L)
@@ -110,9 +114,11 @@ class Stage:
 
     def _adopt(self) -> None:
         """Look at the plans once, until the next change."""
-        self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L = self.plans.rows()
-        self._single = bool((self._count_L == self.spec.E).all())
-        chosen = int((self._count_L > self.spec.E).sum()) if self._mode == CHOSEN else 0
+        self._rows, self._gpu_LE = self.plans.rows(), np.zeros((self.spec.L, self.spec.E), np.int64)
+        locate(self._rows.expert_LR, self._rows.gpu_LR, self._gpu_LE)
+        more = int((self._rows.count_L > self.spec.E).sum())
+        self._single = more == 0
+        chosen = more if self._mode == CHOSEN else 0
         self._dispatch_work = chosen * DISPATCH_WORK
         self._stale = False
 
@@ -165,20 +171,19 @@ class Stage:
             return self._run_layers(work, now, other, kept_L)
         self._since_plan += 1
         time_IL = np.empty((1, self.spec.L))
-        part_LX = np.empty((self.spec.L, kernels.NUM_PARTS))
+        part_LX = np.empty((self.spec.L, NUM_PARTS))
         load_LE = np.empty((self.spec.L, self.spec.E), np.int64)
         row_T, rank_T = work.sorted_T
 
         def some(start: int, stop: int) -> None:
             kernels.time_layers(
-                start, stop, given_LSE, work.replay.topk_TLK, row_T, rank_T, self.spec.E, self._expert_LR, self._gpu_LR,
-                self._primary_LR, self._count_L, self._mode or EVEN, self._rates, self.terms, self.cluster.G, part_LX,
-                load_LE,
+                start, stop, given_LSE, work.replay.topk_TLK, row_T, rank_T, self._rows, self._gpu_LE,
+                self._mode or EVEN, self._rates, self.terms, self.cluster.G, part_LX, load_LE,
             )  # fmt: skip
 
         in_parallel(some, self.spec.L, self._dispatch_work)
         kernels.tally_layers(
-            part_LX, self._count_L, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
+            part_LX, self._rows.count_L, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
         )
         work.load_LE = load_LE
         self.record.append(time_IL)
@@ -202,9 +207,6 @@ class Stage:
         keep = self.ahead.keeping.terms
         if self.cadence == "iteration" and not keep.active:
             steps = min(steps, self.plan_every - self._since_plan % self.plan_every)
-        time_IL, end_I = np.empty((steps, self.spec.L)), np.empty(steps)
-        learns = self.cadence != "once"
-        last_LE = np.zeros((self.spec.L, self.spec.E), np.int64)
         topk_TLK, row_F, index_N = replay.topk_TLK, replay.row_F, replay.base_N[spans.request_N] + spans.start_N
         if self.runtime.lossy:
             # the override depends on nothing but how many tokens each rank has: every step and layer alike
@@ -213,19 +215,11 @@ class Stage:
             topk_TLK = np.ascontiguousarray(np.broadcast_to(topk_NK[:, None], (size, self.spec.L, self.spec.K)))
             row_F = np.repeat(np.arange(size, dtype=np.uint32), steps)
             index_N = np.arange(size) * steps
-        done = kernels.decode_run(
-            topk_TLK, row_F, index_N, spans.start_N, spans.rank_N, steps, now, min(deadline, self._next_change),
-            self._expert_LR, self._gpu_LR, self._primary_LR, self._count_L, self._single, self._mode or EVEN,
-            self._rates, self.terms, self._misc, self.control_L, other.terms, self.cluster.G, self.spec.E,
-            self.history.weight_LE if learns else self.history.weight_LE[:0], last_LE, DECAY, keep, self._since_plan,
-            self.plan_every, self.record.tally, time_IL, end_I,
-        )  # fmt: skip
-        self.record.append(time_IL[:done])
-        self.history.count(done, done * len(spans.request_N))
-        if learns:
-            self.history.note_last(last_LE, Phase.DECODE)
-        self._since_plan += done
-        return end_I[:done]
+        batch = Batch(topk_TLK, row_F, index_N, spans.start_N, spans.rank_N)
+        deadline = min(deadline, self._next_change)
+        end_I = self._steps.run(batch, steps, now, deadline, self._rows, self._gpu_LE, other.terms, self._since_plan)
+        self._since_plan += len(end_I)
+        return end_I
 
     def _run_layers(self, work: Work, now: float, other: NonExpertTime, kept_L: BoolArray | None) -> float:
         planned = kept_L is not None and not kept_L.all()
