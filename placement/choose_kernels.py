@@ -1,6 +1,7 @@
 """Compiled placement of a layer: grow by several rules, judge on scenarios, drop the last extras, weigh the change.
 
-Axes: C scenarios, E experts, X extras in order of decision, R replicas, G GPUs, L layers, P a previous plan's replicas.
+Axes: C scenarios, E experts, X extras in order of decision, R replicas, G GPUs, L layers, P a previous plan's replicas,
+N what is noted of a choice.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from moeless.placement.judge_kernels import bound_of, draw_scenarios, mean_secon
 _RULES = ((BY_LEVEL, False), (BY_EXPERT, False), (BY_GPU, True), (BY_LEVEL, True))
 #: Control times that dispatch saves beyond doubt, whatever the scenarios' spread.
 _SURELY = 3.0
+#: What :func:`choose_noting` notes of a choice.
+NOTES = 3
+_WEIGHED, _GAIN, _COUNT = 0, 1, 2
 
 
 class ChoiceTerms(NamedTuple):
@@ -148,6 +152,38 @@ def choose(  # type: ignore[no-untyped-def]
 
     What it saves is counted less ``terms.caution`` of its standard errors over the scenarios.
     """
+    return choose_noting(
+        mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, copy_G, skip, terms, expert_R, gpu_R,
+        np.empty(NOTES), expert_R[:0], gpu_R[:0],
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def still_chosen(noted_N, expert_X, gpu_X, expert_P, gpu_P, primary_P, live_P, lead, copy_G):  # type: ignore[no-untyped-def]
+    """Whether :func:`choose_noting` would choose the same with these copies in memory and this lead.
+
+    ``expert_X`` and ``gpu_X`` are what it noted; the previous plan must be the one that it was given.
+    """
+    if noted_N[_WEIGHED] == 0.0:
+        return True
+    count, extras = int(noted_N[_COUNT]), np.flatnonzero(~primary_P)
+    delay = late(expert_X[:count], gpu_X[:count], expert_P, gpu_P, live_P, copy_G, lead) - late(
+        expert_P[extras], gpu_P[extras], expert_P, gpu_P, live_P, copy_G, lead
+    )
+    return (noted_N[_GAIN] <= delay) == (noted_N[_WEIGHED] < 0.0)
+
+
+@njit(cache=True, nogil=True)
+def choose_noting(  # type: ignore[no-untyped-def]
+    mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, copy_G, skip, terms, expert_R, gpu_R,
+    noted_N, expert_X, gpu_X,
+):  # fmt: skip
+    """:func:`choose`, and what of it hangs on the moment: for :func:`still_chosen`.
+
+    ``noted_N`` gets whether a change was weighed against its delay (negative: and was found wanting), its gain, and
+    how many extras it has; ``expert_X`` and ``gpu_X``, where they have room, these extras.
+    """
+    noted_N[_WEIGHED] = 0.0
     a, b, c, gpu_E, experts = terms.a, terms.b, terms.c, terms.gpu_E, len(terms.gpu_E)
     num_gpus = len(terms.room_G)
     for e in range(experts):
@@ -200,7 +236,12 @@ def choose(  # type: ignore[no-untyped-def]
         delay = late(
             expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P, copy_G, lead
         ) - late(old_expert, old_gpu, expert_P, gpu_P, live_P, copy_G, lead)
-        if (kept - reached) * horizon <= delay:
+        gain = (kept - reached) * horizon
+        noted_N[_WEIGHED], noted_N[_GAIN] = -1.0 if gain <= delay else 1.0, gain
+        noted_N[_COUNT] = count
+        if len(expert_X) > 0:
+            expert_X[:count], gpu_X[:count] = expert_R[experts : experts + count], gpu_R[experts : experts + count]
+        if gain <= delay:
             count, reached = len(extras), kept
             expert_R[experts : experts + count], gpu_R[experts : experts + count] = old_expert, old_gpu
     if skip >= 0.0 and plain - reached <= skip:

@@ -28,6 +28,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_parallel(run: Callable[[int, int], None], length: int, work: int) -> None:
     """Call ``run(start, stop)`` so that the ranges cover ``0 .. length``, on several threads where that pays.
 
@@ -35,8 +40,7 @@ def in_parallel(run: Callable[[int, int], None], length: int, work: int) -> None
         run: must release the interpreter's lock and write to its own range alone.
         work: of all of them together, in expert loads looked at.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(cores, MOST, length, work // WORTHWHILE) if COMPILED else 1
+    threads = min(cores(), MOST, length, work // WORTHWHILE) if COMPILED else 1
     if threads <= 1:
         run(0, length)
         return

@@ -9,11 +9,23 @@ from moeless.errors import RunFailed
 from moeless.placement import elastic, paper
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.paper_kernels import PaperTerms
+from moeless.placement.threads import cores, in_parallel
 from moeless.predictors.history import History
 from moeless.simulator.ahead import AheadPlans, Work
-from moeless.simulator.planned_kernels import ELASTIC, PAPER, PlannerTerms, Plans, planned_iteration
+from moeless.simulator.planned_kernels import (
+    ELASTIC,
+    PAPER,
+    PlannerTerms,
+    Plans,
+    guess_layers,
+    guesses,
+    planned_iteration,
+)
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.runtime import PolicyRuntime
+
+#: What planning one layer takes, in expert loads looked at (see ``placement.threads``).
+PLAN_WORK = 20_000
 
 
 def _no_elastic(num_gpus: int) -> ChoiceTerms:
@@ -62,6 +74,8 @@ class PlannedIterations:
         self._terms = PlannerTerms(kind, distance, float(ahead.delay), copy_G, skip_L, by_paper, by_elastic)
         self._misc = runtime.costs.misc_seconds()
         self._coming: Plans | None = None
+        # half as many copies again as a plan has may linger beside it
+        self._made = guesses(spec.L, widest + widest // 2)
 
     def forecasts(self, work: Work, kept_L: BoolArray) -> tuple[FloatArray, FloatArray, IntArray]:
         """Of each layer that is not kept, mean and variance of its load, ``[L, E]``, and the iterations to weigh over.
@@ -119,13 +133,25 @@ class PlannedIterations:
         stall_2, stalled_2 = np.array([record.stalls.get(cause, 0.0), record.stalls["cold"]]), np.zeros(2, np.bool_)
         load_LE = np.empty((self.runtime.spec.L, self.runtime.spec.E), np.int64)
         pace_1 = np.array([ahead.layer_seconds.get(work.phase, np.nan)])
+        pool = ahead.pool.state()
+        if planned and self._terms.kind == ELASTIC and cores() > 1:
+            layer_N = np.flatnonzero(~kept_L)
+
+            def some(start: int, stop: int) -> None:
+                guess_layers(
+                    start, stop, layer_N, mean_LE, var_LE, self._doubts[work.phase], horizon_L, pace_1[0], self._terms,
+                    plans, self._coming, pool, self._made,
+                )  # fmt: skip
+
+            in_parallel(some, len(layer_N), len(layer_N) * PLAN_WORK)
         end, late, failed = planned_iteration(
             work.replay.topk_TLK, *work.sorted_T, load_LE, mean_LE, var_LE, horizon_L, self._doubts[work.phase],
-            kept_L, pace_1, clock, per_layer, self._terms, plans, self._coming, ahead.pool.state(),
+            kept_L, pace_1, clock, per_layer, self._terms, plans, self._coming, pool,
             ahead.keeping.terms, self._mode, self._rates, self.runtime.costs.kernel_terms(), self._misc,
             self._control_L,
             # one account where the cause is the same
             settled_at if cause != "cold" else -np.inf, stall_2, stalled_2, record.tally, time_L,
+            self._made,
         )  # fmt: skip
         if planned:
             ahead.plans.changed()

@@ -14,7 +14,7 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray
 from moeless.jit import njit
-from moeless.placement.choose_kernels import ChoiceTerms, choose, sort_plan
+from moeless.placement.choose_kernels import NOTES, ChoiceTerms, choose_noting, sort_plan, still_chosen
 from moeless.placement.paper_kernels import PaperTerms, plan_copies
 from moeless.predictors.distance import NEWEST
 from moeless.serverless.kernels import expire, provision
@@ -52,6 +52,40 @@ class PlannerTerms(NamedTuple):
     skip_L: FloatArray
     paper: PaperTerms
     elastic: ChoiceTerms
+
+
+class Guesses(NamedTuple):
+    """Plans made as an iteration starts, for layers whose turn comes later; see :func:`guess_layers`.
+
+    Attributes:
+        made_L: whether there is one, in the layer's row of the plans that are coming.
+        expert_LP, gpu_LP, primary_LP, count_L: the copies in memory or in force that it was made from.
+        noted_LN, expert_LX, gpu_LX: what hangs on the moment.
+    """
+
+    made_L: BoolArray
+    expert_LP: Int32Array
+    gpu_LP: Int32Array
+    primary_LP: BoolArray
+    count_L: IntArray
+    noted_LN: FloatArray
+    expert_LX: Int32Array
+    gpu_LX: Int32Array
+
+
+def guesses(layers: int, widest: int) -> Guesses:
+    """Room for a guess of each layer whose copies are at most ``widest``, lingering ones included."""
+    shape = (layers, widest)
+    return Guesses(
+        np.zeros(layers, np.bool_),
+        np.empty(shape, np.int32),
+        np.empty(shape, np.int32),
+        np.empty(shape, np.bool_),
+        np.empty(layers, np.int64),
+        np.empty((layers, NOTES)),
+        np.empty(shape, np.int32),
+        np.empty(shape, np.int32),
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -102,26 +136,97 @@ def _previous(layer, experts, num_gpus, plans, pool):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def _decide(layer, mean_E, var_E, doubt, horizon, lead, now, planner, plans, coming, pool, keep):  # type: ignore[no-untyped-def]
+def _lead(layer, pace, planner):  # type: ignore[no-untyped-def]
+    """Seconds between a layer's planning and its start, as far as the pace is known."""
+    if not pace >= 0.0:
+        return 0.0
+    # the first layers are planned from what is known since the last iteration: nothing has to be waited for
+    return layer * pace if layer < planner.distance else max(planner.distance * pace - planner.delay, 0.0)
+
+
+@njit(cache=True, nogil=True)
+def _choose(  # type: ignore[no-untyped-def]
+    layer, mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, planner, coming, noted_N, expert_X,
+    gpu_X,
+):  # fmt: skip
+    expert_R, gpu_R, primary_R = coming.expert_LR[layer], coming.gpu_LR[layer], coming.primary_LR[layer]
+    count = choose_noting(
+        mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, planner.copy_G, planner.skip_L[layer],
+        planner.elastic, expert_R, gpu_R, noted_N, expert_X, gpu_X,
+    )  # fmt: skip
+    sort_plan(count, planner.elastic, expert_R, gpu_R, primary_R)
+    coming.count_L[layer] = count
+
+
+@njit(cache=True, nogil=True)
+def guess_layers(  # type: ignore[no-untyped-def]
+    start, stop, layer_N, mean_LE, var_LE, doubt, horizon_L, pace, planner, plans, coming, pool, made
+):
+    """Plan some layers at once, from the copies that are there as the iteration starts.
+
+    When a layer's turn comes, the plan holds if its copies are still the same and a change that was weighed against its
+    delay would be judged as it was; otherwise it is planned anew. Elastic planner alone.
+    """
+    experts, num_gpus, widest = mean_LE.shape[1], pool.ready_LEG.shape[2], made.expert_LP.shape[1]
+    for n in range(start, stop):
+        layer = layer_N[n]
+        expert_P, gpu_P, primary_P, live_P = _previous(layer, experts, num_gpus, plans, pool)
+        count = len(expert_P)
+        made.made_L[layer] = count <= widest
+        if count > widest:
+            continue
+        made.count_L[layer] = count
+        made.expert_LP[layer, :count], made.gpu_LP[layer, :count] = expert_P, gpu_P
+        made.primary_LP[layer, :count] = primary_P
+        _choose(
+            layer, mean_LE[layer], var_LE[layer], doubt, expert_P, gpu_P, primary_P, live_P, horizon_L[layer],
+            _lead(layer, pace, planner), planner, coming, made.noted_LN[layer], made.expert_LX[layer],
+            made.gpu_LX[layer],
+        )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _holds(layer, expert_P, gpu_P, primary_P, live_P, lead, planner, made):  # type: ignore[no-untyped-def]
+    """Whether the layer's plan was guessed, and would be made just so."""
+    count = len(expert_P)
+    if not made.made_L[layer] or made.count_L[layer] != count:
+        return False
+    for p in range(count):
+        if (
+            made.expert_LP[layer, p] != expert_P[p]
+            or made.gpu_LP[layer, p] != gpu_P[p]
+            or made.primary_LP[layer, p] != primary_P[p]
+        ):
+            return False
+    return still_chosen(
+        made.noted_LN[layer], made.expert_LX[layer], made.gpu_LX[layer], expert_P, gpu_P, primary_P, live_P, lead,
+        planner.copy_G,
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _decide(layer, mean_E, var_E, doubt, horizon, pace, now, planner, plans, coming, pool, keep, made):  # type: ignore[no-untyped-def]
     """Plan a layer, into its row of ``coming``."""
     experts, num_gpus = len(mean_E), pool.ready_LEG.shape[2]
     expire(
         layer, now, pool.num_bytes, pool.keep_LE, pool.ready_LEG, pool.born_LEG, pool.used_LEG, pool.planned_LEG,
         pool.resident_G, pool.counters,
     )  # fmt: skip
-    expert_R, gpu_R, primary_R = coming.expert_LR[layer], coming.gpu_LR[layer], coming.primary_LR[layer]
+    expert_R, gpu_R = coming.expert_LR[layer], coming.gpu_LR[layer]
     if planner.kind == PAPER:
-        count = plan_copies(
-            mean_E, planner.paper, _live(layer, experts, num_gpus, plans, pool), expert_R, gpu_R, primary_R
-        )
+        coming.count_L[layer] = plan_copies(
+            mean_E, planner.paper, _live(layer, experts, num_gpus, plans, pool), expert_R, gpu_R,
+            coming.primary_LR[layer],
+        )  # fmt: skip
     else:
         expert_P, gpu_P, primary_P, live_P = _previous(layer, experts, num_gpus, plans, pool)
-        count = choose(
-            mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, planner.copy_G,
-            planner.skip_L[layer], planner.elastic, expert_R, gpu_R,
-        )  # fmt: skip
-        sort_plan(count, planner.elastic, expert_R, gpu_R, primary_R)
-    coming.count_L[layer] = count
+        lead = _lead(layer, pace, planner)
+        if not _holds(layer, expert_P, gpu_P, primary_P, live_P, lead, planner, made):
+            _choose(
+                layer, mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, planner, coming,
+                np.empty(NOTES), expert_R[:0], gpu_R[:0],
+            )  # fmt: skip
+    count = coming.count_L[layer]
     if keep.active:
         keep.planned_LE[layer] = mean_E
         plain = count == experts
@@ -177,6 +282,7 @@ def _wait(layer, load_E, clock, expert_R, gpu_R, primary_R, pool, first_E, alive
 def planned_iteration(  # type: ignore[no-untyped-def]
     topk_TLK, row_T, rank_T, load_LE, mean_LE, var_LE, horizon_L, doubt, kept_L, pace_1, clock, per_layer, planner,
     plans, coming, pool, keep, mode, rates, terms, misc, control_L, settled_at, stall_2, stalled_2, tally, time_L,
+    made,
 ):  # fmt: skip
     """One iteration that plans all layers but those kept; returns the clock, plans that came late, and a layer.
 
@@ -190,6 +296,7 @@ def planned_iteration(  # type: ignore[no-untyped-def]
         mode, rates: as in ``layer_kernels.time_layer``.
         settled_at: until when a wait has a cause of its own: added to ``stall_2[0]``, later ones to ``stall_2[1]``.
         stalled_2: set where anything was added, be it nothing.
+        made: plans made ahead, in ``coming``; used up.
 
     The layer is -1, or one that tokens need and whose copies nothing loads: the run has failed.
     """
@@ -204,21 +311,18 @@ def planned_iteration(  # type: ignore[no-untyped-def]
     late, planned = 0, not kept_L.all()
     for layer in range(min(planner.distance, layers)):
         if not kept_L[layer]:
-            # known since the last iteration: nothing has to be waited for
-            lead = layer * pace_1[0] if pace_1[0] >= 0.0 else 0.0
             _decide(
-                layer, mean_LE[layer], var_LE[layer], doubt, horizon_L[layer], lead, clock, planner, plans, coming,
-                pool, keep,
+                layer, mean_LE[layer], var_LE[layer], doubt, horizon_L[layer], pace_1[0], clock, planner, plans, coming,
+                pool, keep, made,
             )  # fmt: skip
             since_L[layer], waiting_L[layer] = clock + 0.0, True
     for layer in range(layers):
         clock += per_layer
         target = layer + planner.distance
         if target < layers and not kept_L[target]:
-            lead = max(planner.distance * pace_1[0] - planner.delay, 0.0) if pace_1[0] >= 0.0 else 0.0
             _decide(
-                target, mean_LE[target], var_LE[target], doubt, horizon_L[target], lead, clock, planner, plans, coming,
-                pool, keep,
+                target, mean_LE[target], var_LE[target], doubt, horizon_L[target], pace_1[0], clock, planner, plans,
+                coming, pool, keep, made,
             )  # fmt: skip
             since_L[target], waiting_L[target] = clock + planner.delay, True
         if waiting_L[layer] and since_L[layer] <= clock:
@@ -252,4 +356,5 @@ def planned_iteration(  # type: ignore[no-untyped-def]
             late += 1
             _adopt(layer, since_L[layer], plans, coming, pool)
             waiting_L[layer] = False
+    made.made_L[:] = False
     return clock, late, -1
