@@ -87,6 +87,12 @@ def command(
     scale_to_zero: Annotated[
         bool, typer.Option("--scale-to-zero", help="Serverless policies give GPUs back while idle.")
     ] = False,
+    requests_per_gpu: Annotated[
+        float | None,
+        typer.Option(
+            "--requests-per-gpu", help="Serverless policies hold a GPU per so many requests, as memory allows."
+        ),
+    ] = None,
     container: Annotated[float, typer.Option("--container", min=0.0, help="Seconds to start a GPU container.")] = 1.0,
     start: Annotated[
         float, typer.Option("--start", min=0.0, help="Seconds to start a copy's instance, beside its transfer.")
@@ -182,8 +188,10 @@ def command(
 
         if trace is not None or preset:
             raise UserError("--trace and --preset belong to --backend sim; a live run routes for itself")
-        if scale_to_zero or fail_gpu or resume or timeline:
-            raise UserError("--scale-to-zero, --fail-gpu, --resume and --timeline belong to --backend sim")
+        if scale_to_zero or requests_per_gpu or fail_gpu or resume or timeline:
+            raise UserError(
+                "--scale-to-zero, --requests-per-gpu, --fail-gpu, --resume and --timeline belong to --backend sim"
+            )
         if max(len(cluster or []), len(request_rate or [])) > 1:
             raise UserError("a live run has one cluster and one request rate; sweeps belong to --backend sim")
         if len(costs or []) > 1:
@@ -269,6 +277,7 @@ def command(
         warmup=warmup,
         keep_alive=keep_alive,
         scale_to_zero=scale_to_zero,
+        requests_per_gpu=requests_per_gpu,
         container_seconds=container,
         start_seconds=start,
         failures=tuple(Failure.parse(text) for text in fail_gpu or ()),
@@ -310,7 +319,10 @@ def command(
                 keep(simulation.cell)
             if window is not None:
                 bench.run_cell(bench_config.costs[0], bench_config.policies[0], timeline=window)
-                window.write(run.path / "timeline.json")
+                if not window.write(run.path / "timeline.json"):
+                    empty = f"nothing happened in the timeline's window {timeline}"
+                    run.warn(empty)
+                    common.remarks.print(f"! {empty}")
                 run.produced(run.path / "timeline.json", "timeline")
         result = Result(str(run.manifest["command_line"]), tuple(cells))
         run.write_result(result)

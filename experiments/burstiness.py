@@ -12,18 +12,23 @@ POLICIES = ("static", "eplb:history", "moeless:history", "elastic:history")
 #: Gamma shapes of the gaps: 1 is Poisson, below is burstier.
 SHAPES = (0.1, 0.25, 0.5, 1.0, 4.0)
 RATE = 6.0
+#: Silence between, or too little work for all GPUs: a tenth of the rate, one GPU held for so many requests.
+QUIET, PER_GPU = "on-off 2 s of 20 s", 4
+FEW = f"a tenth of the rate, a GPU for {PER_GPU} requests"
+FEW_POLICIES = ("static", "elastic:history")
 
 
 def _points() -> dict[str, dict[str, Any]]:
     points: dict[str, dict[str, Any]] = {f"shape {shape:g}": {"arrivals": f"gamma:{RATE}:{shape}"} for shape in SHAPES}
     # silence for nine tenths of the time: where giving GPUs back could pay
-    points["on-off 2 s of 20 s"] = {"arrivals": f"on-off:{RATE / 10}:2:18", "scale_to_zero": True, "keep_alive": "2"}
+    points[QUIET] = {"arrivals": f"on-off:{RATE / 10}:2:18", "scale_to_zero": True, "keep_alive": "2"}
     return points
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
-    requests = options.pick(24, serving.FULL)
-    return study.jobs(options, POLICIES, _points(), max_requests=requests, goodput=list(study.OBJECTIVES))
+    common = {"max_requests": options.pick(24, serving.FULL), "goodput": list(study.OBJECTIVES)}
+    few = {FEW: {"arrivals": f"poisson:{RATE / 10}", "requests_per_gpu": PER_GPU, "keep_alive": "2"}}
+    return study.jobs(options, POLICIES, _points(), **common) | study.jobs(options, FEW_POLICIES, few, **common)
 
 
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
@@ -49,16 +54,25 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
                 f"{policy}: from gaps of shape {SHAPES[-1]:g} to {SHAPES[0]:g}, p99 time to first token changes by "
                 f"{study.change(bursty.request.p99_ttft_ms, even.request.p99_ttft_ms)}."
             )
-    quiet = labels[-1]
-    base, mine = study.found(results, quiet, "static"), study.found(results, quiet, "moeless:history")
+    base, mine = study.found(results, QUIET, "static"), study.found(results, QUIET, "moeless:history")
     if base.request and mine.request:
         text.append(
             f"Bursts of two seconds in twenty, GPUs given back after 2 s of silence: moeless holds GPUs "
             f"{study.change(mine.billing.gpu_seconds, base.billing.gpu_seconds)} and its mean time to first token is "
             f"{mine.request.mean_ttft_ms:.0f} ms, static EP's {base.request.mean_ttft_ms:.0f} ms."
         )
+    base, mine = (study.found(results, FEW, policy) for policy in FEW_POLICIES)
+    if base.request and mine.request:
+        held = study.change(mine.billing.gpu_seconds, base.billing.gpu_seconds)
+        text.append(
+            f"At {RATE / 10:g} requests/s, one GPU held for {PER_GPU} requests and as many as memory needs, the others "
+            f"given back after 2 s: elastic holds GPUs {held} against all eight; its mean time to first token is "
+            f"{mine.request.mean_ttft_ms:.0f} ms instead of {base.request.mean_ttft_ms:.0f} ms, its mean layer "
+            f"{study.change(mine.layer.mean_ms, base.layer.mean_ms)}."
+        )
     data = study.table(results, labels, POLICIES, f"Arrivals of {RATE:g} requests/s on the mean")
-    return Drawn(plots, {"arrivals": data}, text=text, warnings=study.warnings(results))
+    few = study.table(results, [FEW], FEW_POLICIES, "GPUs given back one by one")
+    return Drawn(plots, {"arrivals": data, "few": few}, text=text, warnings=study.warnings(results))
 
 
 EXPERIMENT = Experiment(

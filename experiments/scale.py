@@ -9,13 +9,17 @@ import numpy as np
 
 from moeless.experiments import serving, study
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.metrics.result import Cell
 from moeless.report import line_figures
 
 EPLB = ("eplb:history", "eplb-hierarchical:history")
 POLICIES = ("static", *EPLB, "moeless:history", "elastic:history", "oracle")
 GPUS = (8, 32, 128, 512, 1024)
 MODEL = "deepseek-v3"
-COLUMNS = ("GPUs", *study.COLUMNS[1:6], "experts (ms)", "all-to-all (ms)", "control (ms)", "waiting (ms)", "layer runs")
+COLUMNS = (
+    "GPUs", *study.COLUMNS[1:6], "experts (ms)", "all-to-all (ms)", "control (ms)", "waiting (ms)",
+    "first iteration (ms)", "later ones (ms)", "layer runs",
+)  # fmt: skip
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
@@ -46,7 +50,9 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     for (gpus, policy), one in found.items():
         layer = one.layer
         parts = [layer.parts_ms[name] for name in ("expert", "all_to_all", "control", "stall")]
-        rows.append([gpus, policy, layer.mean_ms, layer.p99_ms, layer.imbalance, layer.replicas, *parts, layer.samples])
+        split = [one.settings[name] for name in ("first_ms", "later_ms")]
+        figures = [layer.mean_ms, layer.p99_ms, layer.imbalance, layer.replicas]
+        rows.append([gpus, policy, *figures, *parts, *split, layer.samples])
     series = {}
     for policy in POLICIES:
         ratio_X3 = np.array([serving.ratio(results[f"{gpus}|{policy}"], results[f"{gpus}|static"]) for gpus in GPUS])
@@ -72,6 +78,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             f"{study.change(found[gpus, best].layer.mean_ms, base)} against static EP; "
             f"elastic {study.change(found[gpus, 'elastic:history'].layer.mean_ms, base)}."
         )
+        text += _split(gpus, *(found[gpus, policy] for policy in ("static", "eplb:history", "elastic:history")))
     text.append(
         "With more GPUs than experts static EP, and the oracle on its placement, leave GPUs without work: there "
         "copies are what uses a cluster at all. Elastic never moves a primary, so it starts from a worse place than "
@@ -81,6 +88,17 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         text for text in dict.fromkeys(note for one in found.values() for note in one.warnings) if "p99" not in text
     ]
     return Drawn({"gpus": plot}, {"points": Data(COLUMNS, rows, "Each policy", show=True)}, text=text, warnings=notes)
+
+
+def _split(gpus: int, static: Cell, eplb: Cell, elastic: Cell) -> list[str]:
+    """Where elastic is behind EPLB: whether in the first iteration, all prompts at once, or after it."""
+    if elastic.layer.mean_ms <= eplb.layer.mean_ms:
+        return []
+    said = []
+    for name, what in (("first_ms", "the first iteration, all prompts at once"), ("later_ms", "the later ones")):
+        mine, theirs = (study.change(one.settings[name], static.settings[name]) for one in (elastic, eplb))
+        said.append(f"in {what}, elastic is {mine} and EPLB {theirs} against static EP")
+    return [f"{gpus} GPUs, where elastic is behind EPLB: {'; '.join(said)}."]
 
 
 EXPERIMENT = Experiment(

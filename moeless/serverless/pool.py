@@ -39,6 +39,8 @@ class PoolSettings:
         expert_bytes_G: memory for expert copies on each GPU; None: what the model's other weights and the KV cache
             of the running requests leave, moment by moment.
         scale_to_zero: idle for a keep-alive, all copies expire and all GPUs are given back.
+        requests_per_gpu: GPUs are held for so many requests each, and as memory needs; those not needed for a
+            keep-alive are given back one by one. None: all are held.
         container_seconds: starting a GPU container again; its non-expert weights then load from ``home``.
         start_seconds: starting a copy's function instance, beside the transfer of its weights.
     """
@@ -48,12 +50,15 @@ class PoolSettings:
     instant: bool = False
     expert_bytes_G: tuple[float, ...] | None = None
     scale_to_zero: bool = False
+    requests_per_gpu: float | None = None
     container_seconds: float = 1.0
     start_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.home not in HOME_TIERS:
             raise UserError(f"experts' home is {self.home!r}, it must be host or storage")
+        if self.requests_per_gpu is not None and not self.requests_per_gpu > 0:
+            raise UserError(f"a GPU must be held for more than 0 requests, got {self.requests_per_gpu}")
         if not self.container_seconds >= 0:
             raise UserError(f"a container's start must take at least 0 seconds, got {self.container_seconds}")
         if not self.start_seconds >= 0:
@@ -87,7 +92,9 @@ class InstancePool:
         self.tier_seconds = np.array(seconds)
         restart = costs.load_seconds(float(spec.non_expert_bytes), settings.home, 0)
         self.wake_seconds = settings.container_seconds + restart
-        self.released_gpu_seconds = 0.0
+        self.held_G = np.ones(cluster.G, np.bool_)
+        # since when each GPU is held, or is not, and how long it was either before
+        self._changed_G, self._held_seconds_G, self._released_seconds_G = np.zeros((3, cluster.G))
         #: told of every transfer: GPU, layer, expert, begin, end
         self.on_copy: Callable[[int, int, int, float, float], None] | None = None
 
@@ -281,9 +288,24 @@ class InstancePool:
             return False
         end = idle_from + keep.seconds
         self.drop(np.ones(self.born_LEG.shape, np.bool_), end)
-        self.released_gpu_seconds += self.cluster.G * (until - end)
+        self.hold(np.zeros(self.cluster.G, np.bool_), end)
+        if self.settings.requests_per_gpu is None:
+            self.hold(np.ones(self.cluster.G, np.bool_), until)
         self.engine_free_G[:] = until + self.wake_seconds
         return True
+
+    def hold(self, held_G: BoolArray, now: float) -> None:
+        """Hold these GPUs from ``now`` on, and no others."""
+        seconds_G = now - self._changed_G
+        assert (seconds_G >= 0).all(), "a GPU was given back or taken before it last was"
+        self._held_seconds_G[self.held_G] += seconds_G[self.held_G]
+        self._released_seconds_G[~self.held_G] += seconds_G[~self.held_G]
+        self.held_G, self._changed_G = held_G.copy(), np.full(self.cluster.G, now)
+
+    def gpu_seconds(self, now: float) -> float:
+        """Sum over GPUs of the seconds for which they were held, up to ``now``."""
+        self.hold(self.held_G, now)
+        return self.cluster.G * now - float(self._released_seconds_G.sum())
 
     def resident_byte_seconds(self, now: float) -> float:
         """Sum over copies of bytes times seconds in memory up to ``now``, copies still there included.
@@ -305,5 +327,8 @@ class InstancePool:
         held = np.isfinite(self.born_LEG).sum((0, 1)) * self._bytes
         assert np.allclose(held, self.resident_G), "booked memory differs from the copies there are"
         assert (np.isfinite(self.ready_LEG) == np.isfinite(self.born_LEG)).all(), "a copy is ready that was never begun"
+        seconds_G = self._held_seconds_G + self._released_seconds_G
+        assert np.allclose(seconds_G, self._changed_G), "a GPU was held and given back at once, or neither"
         here = np.isfinite(self.born_LEG)
+        assert not here[:, :, ~self.held_G].any(), "a copy is in the memory of a GPU that was given back"
         assert (self.ready_LEG[here] >= self.born_LEG[here]).all(), "a copy was ready before its load began"

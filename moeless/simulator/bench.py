@@ -19,7 +19,7 @@ from moeless.metrics.requests import Objective
 from moeless.placement import PLANNERS
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator.core import Simulation, SimulationSettings, simulate
-from moeless.simulator.failures import Failure
+from moeless.simulator.failures import Failure, check_failures
 from moeless.simulator.loop import Run
 from moeless.simulator.routing import Replay
 from moeless.simulator.runtime import ORACLE, PolicyRuntime, resolve
@@ -51,9 +51,8 @@ class BenchConfig:
             a share of the others, so that what is tuned can be tested on requests that tuning never saw.
         arrivals_window: seconds [start, stop) of a request trace's file that are used.
         time_scale: factor on all arrival times.
-        keep_alive, home, scale_to_zero, container_seconds, start_seconds: of expert copies; see
-            ``moeless.serverless``. Serverful planners keep no copy that their plan does not hold, and never scale to
-            zero.
+        keep_alive, home, scale_to_zero, requests_per_gpu, container_seconds, start_seconds: of expert copies and GPUs;
+            see ``moeless.serverless``. Serverful planners keep no copy that their plan does not hold, and all GPUs.
         failures: what breaks, and when.
         replan_seconds: between EPLB's plans.
         plan_every: iterations between the plans of planners that plan per iteration (moeless, elastic).
@@ -84,6 +83,7 @@ class BenchConfig:
     warmup: int = 0
     keep_alive: float | str = 10.0
     scale_to_zero: bool = False
+    requests_per_gpu: float | None = None
     container_seconds: float = 1.0
     start_seconds: float = 0.0
     failures: tuple[Failure, ...] = ()
@@ -195,6 +195,9 @@ class Bench:
         known = token_T if bool((token_T >= 0).any()) else None
         self.replay = Replay(self.served.topk_TLK, self.workload, self.spec.E, self.cluster.G, known)
         self._scheduler()
+        check_failures(config.failures, self.cluster.G)
+        for costs_name, policy in self.cells:
+            self._parts(costs_name, policy)
 
     def _spec(self, recorded: MoESpec) -> MoESpec:
         if self.config.model is None:
@@ -295,6 +298,7 @@ class Bench:
             home=config.home,
             instant=costs_name == "paper" if config.instant_copies is None else config.instant_copies,
             scale_to_zero=config.scale_to_zero and not serverful,
+            requests_per_gpu=None if serverful else config.requests_per_gpu,
             container_seconds=config.container_seconds,
             start_seconds=config.start_seconds,
         )
@@ -329,6 +333,8 @@ class Bench:
             "copies": "instant" if pool.instant else "timed",
             "keep_alive": str(pool.keep_alive),
             "start_seconds": config.start_seconds,
+            "scale_to_zero": pool.scale_to_zero,
+            "requests_per_gpu": pool.requests_per_gpu,
             "plan_every": config.plan_every,
             "seed": config.seed,
         }

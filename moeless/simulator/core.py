@@ -102,9 +102,9 @@ def simulate(
     meter = Meter(
         own_layer_byte_seconds=float(record.billed[kernels.OWN]) * spec.expert_bytes,
         whole_byte_seconds=float(record.billed[kernels.WHOLE]) * spec.expert_bytes,
-        misc_byte_seconds=float(record.billed[kernels.MISC]) * spec.non_expert_bytes * cluster.G,
+        misc_byte_seconds=float(record.billed[kernels.MISC]) * spec.non_expert_bytes * run.mean_held,
         resident_byte_seconds=pool.resident_byte_seconds(now),
-        gpu_seconds=cluster.G * now - pool.released_gpu_seconds,
+        gpu_seconds=pool.gpu_seconds(now),
     )
     layer = record.metrics(pool.moved_bytes)
     if layer is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless.contracts import IntArray, LayerPlan
+from moeless.contracts import BoolArray, IntArray, LayerPlan
 from moeless.errors import RunFailed, UserError
 
 
@@ -54,21 +54,30 @@ class Failure:
 
 
 class Outage:
-    """Which GPUs are down, and how work moves off them."""
+    """Which GPUs are down, and how work moves off them.
+
+    Attributes:
+        down_G: lost, given back, or not there yet.
+        back_at_G: when each GPU that is down will work.
+        closed_G: they work, but requests that begin go elsewhere.
+    """
 
     def __init__(self, num_gpus: int) -> None:
-        self.back_at_G = np.full(num_gpus, -np.inf)
+        self.down_G = np.zeros(num_gpus, np.bool_)
+        # infinity: nobody knows
+        self.back_at_G = np.full(num_gpus, np.inf)
+        self.closed_G = np.zeros(num_gpus, np.bool_)
         self._moved: dict[int, int] = {}
 
     @property
     def down(self) -> bool:
         """Whether any GPU is down."""
-        return bool(np.isfinite(self.back_at_G).any())
+        return bool(self.down_G.any())
 
     @property
     def alive(self) -> list[int]:
         """GPUs that work."""
-        return np.flatnonzero(~np.isfinite(self.back_at_G)).tolist()
+        return np.flatnonzero(~self.down_G).tolist()
 
     def lose(self, gpu: int, back_at: float) -> None:
         """Note a lost GPU.
@@ -76,32 +85,34 @@ class Outage:
         Raises:
             RunFailed: it was the last one.
         """
-        self.back_at_G[gpu] = back_at
+        self.down_G[gpu], self.back_at_G[gpu] = True, back_at
         if not self.alive:
             raise RunFailed("the last GPU was lost: nothing is left to serve with")
 
     @property
     def next_return(self) -> float:
-        """When the first lost GPU is back, infinity where none is lost."""
-        return float(self.back_at_G[np.isfinite(self.back_at_G)].min(initial=np.inf))
+        """When the first lost GPU is back, infinity where none is."""
+        return float(self.back_at_G[self.down_G].min(initial=np.inf))
 
     def returned(self, now: float) -> list[int]:
         """GPUs that are back by ``now``, from here on counted as working."""
-        if self.back_at_G.max() == -np.inf:
+        if not self.down:
             return []
-        back = np.flatnonzero(np.isfinite(self.back_at_G) & (self.back_at_G <= now)).tolist()
-        self.back_at_G[back] = -np.inf
+        back = np.flatnonzero(self.down_G & (self.back_at_G <= now)).tolist()
+        self.down_G[back] = False
         return back
 
-    def evacuate(self, plan: LayerPlan) -> LayerPlan:
-        """The plan without the lost GPUs: their extras go, their primaries move to the survivor with fewest copies.
+    def evacuate(self, plan: LayerPlan, leaving_G: BoolArray | None = None) -> LayerPlan:
+        """The plan without the lost GPUs and those that are ``leaving_G``.
 
-        An expert that keeps another copy makes that one its primary. Of shares fixed ahead, a lost copy's go to those
-        that are left in proportion to theirs, or to the primary where these have none.
+        Their extras go, their primaries move to the survivor with fewest copies. An expert that keeps another copy
+        makes that one its primary. Of shares fixed ahead, a lost copy's go to those that are left in proportion to
+        theirs, or to the primary where these have none.
         """
-        if not self.down:
+        gone_G = self.down_G if leaving_G is None else self.down_G | leaving_G
+        if not gone_G.any():
             return plan
-        lost_R = np.isfinite(self.back_at_G)[plan.gpu_R]
+        lost_R = gone_G[plan.gpu_R]
         if not lost_R.any():
             return plan
         num_experts = int(plan.expert_R.max()) + 1
@@ -112,7 +123,7 @@ class Outage:
             if e not in headed:
                 primary[place] = True
                 headed.add(e)
-        count = {g: gpu.count(g) for g in self.alive}
+        count = {g: gpu.count(g) for g in np.flatnonzero(~gone_G).tolist()}
         for e in range(num_experts):
             if e not in headed:
                 home = min(count, key=lambda g: (count[g], g))
@@ -130,18 +141,21 @@ class Outage:
             plan.layer, expert, gpu, primary, num_experts=num_experts, num_gpus=len(self.back_at_G), share_R=share
         )
 
-    def owners(self, rank_N: IntArray, request_N: IntArray) -> IntArray:
+    def owners(self, rank_N: IntArray, request_N: IntArray, begins_N: BoolArray | None = None) -> IntArray:
         """Where each request's KV cache is: its scheduler's rank, unless it had to move once.
 
-        A request whose rank is down moves for good, to the working GPU at its id modulo their number.
+        A request whose rank is down moves for good, to the working GPU at its id modulo their number; so does one that
+        ``begins_N`` and whose rank is closed.
         """
-        if not self.down and not self._moved:
+        if not self.down and not self._moved and not self.closed_G.any():
             return rank_N
-        owner_N, alive = rank_N.copy(), self.alive
+        owner_N = rank_N.copy()
+        open_ones = np.flatnonzero(~self.down_G & ~self.closed_G).tolist() or self.alive
+        begins = [False] * len(request_N) if begins_N is None else begins_N.tolist()
         for place, request in enumerate(request_N.tolist()):
             owner = self._moved.get(request, int(rank_N[place]))
-            if np.isfinite(self.back_at_G[owner]):
-                owner = self._moved[request] = alive[request % len(alive)]
+            if self.down_G[owner] or (begins[place] and self.closed_G[owner]):
+                owner = self._moved[request] = open_ones[request % len(open_ones)]
             owner_N[place] = owner
         return owner_N
 

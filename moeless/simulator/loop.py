@@ -20,6 +20,7 @@ from moeless.simulator.history import LoadHistory
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
 from moeless.simulator.runtime import PolicyRuntime
+from moeless.simulator.scaling import Scaling
 from moeless.simulator.stage import Stage
 from moeless.simulator.timeline import Timeline
 
@@ -38,8 +39,8 @@ class SchedulerLike(Protocol):
     def next_arrival(self, now: float) -> float | None: ...
 
 
-class Lost(NamedTuple):
-    """Requests that lost their KV cache, how many positions each had, and on which GPU."""
+class Caches(NamedTuple):
+    """Requests' KV caches: how many positions each has, and on which GPU."""
 
     request_N: IntArray
     position_N: IntArray
@@ -74,6 +75,11 @@ class Run:
         self.stage = Stage(
             runtime, self.pool, self.history, self.record, settings.replan_seconds, settings.plan_every, timeline
         )
+        self.scaling: Scaling | None = None
+        if settings.pool.requests_per_gpu is not None:
+            slots = int(runtime.budget.slots_G.max()) - -(-self.spec.E // self.cluster.G)
+            self.scaling = Scaling(self.stage, self.pool, max(0, slots))
+        self._held_iterations = 0
         self.nonexpert = NonExpertCosts(self.spec, self.cluster)
         self._warmup = settings.warmup_iterations
         self._failures = check_failures(settings.failures, self.cluster.G)
@@ -110,10 +116,12 @@ class Run:
         """Run one iteration from ``now`` on, and the decode steps like it that may follow at once."""
         if self._iterations == self._warmup:
             self.record.restart()
-        spans, begin = columns(iteration), self.now
+        spans, begin, before = columns(iteration), self.now, self._iterations
         self._ranks = iteration.rank_of_request
         outage = self.stage.outage
-        spans = dataclasses.replace(spans, rank_N=outage.owners(spans.rank_N, spans.request_N))
+        owner_N = outage.owners(spans.rank_N, spans.request_N, spans.start_N == 0)
+        assert not outage.down_G[owner_N].any(), "a request runs on a GPU that is not there"
+        spans = dataclasses.replace(spans, rank_N=owner_N)
         sums_SX = rank_sums(spans, self.cluster.G)
         self.pool.share_memory(sums_SX[:, 2] * self.spec.kv_bytes_per_token, begin)
         steady = getattr(self.scheduler, "steady", None)
@@ -129,6 +137,7 @@ class Run:
             self.clocks.complete(spans, self.now)
             self._iterations += 1
         self.busy += self.now - begin
+        self._held_iterations += (self._iterations - before) * int(self.pool.held_G.sum())
         self.scheduler.complete(iteration, self.now)
 
     def _compute(self, spans: SpanColumns, phase: Phase, tokens: int, sums_SX: FloatArray) -> None:
@@ -152,8 +161,8 @@ class Run:
         """Let time pass without requests; what breaks meanwhile breaks then, unless the GPU was given back before."""
         idle_from, keep = self.now, self.pool.settings.keep_alive.seconds
         gone = idle_from + keep if self.pool.gives_back else math.inf
-        while self._failures and self._failures[0].seconds < min(arrival, gone):
-            self._wait_until(self._failures[0].seconds)
+        while (moment := self._next_change()) < min(arrival, gone):
+            self._wait_until(moment)
             self._happen(arrival)
         asleep = self.pool.sleep(max(idle_from, self.now - keep), arrival)
         if asleep:
@@ -165,6 +174,8 @@ class Run:
                 self.pool.set_down(gpu, False)
         self._wait_until(arrival)
         if asleep:
+            if self.scaling is not None:
+                self.scaling.wake(self.now, self._demand())
             self._pause(self.pool.wake_seconds, "container")
             self.stage.wake(self.now)
 
@@ -183,37 +194,76 @@ class Run:
         """Book the last ``seconds`` before ``until`` on a cause, as far as requests waited."""
         self.record.stalls[cause] += min(seconds, max(0.0, until - waits_from))
 
-    def _next_event(self) -> float:
+    def _next_change(self) -> float:
+        """When something breaks, or GPUs are to be given back."""
         failure = self._failures[0].seconds if self._failures else math.inf
-        return min(failure, self.stage.outage.next_return, self.until)
+        return failure if self.scaling is None else min(failure, self.scaling.next_event)
+
+    def _next_event(self) -> float:
+        return min(self._next_change(), self.stage.outage.next_return, self.until)
+
+    def _demand(self) -> int:
+        """Requests that run or wait."""
+        self.scheduler.next_arrival(self.now)
+        return int(getattr(self.scheduler, "num_running", 0)) + int(getattr(self.scheduler, "num_waiting", 0))
+
+    @property
+    def mean_held(self) -> float:
+        """GPUs held in an iteration, on average."""
+        return self._held_iterations / self._iterations if self._iterations else float(self.cluster.G)
+
+    def _cached(self) -> Caches:
+        """Every request's KV cache and the GPU that it is on."""
+        request_N, position_N = self.clocks.cached()
+        owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
+        return Caches(request_N, position_N, self.stage.outage.owners(owner_N, request_N))
+
+    def _kv_bytes_G(self) -> FloatArray:
+        cached = self._cached()
+        held_G = np.bincount(cached.owner_N, weights=cached.position_N, minlength=self.cluster.G)
+        return np.asarray(held_G * float(self.spec.kv_bytes_per_token))
 
     def _happen(self, waits_from: float = -math.inf) -> None:
         """Let failures and returns whose time has come take effect; requests wait from ``waits_from`` on."""
         self.stage.gpus_back(self.now)
         while self._failures and self._failures[0].seconds <= self.now:
             failure = self._failures.pop(0)
+            if not self.pool.held_G[failure.gpu]:
+                self._missed += 1
+                continue
             self._pause(failure.detection_seconds, "failure", waits_from)
+            if self.scaling is not None and failure.layer is None:
+                self._replace(self.scaling, failure, waits_from)
             self.recover(self.lose(failure))
+            if self.scaling is not None and failure.layer is None:
+                self.scaling.lost(failure.gpu, self.now, failure.seconds + failure.restart_seconds)
+        if self.scaling is not None:
+            self.scaling.adapt(self.now, self._demand(), self._kv_bytes_G())
+
+    def _replace(self, scaling: Scaling, failure: Failure, waits_from: float) -> None:
+        """Where too few GPUs are left without the lost one, serving waits for others."""
+        count = scaling.replacements(failure.gpu, float(self._kv_bytes_G().sum()))
+        if count and scaling.take(count, self.now):
+            self._pause(self.pool.wake_seconds, "container", waits_from)
+            self.stage.gpus_back(self.now)
 
     def hand_over_failures(self) -> list[Failure]:
         """What is to break, for whoever has the clock of several runs; this run forgets it."""
         failures, self._failures = self._failures, []
         return failures
 
-    def lose(self, failure: Failure, loads: bool = True) -> Lost:
+    def lose(self, failure: Failure, loads: bool = True) -> Caches:
         """Lose a copy or a GPU at ``now``; where ``loads``, stand-ins of the copies begin to load.
 
         Returns:
             The requests whose KV cache went with it, to be given to :meth:`recover`.
         """
-        request_N, position_N = self.clocks.cached()
-        owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
-        owner_N = self.stage.outage.owners(owner_N, request_N)
+        cached = self._cached()
         self.stage.fail(failure, self.now, loads)
-        lost_N = (owner_N == failure.gpu) & (failure.layer is None)
-        return Lost(request_N[lost_N], position_N[lost_N], owner_N[lost_N])
+        lost_N = (cached.owner_N == failure.gpu) & (failure.layer is None)
+        return Caches(*(column_N[lost_N] for column_N in cached))
 
-    def recover(self, lost: Lost) -> None:
+    def recover(self, lost: Caches) -> None:
         """Compute lost KV caches again on the GPUs that are left; no request gets a token from it."""
         if not len(lost.request_N):
             return

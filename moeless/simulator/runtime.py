@@ -18,7 +18,7 @@ from moeless.spec import MoESpec
 
 #: The routing override, which is no planner.
 ORACLE = "oracle"
-#: Tokens of an iteration that a plan made before the run is meant for.
+#: Tokens of an iteration that a plan made before the run is meant for, for every 64 GPUs where there are more.
 DEPLOYMENT_TOKENS = 512
 #: Iterations that an ``interval`` plan is expected to stay, for planners that weigh moving against gain.
 INTERVAL_ITERATIONS = 10_000
@@ -59,8 +59,10 @@ class PolicyRuntime(PlannerInUse):
     def deployment(self, share_L: Sequence[FloatArray | None]) -> list[LayerPlan]:
         """The plans with which the run starts, from the shares known beforehand (even ones where none are)."""
         even_E = np.full(self.spec.E, 1.0 / self.spec.E)
-        mean_LE = [(even_E if share is None else share) * DEPLOYMENT_TOKENS * self.spec.K for share in share_L]
-        forecasts = [Forecast(mean_E, mean_E.copy(), DEPLOYMENT_TOKENS, "history") for mean_E in mean_LE]
+        # so few tokens that many GPUs have one or two each would leave elastic nothing to gain by copies
+        tokens = DEPLOYMENT_TOKENS * max(1, self.cluster.G // 64)
+        mean_LE = [(even_E if share is None else share) * tokens * self.spec.K for share in share_L]
+        forecasts = [Forecast(mean_E, mean_E.copy(), tokens, "history") for mean_E in mean_LE]
         return self.plan_all(Phase.MIXED, forecasts, horizon=INTERVAL_ITERATIONS)
 
 

@@ -101,6 +101,10 @@ class SharedPool:
         for run in runs:
             if not isinstance(run.scheduler, Continuous):
                 raise UserError("tenants of a shared pool are served with continuous batching")
+            if run.scaling is not None or run.pool.settings.scale_to_zero:
+                raise UserError(
+                    "models of a shared pool sleep, no GPU is given back: leave scale_to_zero and requests_per_gpu out"
+                )
             self.tenants.append(Tenant(run, run.scheduler))
         self.end, self.overflow_bytes, self.drains, self._idle = 0.0, 0.0, 0, 0.0
         self._failures = self._hand_over()

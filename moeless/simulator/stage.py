@@ -316,16 +316,21 @@ class Stage:
         tokens = max(1, round(self.history.mean_tokens or 1))
         mean_LE = [self.history.share_or_even(layer) * (tokens * self.spec.K) for layer in range(self.spec.L)]
         forecasts = [Forecast(mean_E, mean_E.copy(), tokens, "history") for mean_E in mean_LE]
-        self._pending, ready = self.runtime.plan_all(Phase.MIXED, forecasts, self.plans, INTERVAL_ITERATIONS), now
-        for layer, (old, new) in enumerate(zip(self.plans, self._pending, strict=True)):
-            there = self.outage.evacuate(new)
-            # both plans' copies are in memory until the switch
-            both = np.concatenate([old.expert_R, there.expert_R]), np.concatenate([old.gpu_R, there.gpu_R])
-            self.pool.provision(layer, both[0], both[1], now)
-            ready = max(ready, float(self.pool.ready_at(there).max()))
+        self._pending = self.runtime.plan_all(Phase.MIXED, forecasts, self.plans, INTERVAL_ITERATIONS)
+        ready = self.load_beside(self._pending, now)
         if not np.isfinite(ready):
             raise RunFailed("GPU memory has no room for the new plan's copies beside the old one's")
         self._next_change = max(ready, np.nextafter(now, np.inf))
+
+    def load_beside(self, coming: Sequence[LayerPlan], now: float, leaving_G: BoolArray | None = None) -> float:
+        """Load what coming plans want, beside those in force until the switch; returns when the last of it is there."""
+        ready = now
+        for layer, (old, new) in enumerate(zip(self.plans, coming, strict=True)):
+            there = self.outage.evacuate(new, leaving_G)
+            both = np.concatenate([old.expert_R, there.expert_R]), np.concatenate([old.gpu_R, there.gpu_R])
+            self.pool.provision(layer, both[0], both[1], now)
+            ready = max(ready, float(self.pool.ready_at(there).max()))
+        return ready
 
     def _restore(self, now: float) -> None:
         """Put the wanted plans in force, as far as GPUs work; layers wait for what has to be loaded."""
@@ -338,7 +343,10 @@ class Stage:
 
     def wake(self, now: float) -> None:
         """After the GPUs were given back: load everything again."""
-        self._cause = "wake"
+        self._again("wake", now)
+
+    def _again(self, cause: str, now: float) -> None:
+        self._cause = cause
         self._wanted = self.wanted
         self.ahead.keeping.forget()
         self._restore(now)
@@ -351,6 +359,14 @@ class Stage:
             copies_LEG[layer, there.expert_R, there.gpu_R] = True
         return np.asarray(copies_LEG.sum((0, 1)) * float(self.spec.expert_bytes))
 
+    def leave(self, leaving_G: BoolArray, now: float) -> None:
+        """Do without these GPUs from ``now`` on."""
+        for gpu in np.flatnonzero(leaving_G).tolist():
+            self.outage.lose(gpu, np.inf)
+            self.pool.set_down(gpu, True)
+        self.pool.drop(np.broadcast_to(leaving_G, self.pool.born_LEG.shape), now)
+        self._again("leaving", now)
+
     def fail(self, failure: Failure, now: float, loads: bool = True) -> None:
         """Lose a copy or a GPU at ``now``; load a stand-in for what was on it, unless nothing is in memory anyway."""
         lost_LEG = np.zeros(self.pool.born_LEG.shape, np.bool_)
@@ -361,11 +377,8 @@ class Stage:
             self.outage.lose(failure.gpu, now + failure.restart_seconds)
             self.pool.set_down(failure.gpu, True)
         self.pool.drop(lost_LEG, now)
-        self._cause = "failure"
-        self._wanted = self.wanted
-        self.ahead.keeping.forget()
         if loads:
-            self._restore(now)
+            self._again("failure", now)
 
     def gpus_back(self, now: float, loads: bool = True) -> Sequence[int]:
         """Use GPUs again that have restarted; returns them."""

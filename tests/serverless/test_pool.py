@@ -139,7 +139,7 @@ def test_scale_to_zero_frees_everything_after_the_keep_alive_and_bills_until_the
     assert not pool.sleep(10.0, 14.0)
     assert pool.sleep(20.0, 60.0)
     assert pool.resident_byte_seconds(60.0) == pytest.approx(8 * M * 25.0)
-    assert pool.released_gpu_seconds == pytest.approx(2 * 35.0)
+    assert pool.gpu_seconds(60.0) == pytest.approx(2 * 60.0 - 2 * 35.0)
     assert pool.wake_seconds == pytest.approx(2.0 + SPEC.non_expert_bytes / WHERE.device.host_bandwidth)
     give(pool, plan(0), 60.0 + pool.wake_seconds)
     # nobody else has the weights: all four come from the host
