@@ -1,7 +1,7 @@
 """Fidelity: the simulator, fed with a CPU profile of this machine, against the live 2-rank engine.
 
-Run: python benchmarks/bench_fidelity.py [--requests N] [--repeats N] [--seed N] [--profile FILE | --write-profile FILE]
-Serves two workloads live, several times each, and measures the profile that the second one needs (or takes FILE).
+Run: python benchmarks/bench_fidelity.py [--requests N] [--repeats N] [--turns N] [--seed N] [--profile FILE]
+Serves two workloads live, several times each, and measures the profiles that the second one needs (or takes FILE).
 What the simulator says is the typical time of an undisturbed machine, so it is compared with the *median* over the
 repetitions of each layer and each request; the column *noise* says how far that median itself is from where it would
 settle (half of what the medians of random halves of the repetitions differ by): an error below it cannot be told from
@@ -12,12 +12,17 @@ A live layer begins when its last rank enters it. *Layer*: the recorded loads of
 ``measured`` cost model as they are; nothing is fitted on live runs. *Requests*: the second workload is simulated whole
 with the recorded routing and the live scheduler's settings; what an iteration takes beyond the profile's layers
 (attention, head, Python, the step to the next iteration) is a linear function of its tokens, fitted on the first
-workload: on the mean of each iteration, for it is means that add up over a request. A machine's speed changes from
-minute to minute, so both workloads are served in turns, the profile is measured between two of them, and repetitions
-are pooled; the first of each launch is left out. Errors are relative to what was measured. Run it on an idle machine
-with two cores: on a busy one the waits of the exchange, which no profile can know, decide.
+workload: on the mean of each iteration, for it is means that add up over a request, scaled so that together they take
+what the median repetition does.
 
-Axes: S ranks, I iterations, L layers, N requests, B repetitions.
+A machine's speed changes from minute to minute, so there are turns: each serves the first workload, measures a profile,
+and serves the second one. Repetitions are pooled over the turns (the first of each launch is left out), and what is
+predicted is the median of the turns' predictions, so that a slow minute meets both sides alike. Errors are relative to
+what was measured. Run it on an idle machine with two cores: on a busy one the waits of the exchange, which no profile
+can know, decide. Where the system allows it, everything runs at real-time priority, so that other programs are at least
+outranked.
+
+Axes: S ranks, I iterations, L layers, N requests, B repetitions, P profiles.
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ from moeless.profiling.run import ProfileOptions, make_plan, profile_model
 from moeless.profiling.timing import Effort
 from moeless.simulator import Replay, SimulationSettings, resolve
 from moeless.simulator.loop import Run
+from moeless.simulator.runtime import PolicyRuntime
 from moeless.spec import MoESpec, preset
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
@@ -57,8 +63,8 @@ OUTPUT_TOKENS, AT_ONCE = 32, 1e-9
 MAX_RUNNING, TOKEN_BUDGET = 12, 256
 #: Grid of the profile: no expert of a workload gets more tokens, no rank has more experts.
 TOKENS, ACTIVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256), (1, 2, 3, 4, 6, 8)
-#: Turns of the two workloads, and repetitions of the one that the rest is fitted on in each of them.
-TURNS, CALIBRATION = 3, 3
+#: Repetitions, in each turn, of the workload that the rest is fitted on.
+CALIBRATION = 3
 
 
 @dataclass(frozen=True)
@@ -228,8 +234,19 @@ def noise(measured_BX: np.ndarray, splits: int = 50) -> float:
     return float(np.mean(differ)) / 2.0
 
 
-def compare(live: Live, calibration: Live, profile: Path) -> None:
-    """Print the table."""
+def simulated(live: Live, costs: MeasuredCosts, runtime: PolicyRuntime, rest: Rest) -> tuple[np.ndarray, np.ndarray]:
+    """Each request's seconds to its first and last token, ``[N]``, in a simulation of the whole workload."""
+    replay = Replay(live.topk_TLK, Workload(live.requests, False, (), live.base_N), live.spec.E, costs.cluster.G)
+    scheduler = Continuous(live.requests, costs.cluster.G, token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING)
+    run = Run(replay, live.requests, scheduler, runtime, SimulationSettings(), None, None, None)
+    run.nonexpert = rest  # type: ignore[assignment]
+    run.to_the_end()
+    times = run.clocks.times()
+    return times.ttft_N, times.e2el_N
+
+
+def predictions(live: Live, calibration: Live, profile: Path) -> dict[str, np.ndarray]:
+    """All that one profile says of the second workload: expert and layer ``[I, L]``, first and last ``[N]``."""
     where = cluster("cpu2")
     costs = MeasuredCosts(live.spec, where, str(profile))
     if costs.exchange.engine is None:
@@ -237,6 +254,21 @@ def compare(live: Live, calibration: Live, profile: Path) -> None:
     runtime = resolve(Policy("static"), spec=live.spec, cluster=where, costs=costs, extra_slots=0, predictors={})
     plans = runtime.deployment([None] * live.spec.L)
     expert, layer = predict(live, costs, plans)
+    typical_I = calibration.iteration_BI.mean(0)
+    typical_I *= np.median(calibration.iteration_BI.sum(1)) / typical_I.sum()
+    beyond = typical_I - predict(calibration, costs, plans)[1].sum(1)
+    first, last = simulated(live, costs, runtime, Rest(tokens_I(calibration), beyond))
+    for warning in costs.warnings:
+        print(f"! {warning}")
+    return {"expert": expert, "layer": layer, "first": first, "last": last}
+
+
+def compare(live: Live, calibration: Live, profiles: Sequence[Path]) -> None:
+    """Print the table."""
+    every_P = [predictions(live, calibration, profile) for profile in profiles]
+    expert, layer, first, last = (
+        np.median([each[name] for each in every_P], 0) for name in ("expert", "layer", "first", "last")
+    )
     print(f"{'':<48} {'live ms':>9} {'sim ms':>9} {'MAE %':>8} {'mean %':>8} {'noise %':>8}")
     errors("experts of the slowest rank (processor time)", expert, live.expert_BIL)
     errors("MoE layer", layer, live.layer_BIL)
@@ -249,68 +281,67 @@ def compare(live: Live, calibration: Live, profile: Path) -> None:
             errors(f"MoE layer, {at.sum()} iterations of {upto}", layer[at], live.layer_BIL[:, at])
     errors("(one repetition for a prediction: layer)", live.layer_BIL[0], live.layer_BIL[1:])
     errors("(the same, layers of an iteration)", live.layer_BIL[0].sum(1), live.layer_BIL[1:].sum(2))
-    beyond = calibration.iteration_BI.mean(0) - predict(calibration, costs, plans)[1].sum(1)
-    run = Run(
-        Replay(live.topk_TLK, Workload(live.requests, False, (), live.base_N), live.spec.E, where.G),
-        live.requests,
-        Continuous(live.requests, where.G, token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING),
-        runtime,
-        SimulationSettings(),
-        None,
-        None,
-        None,
-    )
-    run.nonexpert = Rest(tokens_I(calibration), beyond)  # type: ignore[assignment]
-    run.to_the_end()
-    times = run.clocks.times()
-    errors("request, time to first token, rest calibrated", times.ttft_N, live.first_BN)
-    errors("request, end to end, rest calibrated", times.e2el_N, live.last_BN)
-    for warning in costs.warnings:
-        print(f"! {warning}")
+    errors("request, time to first token, rest calibrated", first, live.first_BN)
+    errors("request, end to end, rest calibrated", last, live.last_BN)
 
 
 def write_profile(path: Path) -> None:
     """Measure what the comparison needs of this machine: a grid as large as the workload's loads, few copies."""
     spec, options = preset("bundled"), ProfileOptions(ranks=2, force=True)
     plan = make_plan(spec, "cpu", options)
-    plan = dataclasses.replace(plan, tokens=TOKENS, active=ACTIVE, copies=plan.copies[::3], effort=Effort(0.05, 7, 40))
+    # static EP copies nothing; the turns go through the grid more than once
+    plan = dataclasses.replace(
+        plan, tokens=TOKENS, active=ACTIVE, copies=plan.copies[:1], effort=Effort(0.05, 7, 40), passes=1
+    )
     write_json(path, profile_model(spec, plan, options, path.parent))
+
+
+def outrank() -> str:
+    """Take real-time priority where the system allows it, for this process and those that it starts; says which."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
+    except (AttributeError, OSError):
+        return "normal priority"
+    return "real-time priority"
 
 
 def main() -> None:
     """Profile, calibrate, predict."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=20, help="repetitions of the second workload over all turns")
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", type=Path, default=None)
-    parser.add_argument("--write-profile", type=Path, default=None, help="measure the profile alone, and stop")
+    parser.add_argument("--normal", action="store_true", help="stay at normal priority")
+    parser.add_argument("--write-profile", type=Path, default=None, help="measure one profile alone, and stop")
     arguments = parser.parse_args()
     if arguments.write_profile is not None:
         write_profile(arguments.write_profile)
         return
+    priority = "normal priority" if arguments.normal else outrank()
     before, begun = os.getloadavg()[0], time.perf_counter()
     ran: tuple[list[Live], list[Live]] = ([], [])
+    profiles = [arguments.profile] if arguments.profile else []
     with tempfile.TemporaryDirectory() as scratch:
-        profile = arguments.profile or Path(scratch) / "cpu.json"
-        for turn in range(TURNS):
-            counts = (CALIBRATION, -(-arguments.repeats // TURNS))
-            for which, count in enumerate(counts):
-                ran[which].append(serve(arguments.requests, count, arguments.seed + which))
-            if turn == 0 and arguments.profile is None:
+        for turn in range(arguments.turns):
+            ran[0].append(serve(arguments.requests, CALIBRATION, arguments.seed))
+            if arguments.profile is None:
+                profiles.append(Path(scratch) / f"cpu-{turn}.json")
                 # a process of its own: it forks ranks, and so do the turns that follow
-                subprocess.run([sys.executable, __file__, "--write-profile", str(profile)], check=True)
+                subprocess.run([sys.executable, __file__, "--write-profile", str(profiles[-1])], check=True)
+            ran[1].append(serve(arguments.requests, -(-arguments.repeats // arguments.turns), arguments.seed + 1))
         calibration, live = (pooled(parts) for parts in ran)
         print(
             f"bundled model, 2 ranks, static EP: {live.layer_BIL.shape[1]} iterations, {len(live.requests)} requests, "
-            f"{len(live.layer_BIL)} repetitions, seeds {arguments.seed} and {arguments.seed + 1}"
+            f"{len(live.layer_BIL)} repetitions, seeds {arguments.seed} and {arguments.seed + 1}, {priority}"
         )
         levels = " ".join(f"{1e3 * part.layer_BIL.mean():.2f}" for part in ran[1])
         print(
             f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after, on {os.cpu_count()} cores; "
             f"{time.perf_counter() - begun:.0f} s; mean layer of the turns {levels} ms"
         )
-        compare(live, calibration, profile)
+        compare(live, calibration, profiles)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Resolved measurement: grids and their cost, for ``--dry-run`` and the run itself."""
+    """Resolved measurement: grids, how often they are gone through, and their cost, for ``--dry-run`` and the run."""
 
     device: torch.device
     dtypes: tuple[str, ...]
@@ -81,6 +82,7 @@ class Plan:
     ranks: tuple[int, ...]
     peak_bytes: float
     seconds: float
+    passes: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -131,7 +133,8 @@ def make_plan(spec: MoESpec, device_name: str, options: ProfileOptions) -> Plan:
     cells = len(tokens) * len(active) * len(dtypes) * (1 if cuda else 2)
     guess = cells * effort.budget * 1.2 + flops / (5e14 if cuda else 3e10) + 25 * len(ranks) + 10
     sizes = COPY_SIZES[device.type][::2] if options.quick else COPY_SIZES[device.type]
-    return Plan(device, tuple(dtypes), tokens, active, effort, tuple(sizes), ranks, float(peak), float(guess))
+    passes = 1 if options.quick else PASSES[device.type]
+    return Plan(device, tuple(dtypes), tokens, active, effort, tuple(sizes), ranks, float(peak), float(guess), passes)
 
 
 def profile_model(
@@ -190,16 +193,16 @@ def _measure(
     progress("ceilings")
     ceilings = measure_ceilings(device, dtypes, effort)
     grids = []
-    passes = 1 if options.quick else PASSES[device.type]
+    measure_grid = partial(
+        measure_experts, spec, device=device, tokens=plan.tokens, cache=cache, effort=effort, progress=progress
+    )
     for dtype in dtypes:
         kernels = kernels_for(device, dtype)
         # on CUDA a loop over experts is what a grid of single experts says already
         for kernel in kernels if device.type == "cpu" else kernels[:1]:
-            grids.append(
-                measure_experts(spec, kernel, dtype, device, plan.tokens, plan.active, cache, effort, progress, passes)
-            )
+            grids.append(measure_grid(kernel, dtype=dtype, active=plan.active, passes=plan.passes))
         if device.type == "cuda" and kernels[0] != "loop":
-            grids.append(measure_experts(spec, "loop", dtype, device, plan.tokens, (1,), cache, effort, progress))
+            grids.append(measure_grid("loop", dtype=dtype, active=(1,)))
     progress("router, attention, permute, combine")
     parts = measure_parts(spec, dtypes[0], device, plan.tokens, cache, effort)
     progress("copies")
