@@ -1,8 +1,9 @@
 """The engine's own MoE layer among ranks, beside the sum of its parts.
 
 Parts timed in a loop of their own find warm caches and ranks that are awake; in a layer they do not, and there is
-Python between them. So forked ranks run the engine's layers, attention and router of the model's shapes between them,
-on made-up routing; the medians of what a layer takes beyond its parts go into the profile, over a rank's tokens.
+Python between them. So forked ranks run the engine's layers, with attention and router of the model's shapes between
+them and the head after them, on made-up routing; medians of what a layer takes beyond its parts go into the profile,
+over a rank's tokens.
 
 Run as a program of its own, for ranks are forked from a process that has computed nothing:
 ``python -m moeless.profiling.layers RANKS SPEC.json OUT.npz [--quick]``.
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,14 @@ from moeless.spec import MoESpec
 
 #: Tokens of each rank.
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024)
-#: Walks through the layers, the fewest for the largest numbers of tokens.
-WALKS, QUICK_WALKS = (24, 6), (3, 2)
+#: Times that all numbers of tokens are gone through, for a machine's speed changes from second to second, and walks
+#: through the layers in each of them, the fewest for the largest numbers of tokens.
+ROUNDS, WALKS = 6, (4, 1)
+QUICK_ROUNDS, QUICK_WALKS = 1, (3, 2)
 #: Weights of the layers that are gone through; a model of which not even one fits is not measured so.
 LAYER_BYTES = 2**30
+#: Weights of the head, at most: enough to drive a layer's out of any cache.
+HEAD_BYTES = 2**27
 #: Up to so many tokens of a rank are decoding requests with so many positions behind them; more are prompts of so many.
 DECODING, CONTEXT, PROMPT = 32, 128, 128
 TIMEOUT_SECONDS = 240
@@ -154,14 +159,14 @@ def _rank_main(rank: int, ranks: int, spec: MoESpec, out: Path, quick: bool) -> 
     experts = ElasticExperts(Controller(policy, exchange, store, ControlSettings()), ffn)
     found: list[tuple[int, np.ndarray, float, float]] = []
     with torch.inference_mode():
-        attention = AttentionBlock(spec, torch.float32, at.device)
-        gates = torch.randn(spec.L, spec.E, spec.hidden_size) * spec.hidden_size**-0.5
-        for count in TOKENS[:: 3 if quick else 1]:
-            many, few = QUICK_WALKS if quick else WALKS
-            for walk in range((many if count <= TOKENS[-6] else few) + 1):
-                layers = _walk(experts, attention, gates, spec, count)
-                # the first one finds nothing in place
-                found += layers if walk else []
+        model = _Around(spec, at.device)
+        many, few = QUICK_WALKS if quick else WALKS
+        for _ in range(QUICK_ROUNDS if quick else ROUNDS):
+            for count in TOKENS[:: 3 if quick else 1]:
+                for walk in range((many if count <= TOKENS[-6] else few) + 1):
+                    layers = _walk(experts, model, spec, count)
+                    # the first one finds nothing in place
+                    found += layers if walk else []
     experts.controller.close()
     store.close()
     if rank == 0:
@@ -172,21 +177,33 @@ def _rank_main(rank: int, ranks: int, spec: MoESpec, out: Path, quick: bool) -> 
     groups.leave()
 
 
+class _Around:
+    """Random weights of what lies around the experts: each layer's own attention and gate, and the head."""
+
+    def __init__(self, spec: MoESpec, device: torch.device) -> None:
+        self.attention_L = [AttentionBlock(spec, torch.float32, device) for _ in range(spec.L)]
+        self.gate_LEH = torch.randn(spec.L, spec.E, spec.hidden_size) * spec.hidden_size**-0.5
+        rows = min(spec.vocab_size, HEAD_BYTES // (4 * spec.hidden_size))
+        self.head_VH = torch.randn(rows, spec.hidden_size) * spec.hidden_size**-0.5
+
+
 def _walk(
-    experts: ElasticExperts, attention: AttentionBlock, gates: torch.Tensor, spec: MoESpec, count: int
+    experts: ElasticExperts, model: _Around, spec: MoESpec, count: int
 ) -> list[tuple[int, np.ndarray, float, float]]:
     """One iteration of ``count`` tokens a rank: tokens, loads ``[S, E]``, seconds of each layer and of its experts."""
     controller = experts.controller
     hidden_TH = torch.randn(count, spec.hidden_size)
     controller.begin(Phase.MIXED, count * controller.world, 0.0)
     experts.rows.clear()
-    attended, chosen = _attention(attention, count), []
+    attended, chosen = _attention(model.attention_L, count), []
     for layer in range(spec.L):
         hidden_TH = hidden_TH + attended(layer, _norm(hidden_TH))
         normal_TH = _norm(hidden_TH)
-        topk_TK, weights_TK = route(normal_TH, gates[layer], spec.K)
+        topk_TK, weights_TK = route(normal_TH, model.gate_LEH[layer], spec.K)
         hidden_TH = hidden_TH + experts(layer, normal_TH, topk_TK, weights_TK)
         chosen.append(np.bincount(topk_TK.numpy().reshape(-1), minlength=spec.E))
+    # one answer's logits for each request, as many as decode
+    functional.linear(_norm(hidden_TH[:DECODING]), model.head_VH).argmax(-1)
     rows = torch.tensor([row[: len(PARTS)] for row in experts.rows], dtype=torch.float64)
     words = torch.cat([torch.tensor(np.array(chosen), dtype=torch.float64), rows], 1)
     every = [torch.empty_like(words) for _ in range(controller.world)]
@@ -213,13 +230,14 @@ def _rotated(values_THD: torch.Tensor, angle_TD: torch.Tensor) -> torch.Tensor:
     return values_THD * cos + torch.cat([-right, left], -1) * sin
 
 
-def _attention(block: AttentionBlock, count: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+def _attention(block_L: Sequence[AttentionBlock], count: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """The engine's own attention over a rank's requests, from a layer's normal input to its output."""
     start, each = (CONTEXT, 1) if count <= DECODING else (0, PROMPT)
     spans = [FlatSpan(at, start, start + min(each, count - at), start + each) for at in range(0, count, each)]
     cache = KVCache()
 
     def run(layer: int, normal_TH: torch.Tensor) -> torch.Tensor:
+        block = block_L[layer]
         query_THD, key_TGD, value_TGD = block.project(normal_TH)
         angle_TD = torch.arange(count)[:, None] * torch.ones(query_THD.shape[-1])
         query_THD, key_TGD = (_rotated(_norm(part), angle_TD) for part in (query_THD, key_TGD))
