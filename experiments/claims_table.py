@@ -95,7 +95,7 @@ def absolute(cells: Sequence[Cell]) -> str:
 
 
 def relative(cells: Sequence[Cell]) -> str:
-    """One row per model, cost model and elastic policy: changes against each baseline, the paper's first."""
+    """One row per model, cost model and system, the baselines too: changes against each baseline, the paper's first."""
     columns = ["model", "costs", "policy", "latency vs Megatron-LM", "vs EPLB", "vs Oracle"]
     columns += [f"{bill} vs {other}" for bill in _BILLS.values() for other in ("Megatron-LM", "Oracle", "EPLB")]
     columns += ["own layer vs Megatron-LM's all layers"]
@@ -104,9 +104,9 @@ def relative(cells: Sequence[Cell]) -> str:
     for (model, costs), mine in _groups(cells).items():
         static, eplb, oracle = (mine.get(name) for name in ("static", "eplb:history", "oracle"))
         for name, cell in mine.items():
-            if name in ("static", "oracle") or static is None:
+            if static is None:
                 continue
-            row = [_where(model, mine), costs, name]
+            row = [_where(model, mine), costs, name + (" †" if cell.lossy else "")]
             row += [_change(cell.layer.mean_ms, o.layer.mean_ms if o else None) for o in (static, eplb, oracle)]
             for bill in _BILLS:
                 row += [

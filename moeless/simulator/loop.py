@@ -293,7 +293,7 @@ class Run:
         if ahead.made and ahead.late:
             said.append(f"{100 * ahead.late / ahead.made:.1f} % of the plans came after their layer had started")
         if self._missed:
-            said.append(f"{self._missed} losses hit GPUs that had been given back: they changed nothing")
+            said.append(f"losses of GPUs that had been given back: {self._missed}; they changed nothing")
         if self._lost:
             said.append(f"{self._lost} requests lost their KV cache with a GPU and were computed again")
         return said

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from moeless.cluster import cluster
-from moeless.contracts import Budget, Forecast, Phase, PlanInput, Request
+from moeless.contracts import Budget, Forecast, Phase, PlanInput, Policy, Request
 from moeless.costs import COSTS
 from moeless.experiments import claims, claims_table, serving
 from moeless.experiments.cells import parts
 from moeless.experiments.cells.drift import in_blocks
 from moeless.experiments.cells.scale import serve
 from moeless.placement.layout import static_gpu_E
+from moeless.predictors import PREDICTORS
+from moeless.simulator import resolve
 from moeless.spec import preset
 from moeless.workloads.lengths import Workload
 
@@ -91,6 +93,24 @@ def test_a_growing_cluster_is_served_whole_and_labelled_synthetic(gpus):
     assert data["evidence"] == "synthetic"
     assert data["request"]["completed"] == 2 * gpus
     assert data == serve(params, [])
+    first, later = (data["settings"][name] for name in ("first_ms", "later_ms"))
+    assert min(first, later) < data["layer"]["mean_ms"] < max(first, later)
+
+
+def test_elastic_starts_with_copies_on_many_gpus_and_as_before_on_few():
+    spec = dataclasses.replace(preset("deepseek-v3"), num_layers=1, moe_layers=(0,))
+    share_E = np.arange(1, spec.E + 1) ** -0.5
+    extras = []
+    for where in (cluster("h100x8x8"), cluster("h100x8x16")):
+        costs = COSTS.get("roofline")(spec, where)
+        runtime = resolve(
+            Policy.parse("elastic:history"), spec=spec, cluster=where, costs=costs, extra_slots=1,
+            predictors={"history": PREDICTORS.get("history")(spec)},
+        )  # fmt: skip
+        (plan,) = runtime.deployment([share_E / share_E.sum()])
+        extras.append(plan.R - spec.E)
+    # twice the GPUs, twice the tokens: about twice the copies
+    assert extras[1] > 1.5 * extras[0] > 0
 
 
 def test_what_the_papers_means_imply_composes_back_to_them():
@@ -107,6 +127,9 @@ def test_claims_are_told_with_paired_intervals_and_the_codes_revision(monkeypatc
     rows = claims.run_model("phi-3.5-moe", 3, "one-second", 1.0)
     text = claims_table.document(rows, "a command", {"revision": "abc", "dirty": True})
     assert "Code: abc, changed. Requests: phi-3.5-moe 3 (" in text
+    for name in ("static", "eplb:history"):
+        # every system has its row, the baselines too
+        assert any(f"| roofline | {name} |" in line for line in text.partition("## How sure")[0].splitlines())
     line = next(line for line in claims_table.certain(rows).splitlines() if "| paper | eplb:history |" in line)
     change, against_itself, bill = (part.strip() for part in line.split("|")[4:7])
     assert against_itself == "–"
