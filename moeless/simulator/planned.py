@@ -74,8 +74,8 @@ class PlannedIterations:
         self._terms = PlannerTerms(kind, distance, float(ahead.delay), copy_G, skip_L, by_paper, by_elastic)
         self._misc = runtime.costs.misc_seconds()
         self._coming: Plans | None = None
-        # half as many copies again as a plan has may linger beside it
-        self._made = guesses(spec.L, widest + widest // 2)
+        # where more copies than that linger beside a plan, it is made when its turn comes
+        self._made = guesses(spec.L, min(spec.E * gpus, 8 * widest))
 
     def forecasts(self, work: Work, kept_L: BoolArray) -> tuple[FloatArray, FloatArray, IntArray]:
         """Of each layer that is not kept, mean and variance of its load, ``[L, E]``, and the iterations to weigh over.
