@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import BoolArray, Budget, IntArray, LayerPlan, Phase, PlanInput, Policy
+from moeless.contracts import BoolArray, Budget, FloatArray, IntArray, LayerPlan, Phase, PlanInput, Policy
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import elastic
@@ -83,6 +83,14 @@ def _previous(x: PlanInput) -> tuple[Any, ...]:
     used = plan.primary_R | (plan.share_R > 0)
     order = np.lexsort((plan.expert_R[used], ~plan.primary_R[used]))
     return tuple(np.ascontiguousarray(row[used][order]) for row in (plan.expert_R, plan.gpu_R, live, plan.share_R))
+
+
+def fixed_terms(costs: CostModel, params: ElasticAheadParams) -> tuple[FloatArray, FloatArray, float, float]:
+    """For compiled loops: scenarios, each layer's control time, caution and margin."""
+    spec = costs.spec
+    control_L = np.array([costs.control_seconds(_POLICY, layer) for layer in range(spec.L)])
+    normal_CE = elastic._normal_CE(params.seed, 2 * params.share_scenarios, spec.E)
+    return np.ascontiguousarray(normal_CE), control_L, float(params.caution), float(params.margin)
 
 
 def _fixed(

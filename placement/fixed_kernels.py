@@ -315,6 +315,19 @@ def weigh_fixed(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def source_start(s):  # type: ignore[no-untyped-def]
+    """The fraction of a token at which source rank s starts to count."""
+    return (s * _GOLDEN) % 1.0
+
+
+@njit(cache=True, nogil=True)
+def share_bound(done, tokens, start):  # type: ignore[no-untyped-def]
+    """How many of a source's tokens go to the copies that have ``done`` of the expert's share together."""
+    # the last copy's bound is the whole, whatever the rounding of shares
+    return tokens if done >= 1.0 - TINY else min(np.int64(np.floor(done * tokens + start)), tokens)
+
+
+@njit(cache=True, nogil=True)
 def split_by_shares(load_SE, expert_R, primary_R, share_R, serving_R, quota_SR):  # type: ignore[no-untyped-def]
     """Each source rank's tokens over the serving copies by their shares, knowing no other rank's counts.
 
@@ -331,7 +344,7 @@ def split_by_shares(load_SE, expert_R, primary_R, share_R, serving_R, quota_SR):
     done_E, last_E = np.empty(num_experts), np.empty(num_experts, np.int64)
     quota_SR[:] = 0
     for s in range(num_sources):
-        start = (s * _GOLDEN) % 1.0
+        start = source_start(s)
         done_E[:] = 0.0
         last_E[:] = 0
         for r in range(len(expert_R)):
@@ -339,12 +352,7 @@ def split_by_shares(load_SE, expert_R, primary_R, share_R, serving_R, quota_SR):
             if not serving_R[r] or whole_E[e] <= TINY:
                 continue
             done_E[e] += share_R[r] / whole_E[e]
-            # the last copy's bound is the whole, whatever the rounding of shares
-            bound = (
-                load_SE[s, e]
-                if done_E[e] >= 1.0 - TINY
-                else min(np.int64(np.floor(done_E[e] * load_SE[s, e] + start)), load_SE[s, e])
-            )
+            bound = share_bound(done_E[e], load_SE[s, e], start)
             quota_SR[s, r] = bound - last_E[e]
             last_E[e] = bound
         for e in range(num_experts):

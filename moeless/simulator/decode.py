@@ -17,7 +17,7 @@ from moeless.placement.threads import in_parallel
 from moeless.simulator.decode_kernels import run_steps, time_steps
 from moeless.simulator.history import DECAY, LoadHistory
 from moeless.simulator.layer_kernels import CHOSEN
-from moeless.simulator.planned_kernels import Plans
+from moeless.simulator.plan_rows import Plans
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.runtime import PolicyRuntime
 from moeless.simulator.single_kernels import NUM_PARTS
@@ -94,7 +94,7 @@ class DecodeSteps:
 
             in_parallel(some, ahead, ahead * work)
             ran = run_steps(
-                done, now, deadline, part_ILX, other_IX, load_ILE, plans.count_L, spec.E, self._misc, self._control_L,
+                done, now, deadline, part_ILX, other_IX, load_ILE, plans, spec.E, self._misc, self._control_L,
                 weight_LE, DECAY, self.keep, float(len(rank_T) * spec.K), since_plan, self.plan_every,
                 self.record.tally, time_IL[done : done + ahead], end_I[done : done + ahead],
             )  # fmt: skip

@@ -57,7 +57,7 @@ def time_steps(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def run_steps(  # type: ignore[no-untyped-def]
-    first, now, deadline, part_ILX, other_IX, load_ILE, count_L, experts, misc, control_L, weight_LE, decay, keep,
+    first, now, deadline, part_ILX, other_IX, load_ILE, plans, experts, misc, control_L, weight_LE, decay, keep,
     assignments, since_plan, plan_every, tally, time_IL, end_I,
 ):  # fmt: skip
     """Go through timed steps, ending with the first that ends at or after ``deadline``; returns how many were run.
@@ -74,7 +74,7 @@ def run_steps(  # type: ignore[no-untyped-def]
             every = kept_layers(weight_LE, assignments, keep, kept_L)
             if not every:
                 return at
-        tally_layers(part_ILX[at], count_L, experts, misc, control_L, tally, time_IL[at])
+        tally_layers(part_ILX[at], plans, experts, misc, control_L, tally, time_IL[at])
         if len(weight_LE):
             for layer in range(layers):
                 for e in range(experts):

@@ -10,6 +10,7 @@ import numpy as np
 
 from moeless.jit import njit
 from moeless.simulator.layer_kernels import LOAD, load_table, load_tokens, memory, time_layer
+from moeless.simulator.plan_rows import shares_of
 from moeless.simulator.single_kernels import PART_ACTIVE, PART_EXCHANGE, PART_EXPERT, PART_IMBALANCE, single_layers
 
 # columns of the tally, sums over (iteration, layer) pairs
@@ -107,8 +108,8 @@ def time_some(  # type: ignore[no-untyped-def]
         else:
             load_tokens(topk_TLK, row_T, rank_T, layer, m)
         expert, exchange, active = time_layer(
-            plans.expert_LR[layer, :n], plans.gpu_LR[layer, :n], plans.primary_LR[layer, :n], serving_R[:n], mode,
-            rates, terms, num_gpus, m,
+            plans.expert_LR[layer, :n], plans.gpu_LR[layer, :n], plans.primary_LR[layer, :n], serving_R[:n],
+            shares_of(layer, plans), mode, rates, terms, num_gpus, m,
         )  # fmt: skip
         part_LX[layer, PART_EXPERT], part_LX[layer, PART_EXCHANGE] = expert, exchange
         part_LX[layer, PART_IMBALANCE], part_LX[layer, PART_ACTIVE] = imbalance(m.sums_XG[LOAD]), active
@@ -134,13 +135,13 @@ def time_layers(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def tally_layers(part_LX, count_L, experts, misc, control_L, tally, time_L):  # type: ignore[no-untyped-def]
+def tally_layers(part_LX, plans, experts, misc, control_L, tally, time_L):  # type: ignore[no-untyped-def]
     """Add the layers of one iteration under warm plans, in order; fills ``time_L``."""
-    all_replicas = count_L.sum()
-    for layer in range(len(count_L)):
-        replicas = count_L[layer]
-        # primaries alone leave nothing to decide: no counts are gathered
-        control = control_L[layer] if replicas > experts else 0.0
+    all_replicas = plans.count_L.sum()
+    for layer in range(len(plans.count_L)):
+        replicas = plans.count_L[layer]
+        # primaries alone, and shares fixed ahead, leave nothing to decide: no counts are gathered
+        control = control_L[layer] if replicas > experts and not plans.fixed_L[layer] else 0.0
         time_L[layer] = tally_layer(
             tally, part_LX[layer, PART_EXPERT], part_LX[layer, PART_EXCHANGE], misc, control, 0.0,
             part_LX[layer, PART_IMBALANCE], replicas, all_replicas, part_LX[layer, PART_ACTIVE], replicas,

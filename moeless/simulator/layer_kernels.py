@@ -20,6 +20,7 @@ from moeless.contracts import FloatArray, IntArray
 from moeless.costs.kernels import add_copy, exchange_time, slowest_gpu
 from moeless.jit import njit
 from moeless.placement.dispatch_kernels import _choose_copies, working_memory
+from moeless.placement.fixed_kernels import TINY, share_bound, source_start
 
 #: How tokens are dealt to copies: equal shares, or the elastic planner's choice from the true counts.
 EVEN, CHOSEN = 0, 1
@@ -207,6 +208,32 @@ def _even(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG):  # type: ignore[no-u
 
 
 @njit(cache=True, nogil=True)
+def _shared(gpu_R, share_R, island_G, x_XE, run_2N, copy_XR, sums_QG):  # type: ignore[no-untyped-def]
+    """As ``fixed_kernels.split_by_shares``: each source's tokens by the serving copies' shares, fixed ahead."""
+    _clear(len(gpu_R), copy_XR, sums_QG)
+    for e in range(x_XE.shape[1] - 1):
+        begin, end = x_XE[_OFFSET, e], x_XE[_OFFSET, e + 1]
+        whole = 0.0
+        for j in range(begin, end):
+            whole += share_R[copy_XR[_BY_EXPERT, j]]
+        for i in range(x_XE[_FIRST, e], x_XE[_LAST, e]):
+            s, n = run_2N[0, i], run_2N[1, i]
+            if whole <= TINY:
+                r = x_XE[_HOME, e]
+                copy_XR[_DEALT, r] += n
+                _send(s, gpu_R[r], n, island_G, sums_QG)
+                continue
+            start, done, last = source_start(s), 0.0, 0
+            for j in range(begin, end):
+                r = copy_XR[_BY_EXPERT, j]
+                done += share_R[r] / whole
+                bound = share_bound(done, n, start)
+                copy_XR[_DEALT, r] += bound - last
+                _send(s, gpu_R[r], bound - last, island_G, sums_QG)
+                last = bound
+
+
+@njit(cache=True, nogil=True)
 def _fill(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG):  # type: ignore[no-untyped-def]
     """As ``dispatch_kernels.fill_sources`` for the tokens dealt: a copy's own GPU first, then source by source.
 
@@ -269,11 +296,12 @@ def _seconds(gpu_R, terms, tokens_R, sums_QG, seconds_G):  # type: ignore[no-unt
 
 
 @njit(cache=True, nogil=True)
-def time_layer(expert_R, gpu_R, primary_R, serving_R, mode, rates, terms, num_gpus, m):  # type: ignore[no-untyped-def]
+def time_layer(expert_R, gpu_R, primary_R, serving_R, share_R, mode, rates, terms, num_gpus, m):  # type: ignore[no-untyped-def]
     """Expert seconds, exchange seconds, copies with tokens; tokens of each GPU into ``m.sums_XG[LOAD]``.
 
     Args:
         serving_R: whole numbers, 0 where a copy does not serve; every expert with tokens has one that does.
+        share_R: each copy's part of its expert's tokens where that is fixed ahead; empty: ``mode`` says who serves.
         mode: EVEN, or CHOSEN for the fastest of what ``dispatch_kernels.fastest_quotas`` compares.
         rates: the elastic dispatch's a, b, c, depth, fuel.
         m: the layer's loads, used up, and memory to work in.
@@ -283,6 +311,9 @@ def time_layer(expert_R, gpu_R, primary_R, serving_R, mode, rates, terms, num_gp
     replicas, experts = len(expert_R), x_XE.shape[1] - 1
     tokens_R = copy_XR[_DEALT, :replicas]
     _sort_copies(expert_R, primary_R, serving_R, x_XE, copy_XR)
+    if len(share_R) > 0:
+        _shared(gpu_R, share_R, island_G, x_XE, run_2N, copy_XR, sums_QG)
+        return _seconds(gpu_R, terms, tokens_R, sums_QG, seconds_G)
     if mode == EVEN and replicas > experts:
         _even(gpu_R, island_G, x_XE, run_2N, copy_XR, sums_QG)
         return _seconds(gpu_R, terms, tokens_R, sums_QG, seconds_G)

@@ -6,17 +6,19 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, IntArray, Phase
 from moeless.errors import RunFailed
-from moeless.placement import elastic, paper
+from moeless.placement import elastic, elastic_ahead, paper
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.paper_kernels import PaperTerms
 from moeless.placement.threads import cores, in_parallel
 from moeless.predictors.history import History
 from moeless.simulator.ahead import AheadPlans, Work
+from moeless.simulator.fixed_plan_kernels import FixedTerms, no_fixed
+from moeless.simulator.plan_rows import Plans, room_for
 from moeless.simulator.planned_kernels import (
+    AHEAD,
     ELASTIC,
     PAPER,
     PlannerTerms,
-    Plans,
     guess_layers,
     guesses,
     planned_iteration,
@@ -24,6 +26,8 @@ from moeless.simulator.planned_kernels import (
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.runtime import PolicyRuntime
 
+#: Planners that are compiled.
+_COMPILED = (paper.plan_layer, elastic.plan_layer, elastic_ahead.plan_layer)
 #: What planning one layer takes, in expert loads looked at (see ``placement.threads``).
 PLAN_WORK = 20_000
 
@@ -42,6 +46,7 @@ class PlannedIterations:
         control_L: seconds that each layer's decisions after the gate take.
 
     Attributes:
+        shares: whether plans may fix shares ahead.
         plans: whether the planner is a compiled one with a fixed distance; otherwise only iterations that plan
             nothing can run here.
     """
@@ -51,11 +56,12 @@ class PlannedIterations:
     ) -> None:
         self.runtime, self.ahead, self._mode, self._rates, self._control_L = runtime, ahead, mode, rates, control_L
         spec, gpus, planner = runtime.spec, runtime.cluster.G, runtime.planner.plan_layer
-        self.plans = ahead.rule is None and planner in (paper.plan_layer, elastic.plan_layer)
+        self.plans = ahead.rule is None and planner in _COMPILED
         kind, distance, skip_L, self._patience = PAPER, 1, np.full(spec.L, -1.0), 1
         by_paper = PaperTerms(0, 0.0, False, True, np.zeros(gpus, np.int64))
         by_elastic, widest = _no_elastic(gpus), spec.E
-        self._doubts = dict.fromkeys(Phase, 0.0)
+        self._doubts, self._spreads = dict.fromkeys(Phase, 0.0), dict.fromkeys(Phase, 0.0)
+        self.shares, fixed = planner is elastic_ahead.plan_layer, no_fixed(spec.L, spec.E)
         if self.plans:
             distance = int(runtime.policy.distance)
         if self.plans and planner is paper.plan_layer:
@@ -63,6 +69,10 @@ class PlannedIterations:
             widest += by_paper.max_extra
         elif self.plans:
             params, kind = runtime.params, ELASTIC
+            if self.shares:
+                kind = AHEAD
+                fixed = FixedTerms(*elastic_ahead.fixed_terms(runtime.costs, params))
+                self._spreads = {phase: params.spread_of(phase) for phase in Phase}
             by_elastic = elastic._choice_terms(spec, runtime.costs, runtime.budget, params)
             self._patience = int(params.patience_iterations)
             widest += by_elastic.extra
@@ -71,7 +81,7 @@ class PlannedIterations:
                 skip_L = np.array([elastic.skip_seconds(runtime.costs, layer, params) for layer in range(spec.L)])
         self.widest = widest
         copy_G = np.full(gpus, ahead.copy_seconds)
-        self._terms = PlannerTerms(kind, distance, float(ahead.delay), copy_G, skip_L, by_paper, by_elastic)
+        self._terms = PlannerTerms(kind, distance, float(ahead.delay), copy_G, skip_L, by_paper, by_elastic, fixed)
         self._misc = runtime.costs.misc_seconds()
         self._coming: Plans | None = None
         # where more copies than that linger beside a plan, it is made when its turn comes
@@ -99,7 +109,7 @@ class PlannedIterations:
         for layer in np.flatnonzero(~kept_L).tolist():
             forecast = ahead.forecast(layer, self._terms.distance, work)
             mean_LE[layer], var_LE[layer] = forecast.mean_E, forecast.var_E
-            if self._terms.kind == ELASTIC:
+            if self._terms.kind != PAPER:
                 told = ahead.life.horizon(layer, work.phase, forecast, history.share(layer))
                 horizon_L[layer] = told or self._patience
         return mean_LE, var_LE, horizon_L
@@ -124,17 +134,12 @@ class PlannedIterations:
         if planned:
             mean_LE, var_LE, horizon_L = self.forecasts(work, kept_L)
         if self._coming is None or self._coming.expert_LR.shape != plans.expert_LR.shape:
-            self._coming = Plans(
-                np.empty_like(plans.expert_LR),
-                np.empty_like(plans.gpu_LR),
-                np.empty_like(plans.primary_LR),
-                np.empty_like(plans.count_L),
-            )
+            self._coming = room_for(len(plans.expert_LR), plans.expert_LR.shape[1], self.shares)
         stall_2, stalled_2 = np.array([record.stalls.get(cause, 0.0), record.stalls["cold"]]), np.zeros(2, np.bool_)
         load_LE = np.empty((self.runtime.spec.L, self.runtime.spec.E), np.int64)
         pace_1 = np.array([ahead.layer_seconds.get(work.phase, np.nan)])
         pool = ahead.pool.state()
-        if planned and self._terms.kind == ELASTIC and cores() > 1:
+        if planned and self._terms.kind != PAPER and cores() > 1:
             layer_N = np.flatnonzero(~kept_L)
 
             def some(start: int, stop: int) -> None:
@@ -146,12 +151,11 @@ class PlannedIterations:
             in_parallel(some, len(layer_N), len(layer_N) * PLAN_WORK)
         end, late, failed = planned_iteration(
             work.replay.topk_TLK, *work.sorted_T, load_LE, mean_LE, var_LE, horizon_L, self._doubts[work.phase],
-            kept_L, pace_1, clock, per_layer, self._terms, plans, self._coming, pool,
-            ahead.keeping.terms, self._mode, self._rates, self.runtime.costs.kernel_terms(), self._misc,
-            self._control_L,
+            self._spreads[work.phase], kept_L, pace_1, clock, per_layer, self._terms, plans, self._coming,
+            self._made, pool, ahead.keeping.terms, self._mode, self._rates, self.runtime.costs.kernel_terms(),
+            self._misc, self._control_L,
             # one account where the cause is the same
             settled_at if cause != "cold" else -np.inf, stall_2, stalled_2, record.tally, time_L,
-            self._made,
         )  # fmt: skip
         if planned:
             ahead.plans.changed()

@@ -18,27 +18,20 @@ from moeless.placement.choose_kernels import NOTES, ChoiceTerms, choose_noting, 
 from moeless.placement.paper_kernels import PaperTerms, plan_copies
 from moeless.predictors.distance import NEWEST
 from moeless.serverless.kernels import expire, provision
+from moeless.simulator.fixed_plan_kernels import FixedTerms, fix_layer
 from moeless.simulator.kernels import imbalance, tally_layer
 from moeless.simulator.layer_kernels import LOAD, load_tokens, memory, time_layer
+from moeless.simulator.plan_rows import shares_of
 
-#: Whose plans: Algorithms 1 and 2, or the elastic planner's.
-PAPER, ELASTIC = 0, 1
-
-
-class Plans(NamedTuple):
-    """A plan of each layer, in padded rows."""
-
-    expert_LR: Int32Array
-    gpu_LR: Int32Array
-    primary_LR: BoolArray
-    count_L: IntArray
+#: Whose plans: Algorithms 1 and 2, the elastic planner's, or those of elastic with shares fixed ahead.
+PAPER, ELASTIC, AHEAD = 0, 1, 2
 
 
 class PlannerTerms(NamedTuple):
-    """A compiled planner; of its two last fields only one is read.
+    """A compiled planner; of its last fields those of its kind are read.
 
     Attributes:
-        kind: PAPER or ELASTIC.
+        kind: PAPER, ELASTIC or AHEAD.
         distance: layers ahead that a plan is asked for.
         delay: seconds from then until it is there, for layers that another precedes by the distance.
         copy_G: seconds in which an expert is taken to come to each GPU.
@@ -52,6 +45,7 @@ class PlannerTerms(NamedTuple):
     skip_L: FloatArray
     paper: PaperTerms
     elastic: ChoiceTerms
+    fixed: FixedTerms
 
 
 class Guesses(NamedTuple):
@@ -165,7 +159,7 @@ def guess_layers(  # type: ignore[no-untyped-def]
     """Plan some layers at once, from the copies that are there as the iteration starts.
 
     When a layer's turn comes, the plan holds if its copies are still the same and a change that was weighed against its
-    delay would be judged as it was; otherwise it is planned anew. Elastic planner alone.
+    delay would be judged as it was; otherwise it is planned anew. Elastic planners alone; shares are fixed later.
     """
     experts, num_gpus, widest = mean_LE.shape[1], pool.ready_LEG.shape[2], made.expert_LP.shape[1]
     for n in range(start, stop):
@@ -205,7 +199,9 @@ def _holds(layer, expert_P, gpu_P, primary_P, live_P, lead, planner, made):  # t
 
 
 @njit(cache=True, nogil=True)
-def _decide(layer, mean_E, var_E, doubt, horizon, pace, now, planner, plans, coming, pool, keep, made):  # type: ignore[no-untyped-def]
+def _decide(  # type: ignore[no-untyped-def]
+    layer, mean_E, var_E, doubt, spread, horizon, pace, now, planner, plans, coming, pool, keep, made
+):
     """Plan a layer, into its row of ``coming``."""
     experts, num_gpus = len(mean_E), pool.ready_LEG.shape[2]
     expire(
@@ -225,6 +221,11 @@ def _decide(layer, mean_E, var_E, doubt, horizon, pace, now, planner, plans, com
             _choose(
                 layer, mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, planner, coming,
                 np.empty(NOTES), expert_R[:0], gpu_R[:0],
+            )  # fmt: skip
+        if planner.kind == AHEAD:
+            fix_layer(
+                layer, mean_E, var_E, spread, expert_P, gpu_P, live_P, horizon, lead, planner.copy_G, planner.fixed,
+                planner.elastic, plans, pool.ready_LEG[layer], coming,
             )  # fmt: skip
     count = coming.count_L[layer]
     if keep.active:
@@ -249,6 +250,9 @@ def _adopt(layer, since, plans, coming, pool):  # type: ignore[no-untyped-def]
     for r in range(count):
         plans.expert_LR[layer, r], plans.gpu_LR[layer, r] = coming.expert_LR[layer, r], coming.gpu_LR[layer, r]
         plans.primary_LR[layer, r] = coming.primary_LR[layer, r]
+    plans.fixed_L[layer] = coming.fixed_L[layer]
+    if coming.fixed_L[layer]:
+        plans.share_LR[layer, :count] = coming.share_LR[layer, :count]
 
 
 @njit(cache=True, nogil=True)
@@ -280,15 +284,16 @@ def _wait(layer, load_E, clock, expert_R, gpu_R, primary_R, pool, first_E, alive
 
 @njit(cache=True, nogil=True)
 def planned_iteration(  # type: ignore[no-untyped-def]
-    topk_TLK, row_T, rank_T, load_LE, mean_LE, var_LE, horizon_L, doubt, kept_L, pace_1, clock, per_layer, planner,
-    plans, coming, pool, keep, mode, rates, terms, misc, control_L, settled_at, stall_2, stalled_2, tally, time_L,
-    made,
+    topk_TLK, row_T, rank_T, load_LE, mean_LE, var_LE, horizon_L, doubt, spread, kept_L, pace_1, clock, per_layer,
+    planner, plans, coming, made, pool, keep, mode, rates, terms, misc, control_L, settled_at, stall_2, stalled_2,
+    tally, time_L,
 ):  # fmt: skip
     """One iteration that plans all layers but those kept; returns the clock, plans that came late, and a layer.
 
     Args:
         topk_TLK, row_T, rank_T: the tokens' experts, as in ``layer_kernels.load_tokens``; ``load_LE`` gets their loads.
         mean_LE, var_LE: each layer's forecast, where it is not kept.
+        doubt, spread: relative spread of a forecast, at least: for choosing copies, and for fixing shares.
         horizon_L: iterations that a change's gain is weighed over.
         pace_1: seconds that a layer of this phase takes with all around it, NaN where none has been planned for yet;
             goes on by this iteration's layers where any of them is planned.
@@ -312,8 +317,8 @@ def planned_iteration(  # type: ignore[no-untyped-def]
     for layer in range(min(planner.distance, layers)):
         if not kept_L[layer]:
             _decide(
-                layer, mean_LE[layer], var_LE[layer], doubt, horizon_L[layer], pace_1[0], clock, planner, plans, coming,
-                pool, keep, made,
+                layer, mean_LE[layer], var_LE[layer], doubt, spread, horizon_L[layer], pace_1[0], clock, planner, plans,
+                coming, pool, keep, made,
             )  # fmt: skip
             since_L[layer], waiting_L[layer] = clock + 0.0, True
     for layer in range(layers):
@@ -321,8 +326,8 @@ def planned_iteration(  # type: ignore[no-untyped-def]
         target = layer + planner.distance
         if target < layers and not kept_L[target]:
             _decide(
-                target, mean_LE[target], var_LE[target], doubt, horizon_L[target], pace_1[0], clock, planner, plans,
-                coming, pool, keep, made,
+                target, mean_LE[target], var_LE[target], doubt, spread, horizon_L[target], pace_1[0], clock, planner,
+                plans, coming, pool, keep, made,
             )  # fmt: skip
             since_L[target], waiting_L[target] = clock + planner.delay, True
         if waiting_L[layer] and since_L[layer] <= clock:
@@ -341,9 +346,9 @@ def planned_iteration(  # type: ignore[no-untyped-def]
             stall_2[kind] += stall
             stalled_2[kind] = True
         expert, exchange, active = time_layer(
-            expert_R, gpu_R, primary_R, serving_R[:n], mode, rates, terms, num_gpus, m
+            expert_R, gpu_R, primary_R, serving_R[:n], shares_of(layer, plans), mode, rates, terms, num_gpus, m
         )
-        control = control_L[layer] if n > experts else 0.0
+        control = control_L[layer] if n > experts and not plans.fixed_L[layer] else 0.0
         time_L[layer] = tally_layer(
             tally, expert, exchange, misc, control, stall, imbalance(m.sums_XG[LOAD]), n, all_replicas, active, warm
         )

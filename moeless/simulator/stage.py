@@ -15,7 +15,7 @@ from moeless.contracts import BoolArray, FloatArray, Forecast, Int32Array, IntAr
 from moeless.costs.kernels import quota_time
 from moeless.costs.nonexpert import NonExpertCosts, NonExpertTime
 from moeless.errors import RunFailed
-from moeless.placement import elastic
+from moeless.placement import elastic, elastic_ahead
 from moeless.placement.dispatch import even_dispatch
 from moeless.placement.threads import in_parallel
 from moeless.serverless import InstancePool
@@ -42,7 +42,7 @@ def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...
     none = (0.0, 0.0, 0.0, 0.0, 0.0)
     if runtime.planner.dispatch is even_dispatch:
         return EVEN, none
-    if runtime.planner.dispatch is elastic.dispatch:
+    if runtime.planner.dispatch in (elastic.dispatch, elastic_ahead.dispatch):
         rates = elastic.rates_of(runtime.costs)
         fuel = float(elastic.fuel_on(runtime.cluster.num_gpus, runtime.params.fuel))
         return CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), fuel)
@@ -91,7 +91,7 @@ class Stage:
         self._planned: PlannedIterations | None = None
         if self.terms is not None and self._mode is not None:
             self._planned = PlannedIterations(runtime, self.ahead, self._mode, self._rates, self.control_L)
-            self.ahead.plans = PlansInForce(self._wanted, self._planned.widest)
+            self.ahead.plans = PlansInForce(self._wanted, self._planned.widest, self._planned.shares)
         self._since_plan = 0
         self._stale = False
         self._pending: list[LayerPlan] | None = None
@@ -124,7 +124,7 @@ class Stage:
 
     def _last_ready(self) -> float:
         """When the last copy of any plan in force is warm; infinity where memory had no room for one."""
-        expert_LR, gpu_LR, _, count_L = self.plans.rows()
+        expert_LR, gpu_LR, _, count_L, *_ = self.plans.rows()
         held_LR = np.arange(expert_LR.shape[1]) < count_L[:, None]
         layer_N = np.repeat(np.arange(self.spec.L), count_L)
         return float(self.pool.ready_LEG[layer_N, expert_LR[held_LR], gpu_LR[held_LR]].max())
@@ -183,7 +183,7 @@ class Stage:
 
         in_parallel(some, self.spec.L, self._dispatch_work)
         kernels.tally_layers(
-            part_LX, self._rows.count_L, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
+            part_LX, self._rows, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
         )
         work.load_LE = load_LE
         self.record.append(time_IL)

@@ -13,7 +13,7 @@ from moeless.cluster import cluster
 from moeless.contracts import LayerPlan, Policy
 from moeless.costs import COSTS
 from moeless.costs.kernels import quota_time
-from moeless.placement import elastic
+from moeless.placement import elastic, elastic_ahead
 from moeless.placement.dispatch import even_dispatch, serving_R
 from moeless.predictors import PREDICTORS
 from moeless.serverless import PoolSettings
@@ -60,7 +60,10 @@ def runtime_for(spec, policy, costs, **params):
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("costs", ["paper", "roofline"])
-@pytest.mark.parametrize("policy", ["moeless:history:1", "moeless:oracle:2", "elastic:history:1", "elastic:last:2"])
+@pytest.mark.parametrize(
+    "policy",
+    ["moeless:history:1", "moeless:oracle:2", "elastic:history:1", "elastic:last:2", "elastic-ahead:history:1"],
+)
 def test_planned_iterations_have_the_same_bytes_compiled_and_in_python(pool, costs, policy, spec, requests, replay_for):
     params = {"skip": False, "keep": 0.0} if policy.startswith("elastic") else {}
 
@@ -86,13 +89,14 @@ def test_planned_iterations_have_the_same_bytes_compiled_and_in_python(pool, cos
     assert dataclasses.asdict(fast.cell) == dataclasses.asdict(slow.cell)
 
 
-def test_planned_iterations_are_compiled(spec, requests, replay_for, monkeypatch):
+@pytest.mark.parametrize("policy", ["moeless:history:1", "elastic-ahead:history:1"])
+def test_planned_iterations_are_compiled(policy, spec, requests, replay_for, monkeypatch):
     monkeypatch.setattr(AheadPlans, "start_layer", lambda *_: pytest.fail("a layer was planned in Python"))
     done = simulate(
         replay_for(GPUS),
         requests,
         Continuous(requests, GPUS),
-        runtime_for(spec, "moeless:history:1", "roofline"),
+        runtime_for(spec, policy, "roofline"),
         settings=SimulationSettings(),
     )
     assert done.record.iterations > 20
@@ -115,6 +119,8 @@ def test_layers_timed_without_tables_equal_the_planners_own_dispatch(seed, gpus,
     serving = serving_R(plan, usable, experts)
     load_SE = rng.poisson(mean * rng.gamma(0.3, 3.0, experts), (gpus, experts)).astype(np.int64)
     # one expert a token
+    # shares fixed ahead, some of them nothing
+    weights_R = rng.random(plan.R) * (rng.random(plan.R) < 0.8)
     rank_T, topk_T = np.divmod(np.repeat(np.arange(load_SE.size), load_SE.ravel()), experts)
     topk_TLK = np.ascontiguousarray(topk_T[:, None, None], np.uint16)
     where = cluster("h100x8") if gpus == 8 else cluster("h100x8x3").with_gpus(gpus)
@@ -124,8 +130,15 @@ def test_layers_timed_without_tables_equal_the_planners_own_dispatch(seed, gpus,
         rates = elastic.rates_of(costs)
         given_rates = (rates.a, rates.b, rates.c, float(params.depth), float(params.fuel))
         shared = {"spec": SPEC, "cluster": where, "costs": costs, "params": params}
-        for mode, dispatch in ((EVEN, even_dispatch), (CHOSEN, elastic.dispatch)):
-            quota_SR = dispatch(load_SE, plan, usable, **shared)
+        whole_R = np.bincount(plan.expert_R, weights_R, experts)[plan.expert_R]
+        share_R = np.where(whole_R > 0, weights_R / np.maximum(whole_R, 1e-300), 1.0 * plan.primary_R)
+        fixed = dataclasses.replace(plan, share_R=share_R)
+        for mode, dispatch, split in (
+            (EVEN, even_dispatch, plan),
+            (CHOSEN, elastic.dispatch, plan),
+            (CHOSEN, elastic_ahead.dispatch, fixed),
+        ):
+            quota_SR = dispatch(load_SE, split, usable, **shared)
             expected = (*quota_time(quota_SR, plan.gpu_R, terms, gpus, load_G), int(quota_SR.any(0).sum()))
             for by_table in (True, False):
                 tokens = load_SE.size if by_table else len(rank_T)
@@ -135,8 +148,8 @@ def test_layers_timed_without_tables_equal_the_planners_own_dispatch(seed, gpus,
                 else:
                     load_tokens(topk_TLK, np.arange(len(rank_T)), rank_T, 0, m)
                 got = time_layer(
-                    plan.expert_R, plan.gpu_R, plan.primary_R, serving.astype(np.int64), mode, given_rates, terms,
-                    gpus, m,
+                    plan.expert_R, plan.gpu_R, plan.primary_R, serving.astype(np.int64),
+                    np.empty(0) if split is plan else share_R, mode, given_rates, terms, gpus, m,
                 )  # fmt: skip
                 assert got == expected
                 np.testing.assert_array_equal(m.sums_XG[LOAD], load_G)
