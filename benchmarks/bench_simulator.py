@@ -5,7 +5,8 @@ Run: python benchmarks/bench_simulator.py [--hour | --growth | --keep]
 on gpt-oss-20b's routing, where ../shared/data or MOELESS_SHARED_DATA has them. ``--keep``: what it costs that elastic
 leaves plans alone whose forecast hardly changed, under load enough for copies. Everything but ``--hour`` runs on
 made-up routing.
-A layer event is one MoE layer of one iteration; per second by the clock. Layers that dispatch are spread over cores.
+A layer event is one MoE layer of one iteration; per second by the clock. Steady decode steps, layers that
+dispatch and the elastic planners' plans are spread over cores.
 """
 
 from __future__ import annotations
@@ -203,6 +204,10 @@ def speed() -> None:
     for every, count, output, rate in ((1, 20, 300, 5.4), (1, 1000, 40, 500.0), (256, 1000, 40, 500.0)):
         name = f"elastic:history:1, {rate:g} requests/s, plans every {every}"
         show(name, *measure(spec, eight, "elastic:history:1", every, count, output, rate, control=False))
+    print("\nand elastic-ahead, control charged: shares fixed ahead, extras that gather no counts")
+    for every, count, output, rate in ((1, 20, 300, 5.4), (1, 100, 40, 500.0), (256, 1000, 40, 500.0)):
+        name = f"elastic-ahead:history:1, {rate:g} requests/s, plans every {every}"
+        show(name, *measure(spec, eight, "elastic-ahead:history:1", every, count, output, rate))
 
 
 def growth() -> None:

@@ -122,6 +122,10 @@ class Stage:
         self._dispatch_work = chosen * DISPATCH_WORK
         self._stale = False
 
+    @property
+    def _all_single(self) -> bool:
+        return bool((self.plans.rows().count_L == self.spec.E).all())
+
     def _last_ready(self) -> float:
         """When the last copy of any plan in force is warm; infinity where memory had no room for one."""
         expert_LR, gpu_LR, _, count_L, *_ = self.plans.rows()
@@ -138,9 +142,9 @@ class Stage:
 
     def _compiled(self, now: float, kept_L: BoolArray | None) -> bool:
         """Whether an iteration is one compiled call: known terms, warm plans that stay, no choice of copies."""
-        if self.terms is None or (self._mode is None and not self._single):
+        if self.terms is None or (kept_L is not None and not kept_L.all()):
             return False
-        if kept_L is not None and not kept_L.all():
+        if self._mode is None and not (self._single if not self._stale else self._all_single):
             return False
         if self._stale:
             self._adopt()

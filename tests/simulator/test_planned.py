@@ -89,6 +89,27 @@ def test_planned_iterations_have_the_same_bytes_compiled_and_in_python(pool, cos
     assert dataclasses.asdict(fast.cell) == dataclasses.asdict(slow.cell)
 
 
+@pytest.mark.parametrize(
+    ("policy", "plan_every", "params"),
+    [
+        ("elastic-ahead:history:1", 1, {"keep": 0.3}),
+        ("elastic:history:1", 2, {"skip": False}),
+    ],
+)
+def test_iterations_that_keep_their_plans_take_the_same_compiled_and_in_python(
+    policy, plan_every, params, spec, requests, replay_for
+):
+    def run(timeline):
+        scheduler = Continuous(requests, GPUS, token_budget=64, max_running=12)
+        runtime = runtime_for(spec, policy, "paper", **params)
+        chosen = SimulationSettings(PoolSettings(instant=True), plan_every=plan_every)
+        return simulate(replay_for(GPUS), requests, scheduler, runtime, settings=chosen, timeline=timeline)
+
+    fast, slow = run(None), run(Timeline(0.0, 1e9))
+    assert fast.cell.layer.replicas > spec.E
+    np.testing.assert_array_equal(fast.record.times_IL, slow.record.times_IL)
+
+
 @pytest.mark.parametrize("policy", ["moeless:history:1", "elastic-ahead:history:1"])
 def test_planned_iterations_are_compiled(policy, spec, requests, replay_for, monkeypatch):
     monkeypatch.setattr(AheadPlans, "start_layer", lambda *_: pytest.fail("a layer was planned in Python"))
