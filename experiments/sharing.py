@@ -23,7 +23,11 @@ TARGET = 0.95
 RATE, SHAPE = 0.3, 0.05
 #: Ways to serve each model by itself: name to (policy, whether GPUs are given back in silence).
 OWN = {"own GPUs, static EP": ("static", False), "own GPUs, given back when idle": ("elastic:history", True)}
-SHARED = {"one pool, static EP": "static", "one pool, elastic": "elastic:history"}
+SHARED = {
+    "one pool, static EP": ("static", False),
+    "one pool, elastic": ("elastic:history", False),
+    "one pool, given back when idle": ("elastic:history", True),
+}
 
 
 def _sources(options: Options) -> list[Source]:
@@ -52,8 +56,9 @@ def _jobs(options: Options) -> Mapping[str, Job]:
             for place, source in enumerate(sources):
                 more = {"seed": options.seed + place, "scale_to_zero": returns, "keep_alive": "10"}
                 made[f"{name}|{gpus}|{place}"] = serving.job(options, source, policy, costs, **changes, **more)
-        for name, policy in SHARED.items():
-            job = serving.job(options, sources[0], policy, costs, **changes)
+        for name, (policy, returns) in SHARED.items():
+            more = {"scale_to_zero": True, "keep_alive": "10"} if returns else {}
+            job = serving.job(options, sources[0], policy, costs, **changes, **more)
             made[f"{name}|{gpus}"] = dataclasses.replace(
                 job,
                 label=f"serve {TENANTS} models on one pool of {gpus} GPUs by {policy}",

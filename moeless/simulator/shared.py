@@ -74,6 +74,12 @@ class Tenant:
         return not self.scheduler.num_running if self.scheduler.draining else not self.has_work(now)
 
 
+def _returns(run: Run) -> tuple[float, float]:
+    """After how many idle seconds GPUs are given back (infinity: never), and how long a container takes to start."""
+    settings = run.pool.settings
+    return settings.keep_alive.seconds if run.pool.gives_back else math.inf, settings.container_seconds
+
+
 class SharedPool:
     """Tenants on the same GPUs.
 
@@ -101,13 +107,16 @@ class SharedPool:
         for run in runs:
             if not isinstance(run.scheduler, Continuous):
                 raise UserError("tenants of a shared pool are served with continuous batching")
-            if run.scaling is not None or run.pool.settings.scale_to_zero:
-                raise UserError(
-                    "models of a shared pool sleep, no GPU is given back: leave scale_to_zero and requests_per_gpu out"
-                )
+            if run.scaling is not None:
+                raise UserError("a shared pool gives back all of its GPUs or none: leave requests_per_gpu out")
+            if _returns(run) != _returns(runs[0]):
+                raise UserError("tenants of a shared pool must agree on scale to zero, keep-alive and container start")
             self.tenants.append(Tenant(run, run.scheduler))
         self.end, self.overflow_bytes, self.drains, self._idle = 0.0, 0.0, 0, 0.0
         self._failures = self._hand_over()
+        self._keep, self._container = _returns(runs[0])
+        # since when nobody has work, and since when no GPU is held; infinity: somebody has, all are
+        self._quiet_from, self._away_from, self._released = math.inf, math.inf, 0.0
         self.patience_seconds = patience_seconds
         engine_free_G = np.zeros(self.cluster.G)
         self._need_G = [tenant.bytes_G for tenant in self.tenants]
@@ -148,8 +157,8 @@ class SharedPool:
 
     @property
     def gpu_seconds(self) -> float:
-        """Of all GPUs from 0 to ``end``."""
-        return self.cluster.G * self.end
+        """Of all GPUs from 0 to ``end``, without the time for which they were given back."""
+        return self.cluster.G * (self.end - self._released)
 
     @property
     def resident_byte_seconds(self) -> float:
@@ -161,7 +170,8 @@ class SharedPool:
         now, turn = 0.0, 0
         while True:
             now = self._happen(now)
-            place = next((p for p in self._places(turn) if self._can_run(self.tenants[p], now)), None)
+            places = [(turn + step) % len(self.tenants) for step in range(len(self.tenants))]
+            place = next((p for p in places if self._can_run(self.tenants[p], now)), None)
             if place is not None:
                 now = self._iterate(self.tenants[place], now)
                 turn = place + 1
@@ -170,7 +180,7 @@ class SharedPool:
             if later is None:
                 break
             self._idle += later - now
-            now = later
+            now = self._pass_time(now, later)
         if any(tenant.has_work(now) for tenant in self.tenants):
             raise RunFailed("a tenant has work and there is no memory for it")
         self.end = now
@@ -180,6 +190,32 @@ class SharedPool:
         busy = sum(tenant.run.busy for tenant in self.tenants)
         assert math.isclose(now, busy + self._idle, rel_tol=1e-9, abs_tol=1e-9), "time was lost"
 
+    def _pass_time(self, now: float, later: float) -> float:
+        """Nobody can run until ``later``; GPUs that nobody has work for are given back, and taken when somebody has."""
+        if any(tenant.has_work(now) or tenant.ready > now for tenant in self.tenants):
+            self._quiet_from = math.inf
+            return later
+        self._quiet_from = min(self._quiet_from, now)
+        # something may have been noticed or loaded since
+        end = max(now, self._quiet_from + self._keep)
+        if later > end and math.isinf(self._away_from):
+            self._away_from = end
+            for tenant in self.tenants:
+                if tenant.awake:
+                    self._sleep(tenant, end)
+        if math.isinf(self._away_from) or not any(tenant.has_work(later) for tenant in self.tenants):
+            return later
+        self._released += later - self._away_from
+        self._quiet_from = self._away_from = math.inf
+        for tenant in self.tenants:
+            tenant.run.waited("container", self._container, later + self._container, self._waits_from(tenant, later))
+            # others are taken for those that were lost
+            for gpu in tenant.run.stage.outage.returned(math.inf):
+                tenant.run.pool.set_down(gpu, False)
+        self._look_again(later)
+        self._idle += self._container
+        return later + self._container
+
     def _happen(self, now: float) -> float:
         """Let what is due take effect on all tenants at once; returns when serving goes on."""
         back = [tenant.run.stage.gpus_back(now, tenant.awake) for tenant in self.tenants]
@@ -187,6 +223,9 @@ class SharedPool:
             self._look_again(now)
         while self._failures and self._failures[0][0].seconds <= now:
             failure, only = self._failures.pop(0)
+            if math.isfinite(self._away_from):
+                # it hits a GPU that is somebody else's
+                continue
             seconds = failure.detection_seconds
             waits_from = [self._waits_from(tenant, now) for tenant in self.tenants]
             now, self._idle = now + seconds, self._idle + seconds
@@ -233,10 +272,6 @@ class SharedPool:
             self.overflow_bytes = max(self.overflow_bytes, float(self._over_G.max()))
         for other in leaving or ():
             self._sleep(other, now)
-
-    def _places(self, turn: int) -> list[int]:
-        """Tenants in order of their turns."""
-        return [(turn + step) % len(self.tenants) for step in range(len(self.tenants))]
 
     def _can_run(self, tenant: Tenant, now: float) -> bool:
         """Whether the tenant has work and its weights are there; asks for them where they are not."""
@@ -330,7 +365,7 @@ class SharedPool:
 
     def _iterate(self, tenant: Tenant, now: float) -> float:
         run, others = tenant.run, [other for other in self.tenants if other is not tenant]
-        iteration = tenant.scheduler.next(now)
+        iteration, self._quiet_from = tenant.scheduler.next(now), math.inf
         if iteration is None:
             raise RunFailed("a tenant's scheduler has work that it never starts")
         run.now = now

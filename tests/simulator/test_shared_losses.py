@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeless.cluster import cluster
 from moeless.contracts import Forecast, Policy, Request
 from moeless.costs import COSTS
-from moeless.errors import RunFailed
+from moeless.errors import RunFailed, UserError
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import SimulationSettings, resolve
 from moeless.simulator.failures import Failure
@@ -38,7 +38,7 @@ def weights_per_gpu(spec):
 
 @pytest.fixture(scope="session")
 def tenant(spec, topk, replay_of):
-    def make(asked, policy="static", share=8.0, broken=(), warmup=0):
+    def make(asked, policy="static", share=8.0, broken=(), warmup=0, keep=0.002, **pool):
         """``share``: a GPU's memory, in times of what the model takes of it by static placement."""
         where = cluster("h100x8").with_gpus(GPUS)
         device = dataclasses.replace(where.device, memory_bytes=share * weights_per_gpu(spec))
@@ -52,7 +52,7 @@ def tenant(spec, topk, replay_of):
             predictors={"last": LastLoad()},
         )
         how = SimulationSettings(
-            PoolSettings(keep_alive=KeepAlive("fixed", 0.002)),
+            PoolSettings(keep_alive=KeepAlive("fixed", keep), **pool),
             replan_seconds=0.01,
             failures=tuple(broken),
             warmup_iterations=warmup,
@@ -102,17 +102,44 @@ def losses(draw):
     share=st.sampled_from([5.0, 8.0, 12.0]),
     patience=st.sampled_from([0.0, 0.01, 5.0]),
     gap=st.sampled_from([0.0, 0.001, 0.004]),
+    zero=st.booleans(),
 )
-def test_no_request_of_any_model_is_lost_or_counted_twice(tenant, broken, policies, share, patience, gap):
+def test_no_request_of_any_model_is_lost_or_counted_twice(tenant, broken, policies, share, patience, gap, zero):
+    how = {"scale_to_zero": zero, "container_seconds": 0.003}
     asked = [ask(12, gap, start) for start in (0.0, 0.01, 0.05)]
     broken = [*broken, (), ()][:3]
-    runs = [tenant(a, policy, share, b) for a, policy, b in zip(asked, policies, broken, strict=True)]
+    runs = [tenant(a, policy, share, b, **how) for a, policy, b in zip(asked, policies, broken, strict=True)]
     pool = SharedPool(runs, patience)
     pool.to_the_end()
     for run, requests in zip(runs, asked, strict=True):
         assert_each_token_came_once(run, requests)
         assert pool.end >= run.clocks.times().last_token_N.max()
-    assert pool.gpu_seconds == GPUS * pool.end
+    busy = sum(run.busy for run in runs)
+    assert GPUS * busy * (1 - 1e-9) <= pool.gpu_seconds <= GPUS * pool.end * (1 + 1e-9)
+    assert zero or pool.gpu_seconds == GPUS * pool.end
+
+
+def test_gpus_that_no_model_has_work_for_are_given_back(tenant):
+    first, later = [*ask(4, 0.0), *[dataclasses.replace(r, id=4, arrival=50.0) for r in ask(1, 0.0)]], ask(4, 0.0, 20.0)
+    how = {"scale_to_zero": True, "container_seconds": 1.0, "keep": 5.0}
+    # lost while nobody holds it, and one that others are taken for
+    broken = [Failure(35.0, 1, restart_seconds=1000.0), Failure(2.0, 2, restart_seconds=1000.0)]
+    runs = [tenant(first, broken=broken, **how), tenant(later, **how)]
+    pool = SharedPool(runs)
+    pool.to_the_end()
+    for run, requests in zip(runs, (first, later), strict=True):
+        assert_each_token_came_once(run, requests)
+        assert not run.pool.down_G.any()
+    # three times work: at 0, 20 and 50 s; 5 s after it the GPUs go, with it a container starts
+    assert pool.gpu_seconds == pytest.approx(GPUS * (5.0 + 6.0 + 1.0), rel=0.05)
+    assert pool.end == pytest.approx(51.0, abs=0.1)
+    assert [run.record.stalls["container"] for run in runs] == [1.0, 1.0]
+    assert [each.wakes for each in pool.tenants] == [1, 1]
+    assert pool.resident_byte_seconds < 0.5 * pool.end * sum(run.pool.resident_G.max() * GPUS for run in runs)
+    with pytest.raises(UserError, match="agree"):
+        SharedPool([tenant(first, **how), tenant(later)])
+    with pytest.raises(UserError, match="all of its GPUs or none"):
+        SharedPool([tenant(first, requests_per_gpu=4)])
 
 
 def test_a_lost_gpu_is_lost_to_every_model_and_named_twice_it_is_one_loss(tenant):
