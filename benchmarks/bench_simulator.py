@@ -205,7 +205,7 @@ def speed() -> None:
         name = f"elastic:history:1, {rate:g} requests/s, plans every {every}"
         show(name, *measure(spec, eight, "elastic:history:1", every, count, output, rate, control=False))
     print("\nand elastic-ahead, control charged: shares fixed ahead, extras that gather no counts")
-    for every, count, output, rate in ((1, 20, 300, 5.4), (1, 100, 40, 500.0), (256, 1000, 40, 500.0)):
+    for every, count, output, rate in ((1, 4, 100, 5.4), (1, 40, 40, 500.0), (256, 1000, 40, 500.0)):
         name = f"elastic-ahead:history:1, {rate:g} requests/s, plans every {every}"
         show(name, *measure(spec, eight, "elastic-ahead:history:1", every, count, output, rate))
 

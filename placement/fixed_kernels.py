@@ -43,7 +43,7 @@ def _leaders(value_CG, top_C3, first_C3):  # type: ignore[no-untyped-def]
                     break
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _beside(top_C3, first_C3, i, g, h):  # type: ignore[no-untyped-def]
     """The largest value of a scenario on any GPU but g and h."""
     for k in range(3):
@@ -52,7 +52,7 @@ def _beside(top_C3, first_C3, i, g, h):  # type: ignore[no-untyped-def]
     return 0.0
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _busy(n, a, b):  # type: ignore[no-untyped-def]
     return max(a * n, b) if n > TINY else 0.0
 
@@ -94,28 +94,31 @@ class Search(NamedTuple):
 @njit(cache=True, nogil=True)
 def _best_part(at, count, spare, score, price, a, b, c):  # type: ignore[no-untyped-def]
     """The best step that hands a part of one copy's tokens to another GPU: its gain, the copy, the GPU, the part."""
-    scenarios, num_gpus = at.time_CG.shape
+    # taken out once: each time costs as much as a step of the loops
+    load_CE, expert_X, gpu_X, share_X, at_EG, used_G, room_G, time_CG, tokens_CG = at[:9]
+    slowest_G, top_C3, first_C3, most_C3, whose_C3 = at[9:]
+    scenarios, num_gpus = time_CG.shape
     best, best_x, best_h, best_part = 0.0, -1, -1, 0.0
     for x in range(count):
-        e, g, s = at.expert_X[x], at.gpu_X[x], at.share_X[x]
-        if s <= TINY or not at.slowest_G[g]:
+        e, g, s = expert_X[x], gpu_X[x], share_X[x]
+        if s <= TINY or not slowest_G[g]:
             continue
         for h in range(num_gpus):
-            y = at.at_EG[e, h]
-            if h == g or (y < 0 and (spare == 0 or at.used_G[h] >= at.room_G[h])):
+            y = at_EG[e, h]
+            if h == g or (y < 0 and (spare == 0 or used_G[h] >= room_G[h])):
                 continue
-            t, paid = (0.0, price) if y < 0 else (at.share_X[y], 0.0)
+            t, paid = (0.0, price) if y < 0 else (share_X[y], 0.0)
             for part in _PARTS:
                 moved = part * s
                 total, least = 0.0, score * (1 - LEAST) - paid - best
                 for i in range(scenarios):
-                    n = at.load_CE[i, e]
-                    here = at.time_CG[i, g] - _busy(s * n, a, b) + _busy((s - moved) * n, a, b)
-                    there = at.time_CG[i, h] - _busy(t * n, a, b) + _busy((t + moved) * n, a, b)
-                    total += max(here, there, _beside(at.top_C3, at.first_C3, i, g, h)) / scenarios
+                    n = load_CE[i, e]
+                    here = time_CG[i, g] - _busy(s * n, a, b) + _busy((s - moved) * n, a, b)
+                    there = time_CG[i, h] - _busy(t * n, a, b) + _busy((t + moved) * n, a, b)
+                    total += max(here, there, _beside(top_C3, first_C3, i, g, h)) / scenarios
                     if c > 0.0:
-                        here, there = at.tokens_CG[i, g] - moved * n, at.tokens_CG[i, h] + moved * n
-                        total += c * max(here, there, _beside(at.most_C3, at.whose_C3, i, g, h)) / scenarios
+                        here, there = tokens_CG[i, g] - moved * n, tokens_CG[i, h] + moved * n
+                        total += c * max(here, there, _beside(most_C3, whose_C3, i, g, h)) / scenarios
                     if total >= least:
                         break
                 if total < least:
@@ -126,32 +129,35 @@ def _best_part(at, count, spare, score, price, a, b, c):  # type: ignore[no-unty
 @njit(cache=True, nogil=True)
 def _best_swap(at, count, spare, score, price, a, b, c):  # type: ignore[no-untyped-def]
     """The best two copies to change places, -1 where none gain: a primary's place stays, what leaves it is an extra."""
-    scenarios, experts = at.load_CE.shape
+    # taken out once: each time costs as much as a step of the loops
+    load_CE, expert_X, gpu_X, share_X, at_EG, used_G, room_G, time_CG, tokens_CG = at[:9]
+    slowest_G, top_C3, first_C3, most_C3, whose_C3 = at[9:]
+    scenarios, experts = load_CE.shape
     best, best_x, best_y = 0.0, -1, -1
     for x in range(count):
-        e, g, s = at.expert_X[x], at.gpu_X[x], at.share_X[x]
-        if s <= TINY or not at.slowest_G[g]:
+        e, g, s = expert_X[x], gpu_X[x], share_X[x]
+        if s <= TINY or not slowest_G[g]:
             continue
         for y in range(count):
-            f, h, t = at.expert_X[y], at.gpu_X[y], at.share_X[y]
-            if h == g or t <= TINY or at.at_EG[e, h] >= 0 or at.at_EG[f, g] >= 0:
+            f, h, t = expert_X[y], gpu_X[y], share_X[y]
+            if h == g or t <= TINY or at_EG[e, h] >= 0 or at_EG[f, g] >= 0:
                 continue
             from_g, from_h = int(x < experts), int(y < experts)
             if from_g + from_h > spare:
                 continue
-            if at.used_G[h] + from_h > at.room_G[h] or at.used_G[g] + from_g > at.room_G[g]:
+            if used_G[h] + from_h > room_G[h] or used_G[g] + from_g > room_G[g]:
                 continue
             paid = price * (from_g + from_h)
             total, least = 0.0, score * (1 - LEAST) - paid - best
             for i in range(scenarios):
-                n, m = at.load_CE[i, e], at.load_CE[i, f]
+                n, m = load_CE[i, e], load_CE[i, f]
                 more = _busy(t * m, a, b) - _busy(s * n, a, b)
-                here, there = at.time_CG[i, g] + more, at.time_CG[i, h] - more
-                total += max(here, there, _beside(at.top_C3, at.first_C3, i, g, h)) / scenarios
+                here, there = time_CG[i, g] + more, time_CG[i, h] - more
+                total += max(here, there, _beside(top_C3, first_C3, i, g, h)) / scenarios
                 if c > 0.0:
                     more = t * m - s * n
-                    here, there = at.tokens_CG[i, g] + more, at.tokens_CG[i, h] - more
-                    total += c * max(here, there, _beside(at.most_C3, at.whose_C3, i, g, h)) / scenarios
+                    here, there = tokens_CG[i, g] + more, tokens_CG[i, h] - more
+                    total += c * max(here, there, _beside(most_C3, whose_C3, i, g, h)) / scenarios
                 if total >= least:
                     break
             if total < least:
