@@ -68,7 +68,10 @@ class Scaling:
 
     def adapt(self, now: float, requests: int, kv_bytes_G: FloatArray) -> None:
         """Close, give back, open and take GPUs, as ``requests`` and their KV caches need at ``now``."""
-        if now >= self._leave_at:
+        if now >= self._leave_at and kv_bytes_G[self._leaving_G].any():
+            # requests began there after all: no other was open for a moment
+            self._stay()
+        elif now >= self._leave_at:
             self._leave(now)
         need, there = self.need(requests, float(kv_bytes_G.sum())), int(self._open_G.sum())
         if need < there:

@@ -213,12 +213,12 @@ def test_warmup_leaves_each_models_first_iterations_out_of_its_record(tenant):
 
 
 def test_small_models_do_not_take_what_others_leave_for_a_large_one(tenant):
-    # the last model needs both others' memory, and these always have work
+    # the last model needs the memory of two others, of which there are three, all with work always
     busy = [Request(i, 0.0005 * i, 8, 13, trace_request=i % 40) for i in range(400)]
     one = [Request(0, 0.01, 8, 13, trace_request=0)]
-    runs = [tenant(busy, share=2.2), tenant(busy, share=2.2), tenant(one, share=2.2)]
+    runs = [tenant(asked, share=2.2) for asked in (busy, busy, busy, one)]
     pool = SharedPool(runs, 0.02)
     # as if its weights were twice as many
-    pool._need_G[2] = pool._need_G[2] * 2.0
+    pool._need_G[3] = pool._need_G[3] * 2.0
     pool.to_the_end()
-    assert runs[2].clocks.times().last_token_N[0] < 0.12 < 0.2 < pool.end
+    assert runs[3].clocks.times().last_token_N[0] < 0.12 < 0.2 < pool.end
