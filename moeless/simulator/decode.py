@@ -26,6 +26,8 @@ from moeless.simulator.single_kernels import NUM_PARTS
 DISPATCH_WORK = 2000
 #: Steps timed ahead: as many as have so many expert loads together, which a core's cache holds, within these bounds.
 _LOADS, _LEAST, _MOST = 2**18, 16, 512
+#: Steps timed ahead after one that did not keep its plans, at least.
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class DecodeSteps:
             done += ran
             if ran < ahead:
                 if now < deadline:
-                    self._kept = max(done, _LEAST)
+                    self._kept = max(done // 2, _FEW)
                 break
             self._kept = max(self._kept, 2 * done)
         self.record.append(time_IL[:done])
