@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from moeless.contracts import Iteration, Phase, Request, Span
+from moeless.cluster import Cluster
+from moeless.contracts import Forecast, Iteration, Phase, Policy, Request, Span
 from moeless.costs import COSTS
-from moeless.simulator import Replay
+from moeless.simulator import Replay, resolve
+from moeless.simulator.failures import Failure
+from moeless.simulator.runtime import PolicyRuntime
 from moeless.spec import Attention, MoESpec
 from moeless.workloads.lengths import Workload
 
@@ -46,6 +50,46 @@ class OneByOne:
 
     def next_arrival(self, now: float) -> float | None:
         return self.requests[self.index].arrival if self.index < len(self.requests) else None
+
+
+class LastLoad:
+    """Forecasts what the target layer had last time, or even shares."""
+
+    def predict(self, context, layer, distance):
+        load_E = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)
+        mean_E = load_E / load_E.sum() * context.tokens * 2
+        return Forecast(mean_E, mean_E.copy(), context.tokens, "last")
+
+
+def runtime_of(policy: str, spec: MoESpec, where: Cluster) -> PolicyRuntime:
+    """A policy under roofline costs with one extra slot; ``last`` forecasts are :class:`LastLoad`'s."""
+    return resolve(
+        Policy.parse(policy),
+        spec=spec,
+        cluster=where,
+        costs=COSTS.get("roofline")(spec, where),
+        extra_slots=1,
+        predictors={"last": LastLoad()},
+    )
+
+
+@st.composite
+def losses(draw, first_gpu, gpus, most, seconds):
+    """Up to ``most`` losses of GPUs and copies in the first ``seconds``; GPUs before ``first_gpu`` stay."""
+    found = []
+    for _ in range(draw(st.integers(1, most))):
+        copy = draw(st.booleans())
+        found.append(
+            Failure(
+                draw(st.floats(0.0, seconds)),
+                draw(st.integers(first_gpu, gpus - 1)),
+                layer=draw(st.integers(0, 2)) if copy else None,
+                expert=draw(st.integers(0, 7)) if copy else None,
+                restart_seconds=draw(st.sampled_from([1e-4, 0.004, 0.02, 100.0])),
+                detection_seconds=draw(st.sampled_from([0.0, 0.001])),
+            )
+        )
+    return tuple(found)
 
 
 @pytest.fixture(scope="session")

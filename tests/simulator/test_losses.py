@@ -2,19 +2,19 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.cluster import cluster
-from moeless.contracts import Forecast, Policy
+from moeless.contracts import Policy
 from moeless.costs import COSTS
 from moeless.errors import RunFailed
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import SimulationSettings, resolve, simulate
 from moeless.simulator.failures import Failure
 from moeless.workloads.schedulers import Continuous, OneSecond
+from tests.simulator.conftest import losses, runtime_of
 
 GPUS = 4
 #: How the requests are batched; the last three make prompts and decoding requests take turns and wait.
@@ -27,51 +27,20 @@ BATCHING = {
 }
 
 
-@st.composite
-def failures(draw):
-    """A few losses of GPUs and copies in the first 60 ms; GPU 0 stays, so that somebody is left."""
-    found = []
-    for _ in range(draw(st.integers(1, 4))):
-        dies = draw(st.booleans())
-        found.append(
-            Failure(
-                draw(st.floats(0.0, 0.06)),
-                draw(st.integers(1, GPUS - 1)),
-                layer=draw(st.integers(0, 2)) if dies else None,
-                expert=draw(st.integers(0, 7)) if dies else None,
-                restart_seconds=draw(st.sampled_from([1e-4, 0.004, 0.02, 100.0])),
-                detection_seconds=draw(st.sampled_from([0.0, 0.001])),
-            )
-        )
-    return tuple(found)
-
-
-class LastLoad:
-    """Forecasts what the target layer had last time, or even shares."""
-
-    def predict(self, context, layer, distance):
-        load_E = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)
-        mean_E = load_E / load_E.sum() * context.tokens * 2
-        return Forecast(mean_E, mean_E.copy(), context.tokens, "last")
-
-
 @pytest.mark.parametrize("policy", ["static", "eplb:history", "moeless:last:1", "elastic:last:1"])
 @settings(max_examples=15, deadline=None)
-@given(broken=failures(), batching=st.sampled_from(sorted(BATCHING)), gap=st.sampled_from([0.0, 0.001, 0.003]))
+@given(
+    broken=losses(1, GPUS, most=4, seconds=0.06),
+    batching=st.sampled_from(sorted(BATCHING)),
+    gap=st.sampled_from([0.0, 0.001, 0.003]),
+)
 def test_no_request_is_lost_or_counted_twice(policy, broken, batching, gap, spec, topk, requests, replay_of):
     asked = [
         dataclasses.replace(request, arrival=gap * request.id, output_tokens=1 + request.id % 9)
         for request in requests[:24]
     ]
     where = cluster("h100x8").with_gpus(GPUS)
-    runtime = resolve(
-        Policy.parse(policy),
-        spec=spec,
-        cluster=where,
-        costs=COSTS.get("roofline")(spec, where),
-        extra_slots=1,
-        predictors={"last": LastLoad()},
-    )
+    runtime = runtime_of(policy, spec, where)
     got = simulate(
         replay_of(GPUS, topk, asked),
         asked,

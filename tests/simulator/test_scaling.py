@@ -10,24 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.cluster import cluster
-from moeless.contracts import Forecast, Policy, Request
-from moeless.costs import COSTS
+from moeless.contracts import Request
 from moeless.errors import UserError
 from moeless.serverless import KeepAlive, PoolSettings
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.failures import Failure
 from moeless.workloads.schedulers import Continuous
+from tests.simulator.conftest import runtime_of
 
 GPUS = 4
-
-
-class LastLoad:
-    """Forecasts what the target layer had last time, or even shares."""
-
-    def predict(self, context, layer, distance):
-        load_E = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)
-        mean_E = load_E / load_E.sum() * context.tokens * 2
-        return Forecast(mean_E, mean_E.copy(), context.tokens, "last")
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +27,7 @@ def serve(spec, topk, replay_of):
         where = cluster("h100x8").with_gpus(GPUS)
         if memory is not None:
             where = dataclasses.replace(where, device=dataclasses.replace(where.device, memory_bytes=memory))
-        runtime = resolve(
-            Policy.parse(policy),
-            spec=spec,
-            cluster=where,
-            costs=COSTS.get("roofline")(spec, where),
-            extra_slots=1,
-            predictors={"last": LastLoad()},
-        )
+        runtime = runtime_of(policy, spec, where)
         how = SimulationSettings(PoolSettings(**pool), failures=tuple(broken))
         return simulate(
             replay_of(GPUS, topk, asked), asked, Continuous(asked, GPUS, token_budget=32), runtime, settings=how

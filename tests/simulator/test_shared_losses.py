@@ -10,26 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.cluster import cluster
-from moeless.contracts import Forecast, Policy, Request
-from moeless.costs import COSTS
+from moeless.contracts import Request
 from moeless.errors import RunFailed, UserError
 from moeless.serverless import KeepAlive, PoolSettings
-from moeless.simulator import SimulationSettings, resolve
+from moeless.simulator import SimulationSettings
 from moeless.simulator.failures import Failure
 from moeless.simulator.loop import Run
 from moeless.simulator.shared import SharedPool
 from moeless.workloads.schedulers import Continuous
+from tests.simulator.conftest import losses, runtime_of
 
 GPUS = 4
-
-
-class LastLoad:
-    """Forecasts what the target layer had last time, or even shares."""
-
-    def predict(self, context, layer, distance):
-        load_E = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)
-        mean_E = load_E / load_E.sum() * context.tokens * 2
-        return Forecast(mean_E, mean_E.copy(), context.tokens, "last")
 
 
 def weights_per_gpu(spec):
@@ -43,14 +34,7 @@ def tenant(spec, topk, replay_of):
         where = cluster("h100x8").with_gpus(GPUS)
         device = dataclasses.replace(where.device, memory_bytes=share * weights_per_gpu(spec))
         where = dataclasses.replace(where, device=device)
-        runtime = resolve(
-            Policy.parse(policy),
-            spec=spec,
-            cluster=where,
-            costs=COSTS.get("roofline")(spec, where),
-            extra_slots=1,
-            predictors={"last": LastLoad()},
-        )
+        runtime = runtime_of(policy, spec, where)
         how = SimulationSettings(
             PoolSettings(keep_alive=KeepAlive("fixed", keep), **pool),
             replan_seconds=0.01,
@@ -76,28 +60,9 @@ def assert_each_token_came_once(run, asked):
     assert (times.itl_seconds_I >= 0).all()
 
 
-@st.composite
-def losses(draw):
-    """A few losses of GPUs and copies in the first 80 ms; GPUs 0 and 1 stay."""
-    found = []
-    for _ in range(draw(st.integers(1, 3))):
-        copy = draw(st.booleans())
-        found.append(
-            Failure(
-                draw(st.floats(0.0, 0.08)),
-                draw(st.integers(2, GPUS - 1)),
-                layer=draw(st.integers(0, 2)) if copy else None,
-                expert=draw(st.integers(0, 7)) if copy else None,
-                restart_seconds=draw(st.sampled_from([1e-4, 0.004, 0.02, 100.0])),
-                detection_seconds=draw(st.sampled_from([0.0, 0.001])),
-            )
-        )
-    return found
-
-
 @settings(max_examples=25, deadline=None)
 @given(
-    broken=st.lists(losses(), min_size=1, max_size=3),
+    broken=st.lists(losses(2, GPUS, most=3, seconds=0.08), min_size=1, max_size=3),
     policies=st.tuples(*[st.sampled_from(["static", "eplb:history", "moeless:last:1", "elastic:last:1"])] * 3),
     share=st.sampled_from([5.0, 8.0, 12.0]),
     patience=st.sampled_from([0.0, 0.01, 5.0]),

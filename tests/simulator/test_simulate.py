@@ -14,18 +14,7 @@ from moeless.simulator import SimulationSettings, resolve, simulate
 from moeless.simulator.routing import balanced_loads, columns, rank_sums
 from moeless.simulator.timeline import Timeline
 from moeless.workloads.schedulers import Continuous, OneSecond
-
-
-class LastLoad:
-    """Forecasts what the target layer had last time, or even shares."""
-
-    def predict(self, context, layer, distance):
-        from moeless.contracts import Forecast
-
-        total = context.tokens * 2
-        load = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)
-        mean = load / load.sum() * total
-        return Forecast(mean, mean.copy(), context.tokens, "last")
+from tests.simulator.conftest import LastLoad
 
 
 def run(spec, requests, replay, policy="static", costs="roofline", gpus=4, scheduler=None, timeline=None, **settings):
