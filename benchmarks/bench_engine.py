@@ -28,10 +28,10 @@ from moeless.engine.exchange import Exchange
 from moeless.engine.ffn import GatedFFN, silu_gate
 from moeless.engine.groups import Ranks
 from moeless.engine.launch import ForkedRanks, run_forked
-from moeless.engine.results import cores
 from moeless.engine.workload import WorkloadSettings
 from moeless.errors import RunFailed
 from moeless.placement.static import static_plan
+from moeless.processors import cores
 
 POLICIES = ("static", "eplb:history", "moeless:history", "moeless:gate_reuse", "elastic:history", "oracle")
 

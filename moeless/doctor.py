@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from moeless.processors import cores
+
 State = Literal["ok", "note", "bad"]
 
 REQUIRED = (
@@ -62,9 +64,9 @@ def _package(name: str) -> Check:
 
 def _machine() -> Check:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    state: State = "ok" if memory >= 8 and cores >= 2 else "note"
-    return Check("machine", state, f"{cores} cores, {memory:.0f} GiB memory, load {os.getloadavg()[0]:.1f}")
+    usable = cores()
+    state: State = "ok" if memory >= 8 and usable >= 2 else "note"
+    return Check("machine", state, f"{usable} cores, {memory:.0f} GiB memory, load {os.getloadavg()[0]:.1f}")
 
 
 def _devices() -> Check:

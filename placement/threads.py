@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 from moeless.jit import COMPILED
+from moeless.processors import cores
 
 #: Expert loads to look at before waking another thread pays.
 WORTHWHILE = 20_000
@@ -26,11 +27,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 # threads do not survive a fork, and work given to them would never be done
 os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_parallel(run: Callable[[int, int], None], length: int, work: int) -> None:

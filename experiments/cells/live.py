@@ -14,9 +14,9 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     predictors.
     """
     from moeless.engine.bench import LiveBench, LiveConfig, check_verified
-    from moeless.engine.results import cores
     from moeless.engine.workload import WorkloadSettings
     from moeless.metrics import schema
+    from moeless.processors import cores
 
     config = LiveConfig(
         policies=tuple(params["policies"]),

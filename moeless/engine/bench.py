@@ -24,7 +24,7 @@ from moeless.engine.job import Job
 from moeless.engine.launch import run_forked
 from moeless.engine.moves import COPY_SOURCES, CopySource
 from moeless.engine.predicted import best_costs, predict
-from moeless.engine.results import CellRecords, cores, finished_requests, make_cell, read_records
+from moeless.engine.results import CellRecords, finished_requests, make_cell, read_records
 from moeless.engine.start import LAUNCHERS, launch, memory_folder, serve_at, shared_folder
 from moeless.engine.torchrun import Place, end_well_on_sigterm, place
 from moeless.engine.workload import WorkloadSettings, live_requests
@@ -32,6 +32,7 @@ from moeless.errors import RunFailed, UserError
 from moeless.files import write_json, write_text
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
+from moeless.processors import cores
 from moeless.serverless import KeepAlive
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers

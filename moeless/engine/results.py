@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from moeless.metrics.billing import Meter
 from moeless.metrics.latency import MIN_SAMPLES_P99, cdf, summarise
 from moeless.metrics.requests import Objective, RequestTimes, request_metrics
 from moeless.metrics.result import Cell, LayerMetrics
+from moeless.processors import cores
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,6 @@ def read_records(job: Job, cell: int) -> CellRecords:
     return CellRecords(
         rows, arrays[0]["start_I"], arrays[0]["end_I"], facts, finished_requests(job.folder, cell, job.ranks)
     )
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def own_time_only(job: Job) -> bool:

@@ -10,6 +10,7 @@ import time
 import torch
 
 from moeless.errors import RunFailed, UserError
+from moeless.processors import cores
 
 #: A spinning thread that gets less than this share of a core shares it.
 FAIR_SHARE = 0.95
@@ -31,10 +32,9 @@ def core_share(seconds: float = 0.2) -> float:
 def cpu_findings() -> list[str]:
     """Why this machine's processor is busy, one clause each; empty when it is not."""
     found = []
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
-    if load > LOAD_PER_CORE * cores:
-        found.append(f"the load average is {load:.2f} on {cores} cores")
+    load, usable = os.getloadavg()[0], cores()
+    if load > LOAD_PER_CORE * usable:
+        found.append(f"the load average is {load:.2f} on {usable} cores")
     share = core_share()
     if share < FAIR_SHARE:
         found.append(f"a spinning thread gets {share:.0%} of a core")

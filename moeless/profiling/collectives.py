@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from moeless.errors import RunFailed
+from moeless.processors import cores
 from moeless.profiling.monotone import monotone_curve
 
 #: Bytes that the fullest rank receives.
@@ -109,7 +110,7 @@ def _rank_main(rank: int, ranks: int, kind: str, init: str, out: Path, quick: bo
             "low": [row[0] for row in table["uniform"]],
             "high": [row[2] for row in table["uniform"]],
             "gather_seconds": float(np.median(gather)),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
         }
         out.write_text(json.dumps(entry), encoding="utf-8")
     dist.barrier()

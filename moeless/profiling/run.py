@@ -19,6 +19,7 @@ from moeless import __version__
 from moeless.allocator import keep_freed_memory
 from moeless.costs.profile_reader import FORMAT, KIND, parse_profile
 from moeless.errors import UserError
+from moeless.processors import cores
 from moeless.profiling.busy import check_idle, resolve_device
 from moeless.profiling.ceilings import cache_bytes, measure_ceilings
 from moeless.profiling.collectives import measure_exchange
@@ -164,7 +165,7 @@ def profile_model(
     layers = {}
     for count in plan.ranks:
         # more ranks than cores take turns: their wall time is no layer's
-        if device.type == "cpu" and count <= len(os.sched_getaffinity(0)) and layer_fits(spec):
+        if device.type == "cpu" and count <= cores() and layer_fits(spec):
             progress(f"the engine's layer among {count} ranks")
             layers[count] = measure_layers(spec, count, options.quick)
     with torch.no_grad():
@@ -251,7 +252,7 @@ def default_kernel(grids: list[dict[str, Any]], dtype: str) -> str:
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
     """What the device is."""
-    common = {"device": device.type, "host_cores": len(os.sched_getaffinity(0)), "threads": threads}
+    common = {"device": device.type, "host_cores": cores(), "threads": threads}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return common | {

@@ -30,6 +30,11 @@ _LOADS, _LEAST, _MOST = 2**18, 16, 512
 _FEW = 3
 
 
+def dispatch_work(plans: Plans, experts: int, mode: int | None) -> int:
+    """What deciding the dispatch of one iteration's layers takes, in expert loads looked at."""
+    return DISPATCH_WORK * int((plans.count_L > experts).sum()) if mode == CHOSEN else 0
+
+
 @dataclass(frozen=True)
 class Batch:
     """Requests that decode together, and where their tokens are routed.
@@ -80,8 +85,7 @@ class DecodeSteps:
         spec, gpus = self.runtime.spec, self.runtime.cluster.G
         order_T = np.argsort(batch.rank_N, kind="stable")
         index_T, position_T, rank_T = batch.index_N[order_T], batch.position_N[order_T], batch.rank_N[order_T]
-        chosen = int((plans.count_L > spec.E).sum()) if self._mode == CHOSEN else 0
-        work = spec.L * (spec.E + len(rank_T) * spec.K) + chosen * DISPATCH_WORK
+        work = spec.L * (spec.E + len(rank_T) * spec.K) + dispatch_work(plans, spec.E, self._mode)
         weight_LE = self.history.weight_LE if self._learns else self.history.weight_LE[:0]
         time_IL, end_I, done = np.empty((steps, spec.L)), np.empty(steps), 0
         while done == 0 or (done < steps and now < deadline):

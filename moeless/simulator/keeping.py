@@ -38,7 +38,7 @@ class Keeping:
             rates = elastic.rates_of(runtime.costs)
             tolerance, doubt, numbers = float(params.keep), float(params.decode_doubt), (rates.a, rates.b, rates.c)
             # shares fixed ahead may pay where dispatch does not: no bound on what dispatch saves keeps a layer static
-            if params.skip and not ahead:
+            if not ahead:
                 skip = np.array([elastic.skip_seconds(runtime.costs, layer, params) for layer in range(spec.L)])
             normal_CE = elastic._normal_CE(params.seed, params.scenarios, spec.E)
         self.gpu_E = gpu_E

@@ -170,8 +170,7 @@ class Run:
                 self._failures.pop(0)
                 self._missed += 1
             # lost GPUs are not taken again, but others
-            for gpu in self.stage.outage.returned(math.inf):
-                self.pool.set_down(gpu, False)
+            self.stage.gpus_back(math.inf, loads=False)
         self._wait_until(arrival)
         if asleep:
             if self.scaling is not None:

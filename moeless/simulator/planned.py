@@ -9,8 +9,9 @@ from moeless.errors import RunFailed
 from moeless.placement import elastic, elastic_ahead, paper
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.paper_kernels import PaperTerms
-from moeless.placement.threads import cores, in_parallel
+from moeless.placement.threads import in_parallel
 from moeless.predictors.history import History
+from moeless.processors import cores
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.fixed_plan_kernels import FixedTerms, no_fixed
 from moeless.simulator.plan_rows import Plans, room_for
@@ -77,8 +78,7 @@ class PlannedIterations:
             self._patience = int(params.patience_iterations)
             widest += by_elastic.extra
             self._doubts = {phase: params.doubt_of(phase) for phase in Phase}
-            if params.skip:
-                skip_L = np.array([elastic.skip_seconds(runtime.costs, layer, params) for layer in range(spec.L)])
+            skip_L = np.array([elastic.skip_seconds(runtime.costs, layer, params) for layer in range(spec.L)])
         self.widest = widest
         copy_G = np.full(gpus, ahead.copy_seconds)
         self._terms = PlannerTerms(kind, distance, float(ahead.delay), copy_G, skip_L, by_paper, by_elastic, fixed)

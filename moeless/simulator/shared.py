@@ -210,8 +210,7 @@ class SharedPool:
         for tenant in self.tenants:
             tenant.run.waited("container", self._container, later + self._container, self._waits_from(tenant, later))
             # others are taken for those that were lost
-            for gpu in tenant.run.stage.outage.returned(math.inf):
-                tenant.run.pool.set_down(gpu, False)
+            tenant.run.stage.gpus_back(math.inf, loads=False)
         self._look_again(later)
         self._idle += self._container
         return later + self._container

@@ -21,7 +21,7 @@ from moeless.placement.threads import in_parallel
 from moeless.serverless import InstancePool
 from moeless.simulator import kernels
 from moeless.simulator.ahead import AheadPlans, Work
-from moeless.simulator.decode import DISPATCH_WORK, Batch, DecodeSteps
+from moeless.simulator.decode import Batch, DecodeSteps, dispatch_work
 from moeless.simulator.failures import Failure, Outage
 from moeless.simulator.history import LoadHistory
 from moeless.simulator.in_force import PlansInForce
@@ -116,14 +116,12 @@ class Stage:
         """Look at the plans once, until the next change."""
         self._rows, self._gpu_LE = self.plans.rows(), np.zeros((self.spec.L, self.spec.E), np.int64)
         locate(self._rows.expert_LR, self._rows.gpu_LR, self._gpu_LE)
-        more = int((self._rows.count_L > self.spec.E).sum())
-        self._single = more == 0
-        chosen = more if self._mode == CHOSEN else 0
-        self._dispatch_work = chosen * DISPATCH_WORK
+        self._dispatch_work = dispatch_work(self._rows, self.spec.E, self._mode)
         self._stale = False
 
     @property
-    def _all_single(self) -> bool:
+    def _single(self) -> bool:
+        """Whether every expert has one copy."""
         return bool((self.plans.rows().count_L == self.spec.E).all())
 
     def _last_ready(self) -> float:
@@ -144,7 +142,7 @@ class Stage:
         """Whether an iteration is one compiled call: known terms, warm plans that stay, no choice of copies."""
         if self.terms is None or (kept_L is not None and not kept_L.all()):
             return False
-        if self._mode is None and not (self._single if not self._stale else self._all_single):
+        if self._mode is None and not self._single:
             return False
         if self._stale:
             self._adopt()

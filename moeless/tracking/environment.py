@@ -14,6 +14,7 @@ from typing import Any
 import moeless
 from moeless.errors import UserError
 from moeless.files import sha256
+from moeless.processors import cores
 
 PACKAGES = (
     "torch",
@@ -85,9 +86,8 @@ def _gpu_names() -> list[str]:
 
 def hardware() -> dict[str, Any]:
     """CPU name, usable cores, memory in bytes, GPU names."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cpu": _cpu_name()}
-    facts["cores"] = cores
+    facts["cores"] = cores()
     try:
         facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
