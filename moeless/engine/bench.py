@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from moeless.engine.checkpoint import Checkpoint
 from moeless.engine.hosts import HOSTS
 from moeless.engine.job import Job
 from moeless.engine.launch import run_forked
-from moeless.engine.moves import COPY_SOURCES, CopySource
+from moeless.engine.options import ServingOptions
 from moeless.engine.predicted import best_costs, predict
 from moeless.engine.results import CellRecords, finished_requests, make_cell, read_records
 from moeless.engine.start import LAUNCHERS, launch, memory_folder, serve_at, shared_folder
@@ -33,18 +33,16 @@ from moeless.files import write_json, write_text
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
 from moeless.processors import cores
-from moeless.serverless import KeepAlive
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers
 
 
 @dataclass(frozen=True)
-class LiveConfig:
+class LiveConfig(ServingOptions):
     """What ``serve-bench --backend live`` runs; every field goes into the manifest.
 
     Attributes:
         model: a model folder; None for the bundled model.
-        host: who lends the rest of the model, a name of ``moeless.engine.hosts.HOSTS``.
         device: ``cpu`` (gloo), ``cuda`` (NCCL) or ``auto``.
         launcher: ``fork`` (CPU ranks of this machine), ``torchrun``, or ``auto``: fork on CPUs, torchrun on GPUs.
             Under torchrun already, this process is a rank of it.
@@ -52,40 +50,22 @@ class LiveConfig:
         cluster: whose links and rates planners assume; None: ``cpu2``- or ``cpu8``-like, ``h100x8``-like on GPUs.
         costs: by which planners plan, and the simulator's cells; None: see :func:`.predicted.best_costs`.
         warmup: first iterations that layer figures leave out.
-        verify: compare outputs with the unmodified model; ``record`` writes a routing trace of the first policy.
+        record: write a routing trace of the first policy.
         predict: let the simulator serve the same requests with the same routing, and add its cells.
     """
 
     policies: tuple[str, ...]
     workload: WorkloadSettings = field(default_factory=WorkloadSettings)
     model: Path | None = None
-    host: str = "transformers"
-    ranks: int = 2
     device: str = "auto"
     launcher: str = "auto"
     dtype: str | None = None
     cluster: str | None = None
     costs: str | None = None
-    batching: str = "continuous"
-    token_budget: int = 2048
-    max_running: int = 64
-    extra_slots: int = 1
-    spare_slots: int = 1
-    keep_alive: str = "10"
-    copy_from: CopySource = "auto"
-    replan_seconds: float = 2.0
-    skip_below_tokens: int = 0
-    plan_every: int = 1
-    predictors: tuple[Path, ...] = ()
-    planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     objectives: tuple[Objective, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
     warmup: int = 0
-    verify: bool = False
     record: bool = False
     predict: bool = False
-    seed: int = 0
 
 
 class LiveBench:
@@ -101,17 +81,6 @@ class LiveBench:
         from moeless.predictors.gates import checkpoint_folder
         from moeless.traces.specs import resolve_spec
 
-        if config.ranks < 1:
-            raise UserError(f"--ranks must be at least 1, got {config.ranks}")
-        if config.plan_every < 1:
-            raise UserError(f"--plan-every must be at least 1, got {config.plan_every}")
-        if not config.temperature >= 0:
-            raise UserError(f"--temperature must be at least 0, got {config.temperature}")
-        if not 0 < config.top_p <= 1:
-            raise UserError(f"--top-p must lie in (0, 1], got {config.top_p}")
-        if config.copy_from not in COPY_SOURCES:
-            raise UserError(f"--copy-from {config.copy_from!r} is none of {', '.join(COPY_SOURCES)}")
-        KeepAlive.parse(config.keep_alive)
         if not config.policies:
             raise UserError("a live run needs at least one --policy")
         HOSTS.get(config.host)
@@ -140,12 +109,9 @@ class LiveBench:
         self.spec: MoESpec = dataclasses.replace(spec, name=name, dtype=self.dtype, expert_dtype=self.dtype)
         self.costs = config.costs or best_costs(self.spec, self.cluster, self.device)
         self.requests = live_requests(self.model, config.workload)
-        options = (
-            {"token_budget": config.token_budget, "max_running": config.max_running}
-            if config.batching == "continuous"
-            else {}
+        schedulers.build(
+            config.batching, [live.request for live in self.requests], config.ranks, **config.batching_options
         )
-        schedulers.build(config.batching, [live.request for live in self.requests], config.ranks, **options)
         self._check_policies()
 
     @property
@@ -185,38 +151,21 @@ class LiveBench:
         }
 
     def _job(self, folder: Path, shared: Path) -> Job:
-        c = self.config
+        config = self.config
         return Job(
             model=self.model,
-            host=c.host,
             device=self.device,
             dtype=self.dtype,
-            ranks=c.ranks,
             spec=self.spec,
             cluster=self.cluster,
             costs=self.costs,
-            policies=c.policies,
+            policies=config.policies,
             requests=self.requests,
             folder=folder,
             shared=shared,
-            batching=c.batching,
-            token_budget=c.token_budget,
-            max_running=c.max_running,
-            extra_slots=c.extra_slots,
-            spare_slots=c.spare_slots,
-            keep_alive=c.keep_alive,
-            replan_seconds=c.replan_seconds,
-            skip_below_tokens=c.skip_below_tokens,
-            plan_every=c.plan_every,
-            predictors=c.predictors,
-            planner_params=c.planner_params,
-            copy_from=c.copy_from,
-            temperature=c.temperature,
-            top_p=c.top_p,
-            seed=c.seed,
-            verify=c.verify,
-            record=c.record or c.predict,
+            record=config.record or config.predict,
             record_inputs=self._reads_inputs,
+            **config.shared_options(),
         )
 
     def run(self, out: Path) -> list[Cell]:

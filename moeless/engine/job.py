@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moeless.cluster import Cluster
 from moeless.contracts import Request
-from moeless.engine.moves import CopySource
+from moeless.engine.options import ServingOptions
 from moeless.engine.serving import LiveRequest
 from moeless.files import read_json, write_json
 from moeless.spec import MoESpec
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(ServingOptions):
     """Every policy over the same requests, on the same ranks.
 
     Attributes:
         folder: scratch folder of the run; ranks write their records there.
         shared: folder of the machine's memory file system for the experts' mapping.
-        spare_slots: places per layer beyond the budget, which keep-alive uses.
-        keep_alive: ``SECONDS``, ``lru`` or ``adaptive[:SECONDS]``; see :class:`moeless.serverless.KeepAlive`.
-        copy_from: where copies come from, one of ``moeless.engine.moves.COPY_SOURCES``.
-        temperature, top_p: of sampling; temperature 0 is greedy.
         record, record_inputs: keep what the first policy that is not lossy routed, and what its gates saw.
-        verify: keep the generated tokens' logits and score the prompts.
     """
 
     model: Path
-    host: str
     device: str
     dtype: str
-    ranks: int
     spec: MoESpec
     cluster: Cluster
     costs: str
@@ -43,22 +34,6 @@ class Job:
     requests: tuple[LiveRequest, ...]
     folder: Path
     shared: Path
-    batching: str = "continuous"
-    token_budget: int = 2048
-    max_running: int = 64
-    extra_slots: int = 1
-    spare_slots: int = 1
-    keep_alive: str = "10"
-    copy_from: CopySource = "auto"
-    replan_seconds: float = 2.0
-    skip_below_tokens: int = 0
-    plan_every: int = 1
-    predictors: tuple[Path, ...] = ()
-    planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    verify: bool = False
     record: bool = False
     record_inputs: bool = False
     timeout_seconds: float = 120.0
@@ -67,13 +42,6 @@ class Job:
     def recorded_cell(self) -> int:
         """The policy whose routing is kept: the router's own, so never the oracle's where there is another."""
         return next((index for index, text in enumerate(self.policies) if text != "oracle"), 0)
-
-    @property
-    def batching_options(self) -> dict[str, Any]:
-        """What the scheduler takes."""
-        if self.batching != "continuous":
-            return {}
-        return {"token_budget": self.token_budget, "max_running": self.max_running}
 
     def write(self, path: Path) -> None:
         """Write the job for ranks that are started elsewhere."""
