@@ -112,16 +112,9 @@ class LayerPlan:
 
     @classmethod
     def build(
-        cls,
-        layer: int,
-        expert_R: Any,
-        gpu_R: Any,
-        primary_R: Any,
-        *,
-        num_experts: int,
-        num_gpus: int,
+        cls, layer: int, expert_R: Any, gpu_R: Any, primary_R: Any, *, num_experts: int, num_gpus: int,
         share_R: Any = None,
-    ) -> LayerPlan:
+    ) -> LayerPlan:  # fmt: skip
         """Sort the replicas and check the plan.
 
         Raises:
