@@ -31,7 +31,7 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
         "gpu_seconds": pool.gpu_seconds,
         "resident": pool.resident_byte_seconds / 1e9,
         "wakes": [tenant.wakes for tenant in pool.tenants],
-        "drains": pool.drains,
-        "overflow_gb": pool.overflow_bytes / 1e9,
+        "drains": pool.memory.drains,
+        "overflow_gb": pool.memory.overflow_bytes / 1e9,
         "mean_ttft_ms": ttft_ms,
     }

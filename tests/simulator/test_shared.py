@@ -103,11 +103,11 @@ def test_a_sleeping_tenant_is_not_starved_by_one_that_always_has_work(patience, 
     assert (first.completed, second.completed) == (400, 1)
     ended = second.times().last_token_N[0]
     if math.isinf(patience):
-        assert pool.drains == 0
+        assert pool.memory.drains == 0
         assert ended > first.times().last_token_N.max()
     else:
         # patience, the running requests' ends, loading, its own tokens
-        assert pool.drains >= 1
+        assert pool.memory.drains >= 1
         assert ended < 0.01 + patience + 0.1 < first.times().last_token_N.max()
         assert [each.wakes for each in pool.tenants] == [1, 1]
 
@@ -117,7 +117,7 @@ def test_impatient_tenants_that_all_have_work_still_get_on(spec, few, replay_for
     pool = SharedPool([tenant(spec, few, replay_for, topk, 0.0, memory) for _ in range(3)], 0.0)
     pool.to_the_end()
     assert all(one.run.clocks.completed == len(few) for one in pool.tenants)
-    assert pool.drains >= 2
+    assert pool.memory.drains >= 2
 
 
 def test_pools_that_cannot_be_are_one_sentence(spec, few, replay_for, topk):

@@ -184,6 +184,6 @@ def test_small_models_do_not_take_what_others_leave_for_a_large_one(tenant):
     runs = [tenant(asked, share=2.2) for asked in (busy, busy, busy, one)]
     pool = SharedPool(runs, 0.02)
     # as if its weights were twice as many
-    pool._need_G[3] = pool._need_G[3] * 2.0
+    pool.memory.need_G[3] = pool.memory.need_G[3] * 2.0
     pool.to_the_end()
     assert runs[3].clocks.times().last_token_N[0] < 0.12 < 0.2 < pool.end
