@@ -260,6 +260,13 @@ class InstancePool:
             self._counters,
         )
 
+    def bytes_of(self, plans: Sequence[LayerPlan]) -> FloatArray:
+        """What the plans' copies take on each GPU, ``[G]``."""
+        copies_LEG = np.zeros(self.born_LEG.shape, np.bool_)
+        for plan in plans:
+            copies_LEG[plan.layer, plan.expert_R, plan.gpu_R] = True
+        return np.asarray(copies_LEG.sum((0, 1)) * self._bytes)
+
     def set_down(self, gpu: int, down: bool) -> None:
         """Take a GPU's memory away, or give it back empty."""
         self.down_G[gpu] = down

@@ -160,6 +160,12 @@ class Outage:
         return owner_N
 
 
+def without_extras(plan: LayerPlan) -> LayerPlan:
+    """A plan's primaries."""
+    first_R = plan.primary_R
+    return LayerPlan(plan.layer, plan.expert_R[first_R], plan.gpu_R[first_R], first_R[first_R])
+
+
 def check_failures(failures: Sequence[Failure], num_gpus: int) -> list[Failure]:
     """Failures in order of time.
 

@@ -211,14 +211,14 @@ class Run:
         """GPUs held in an iteration, on average."""
         return self._held_iterations / self._iterations if self._iterations else float(self.cluster.G)
 
-    def _cached(self) -> Caches:
+    def cached(self) -> Caches:
         """Every request's KV cache and the GPU that it is on."""
         request_N, position_N = self.clocks.cached()
         owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
         return Caches(request_N, position_N, self.stage.outage.owners(owner_N, request_N))
 
     def _kv_bytes_G(self) -> FloatArray:
-        cached = self._cached()
+        cached = self.cached()
         held_G = np.bincount(cached.owner_N, weights=cached.position_N, minlength=self.cluster.G)
         return np.asarray(held_G * float(self.spec.kv_bytes_per_token))
 
@@ -257,8 +257,10 @@ class Run:
         Returns:
             The requests whose KV cache went with it, to be given to :meth:`recover`.
         """
-        cached = self._cached()
-        self.stage.fail(failure, self.now, loads)
+        cached = self.cached()
+        self.stage.fail(failure, self.now)
+        if loads:
+            self.stage.reload("failure", self.now)
         lost_N = (cached.owner_N == failure.gpu) & (failure.layer is None)
         return Caches(*(column_N[lost_N] for column_N in cached))
 

@@ -101,8 +101,9 @@ class SharedPool:
                 break
             self._idle += later - now
             now = self._pass_time(now, later)
-        if any(tenant.has_work(now) for tenant in self.tenants):
-            raise RunFailed("a tenant has work and there is no memory for it")
+        for tenant in self.tenants:
+            if tenant.has_work(now):
+                raise RunFailed(f"{tenant.run.spec.name} has work, and the GPUs that are left have no room for it")
         self.end = now
         for tenant in self.tenants:
             tenant.run.clocks.check()
@@ -148,19 +149,28 @@ class SharedPool:
             seconds = failure.detection_seconds
             waits_from = [self._waits_from(tenant, now) for tenant in self.tenants]
             now, self._idle = now + seconds, self._idle + seconds
-            lost = []
             for tenant, since in zip(self.tenants, waits_from, strict=True):
                 tenant.run.waited("failure", seconds, now, since)
                 if only in (None, tenant):
-                    tenant.run.now = now
-                    lost.append((tenant, tenant.run.lose(failure, tenant.awake)))
+                    self.memory.lose(tenant, failure, now)
+            if self._failures and self._failures[0][0].seconds <= now:
+                continue
             self.memory.look_again(now)
-            for tenant, caches in lost:
-                tenant.run.now = now
-                tenant.run.recover(caches)
-                now = tenant.run.now
+            for tenant in self.tenants:
+                # who sleeps does so once it is awake
+                if tenant.awake:
+                    now = self._recover(tenant, now)
             self.memory.settle(now)
         return now
+
+    @staticmethod
+    def _recover(tenant: Tenant, now: float) -> float:
+        """Compute lost KV caches again; returns when that ended."""
+        if tenant.owed is None:
+            return now
+        owed, tenant.owed, tenant.run.now = tenant.owed, None, now
+        tenant.run.recover(owed)
+        return tenant.run.now
 
     def _waits_from(self, tenant: Tenant, now: float) -> float:
         """From when on a request of it waits, infinity where none will."""
@@ -170,6 +180,10 @@ class SharedPool:
         return math.inf if arrival is None else arrival
 
     def _iterate(self, tenant: Tenant, now: float) -> float:
+        """Have a tenant's next iteration, or compute again what it had to give up; returns when that ended."""
+        if tenant.owed is not None:
+            self._quiet_from = math.inf
+            return self._recover(tenant, now)
         run, others = tenant.run, [other for other in self.tenants if other is not tenant]
         iteration, self._quiet_from = tenant.scheduler.next(now), math.inf
         if iteration is None:
@@ -202,4 +216,6 @@ class SharedPool:
                 moments.append(tenant.run.stage.outage.next_return)
         if moments and self._failures:
             moments.append(self._failures[0][0].seconds)
-        return min((moment for moment in moments if moment < math.inf), default=None)
+        first = min(moments, default=math.inf)
+        # a GPU may have come back while another loss was noticed
+        return max(now, first) if first < math.inf else None

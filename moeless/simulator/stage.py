@@ -22,7 +22,7 @@ from moeless.serverless import InstancePool
 from moeless.simulator import kernels
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.decode import Batch, DecodeSteps, dispatch_work
-from moeless.simulator.failures import Failure, Outage
+from moeless.simulator.failures import Failure, Outage, without_extras
 from moeless.simulator.history import LoadHistory
 from moeless.simulator.in_force import PlansInForce
 from moeless.simulator.layer_kernels import CHOSEN, EVEN
@@ -336,8 +336,7 @@ class Stage:
 
     def _restore(self, now: float) -> None:
         """Put the wanted plans in force, as far as GPUs work; layers wait for what has to be loaded."""
-        for layer, plan in enumerate(self._wanted):
-            there = self.outage.evacuate(plan)
+        for layer, there in enumerate(self._there(self._wanted)):
             self.pool.provision(layer, there.expert_R, there.gpu_R, now)
             self.plans[layer] = there
         self._adopt()
@@ -345,21 +344,25 @@ class Stage:
 
     def wake(self, now: float) -> None:
         """After the GPUs were given back: load everything again."""
-        self._again("wake", now)
+        self.reload("wake", now)
 
-    def _again(self, cause: str, now: float) -> None:
+    def reload(self, cause: str, now: float) -> None:
+        """Load what GPUs that work lack of the wanted plans; layers that wait for it do so for this cause."""
         self._cause = cause
         self._wanted = self.wanted
         self.ahead.keeping.forget()
         self._restore(now)
 
     def waking_bytes_G(self) -> FloatArray:
-        """Bytes of the copies on each GPU that :meth:`wake` would load."""
-        copies_LEG = np.zeros(self.pool.born_LEG.shape, np.bool_)
-        for layer, plan in enumerate(self.wanted):
-            there = self.outage.evacuate(plan)
-            copies_LEG[layer, there.expert_R, there.gpu_R] = True
-        return np.asarray(copies_LEG.sum((0, 1)) * float(self.spec.expert_bytes))
+        """Bytes of the copies on each GPU that :meth:`reload` wants there."""
+        return self.pool.bytes_of(self._there(self.wanted))
+
+    def _there(self, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+        """Plans as far as GPUs work, without extras where memory has no room for all copies of these."""
+        there = [self.outage.evacuate(plan) for plan in plans]
+        if not self.outage.down or (self.pool.bytes_of(there) <= self.pool.capacity_G).all():
+            return there
+        return [without_extras(plan) for plan in there]
 
     def leave(self, leaving_G: BoolArray, now: float) -> None:
         """Do without these GPUs from ``now`` on."""
@@ -367,10 +370,10 @@ class Stage:
             self.outage.lose(gpu, np.inf)
             self.pool.set_down(gpu, True)
         self.pool.drop(np.broadcast_to(leaving_G, self.pool.born_LEG.shape), now)
-        self._again("leaving", now)
+        self.reload("leaving", now)
 
-    def fail(self, failure: Failure, now: float, loads: bool = True) -> None:
-        """Lose a copy or a GPU at ``now``; load a stand-in for what was on it, unless nothing is in memory anyway."""
+    def fail(self, failure: Failure, now: float) -> None:
+        """Lose a copy or a GPU at ``now``."""
         lost_LEG = np.zeros(self.pool.born_LEG.shape, np.bool_)
         if failure.layer is not None:
             lost_LEG[failure.layer, failure.expert, failure.gpu] = True
@@ -379,8 +382,6 @@ class Stage:
             self.outage.lose(failure.gpu, now + failure.restart_seconds)
             self.pool.set_down(failure.gpu, True)
         self.pool.drop(lost_LEG, now)
-        if loads:
-            self._again("failure", now)
 
     def gpus_back(self, now: float, loads: bool = True) -> Sequence[int]:
         """Use GPUs again that have restarted; returns them."""

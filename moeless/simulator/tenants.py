@@ -20,7 +20,8 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray
 from moeless.errors import RunFailed
-from moeless.simulator.loop import Run
+from moeless.simulator.failures import Failure
+from moeless.simulator.loop import Caches, Run
 from moeless.workloads.continuous import Continuous
 
 
@@ -36,6 +37,8 @@ class Tenant:
         wakes: how often it was woken.
         served: it has run an iteration since it was woken.
         wanted: since when it has asked for memory that it does not get; None where it does not.
+        owed: KV caches of running requests that were lost, or given up, and are to be computed again before anything
+            else of it runs.
     """
 
     run: Run
@@ -46,6 +49,16 @@ class Tenant:
     wakes: int = 0
     served: bool = False
     wanted: float | None = None
+    owed: Caches | None = None
+
+    def owe(self, lost: Caches) -> None:
+        """Have these computed again, once each."""
+        if self.owed is not None:
+            new_N = ~np.isin(lost.request_N, self.owed.request_N)
+            lost = Caches(
+                *(np.concatenate([old_N, more_N[new_N]]) for old_N, more_N in zip(self.owed, lost, strict=True))
+            )
+        self.owed = lost if len(lost.request_N) else None
 
     @property
     def bytes_G(self) -> FloatArray:
@@ -116,10 +129,32 @@ class SharedMemory:
     def look_again(self, now: float) -> None:
         """After GPUs were lost or came back: what a sleeping tenant needs, and when a loading one is there."""
         for place, tenant in enumerate(self.tenants):
-            run = tenant.run
-            self.need_G[place] = run.stage.waking_bytes_G() + float(run.spec.non_expert_bytes)
+            self.need_G[place] = self._waking_bytes_G(tenant)
             if tenant.awake and tenant.ready > now:
                 tenant.ready = self._all_there(tenant)
+
+    @staticmethod
+    def _waking_bytes_G(tenant: Tenant) -> FloatArray:
+        return tenant.run.stage.waking_bytes_G() + float(tenant.run.spec.non_expert_bytes)
+
+    def lose(self, tenant: Tenant, failure: Failure, now: float) -> None:
+        """A GPU or copy is lost: load again what the tenant had there, or wait for what is lost if it fits no more.
+
+        Then it gives up the KV caches of running requests as well, as a server does that preempts requests to compute
+        them again.
+        """
+        run = tenant.run
+        run.now = now
+        tenant.owe(run.lose(failure, loads=False))
+        if not tenant.awake:
+            return
+        if not tenant.scheduler.num_running:
+            run.pool.share_memory(np.zeros(self.cluster.G), now)
+        if (run.stage.waking_bytes_G() <= run.pool.capacity_G).all():
+            run.stage.reload("failure", now)
+        else:
+            tenant.owe(run.cached())
+            self.sleep(tenant, now)
 
     def _all_there(self, tenant: Tenant) -> float:
         """When the last copy of its plans is warm."""
@@ -212,7 +247,9 @@ class SharedMemory:
         """Take a tenant's weights out of memory."""
         pool = tenant.run.pool
         pool.drop(np.ones(pool.born_LEG.shape, np.bool_), now)
+        pool.share_memory(np.zeros(self.cluster.G), now)
         tenant.awake = tenant.served = tenant.scheduler.draining = False
+        self.need_G[self.tenants.index(tenant)] = self._waking_bytes_G(tenant)
 
     def _wake(self, tenant: Tenant, now: float) -> None:
         run = tenant.run

@@ -64,7 +64,7 @@ def assert_each_token_came_once(run, asked):
 @given(
     broken=st.lists(losses(2, GPUS, most=3, seconds=0.08), min_size=1, max_size=3),
     policies=st.tuples(*[st.sampled_from(["static", "eplb:history", "moeless:last:1", "elastic:last:1"])] * 3),
-    share=st.sampled_from([5.0, 8.0, 12.0]),
+    share=st.sampled_from([1.3, 5.0, 8.0, 12.0]),
     patience=st.sampled_from([0.0, 0.01, 5.0]),
     gap=st.sampled_from([0.0, 0.001, 0.004]),
     zero=st.booleans(),
@@ -72,6 +72,9 @@ def assert_each_token_came_once(run, asked):
 def test_no_request_of_any_model_is_lost_or_counted_twice(tenant, broken, policies, share, patience, gap, zero):
     how = {"scale_to_zero": zero, "container_seconds": 0.003}
     asked = [ask(12, gap, start) for start in (0.0, 0.01, 0.05)]
+    if share < 2:
+        # one model alone fits, on three GPUs or four; planners that put copies freely would find no room
+        policies = ["static"] * 3
     broken = [*broken, (), ()][:3]
     runs = [tenant(a, policy, share, b, **how) for a, policy, b in zip(asked, policies, broken, strict=True)]
     pool = SharedPool(runs, patience)
@@ -155,16 +158,55 @@ def test_a_copys_failure_is_its_models_alone_and_may_hit_it_on_its_way(tenant):
 
 
 def test_where_too_few_gpus_are_left_models_wait_for_the_lost_one(tenant):
-    asked = ask(4, 0.05)
     loss = [Failure(0.06, gpu, restart_seconds=2.0, detection_seconds=0.0) for gpu in (1, 2, 3)]
-    with pytest.raises(RunFailed, match="room"):
-        SharedPool([tenant(asked, share=1.2, broken=loss)]).to_the_end()
     late = ask(4, 0.05, 0.5)
     runs = [tenant(ask(1, 0.0), share=1.5), tenant(late, share=1.5, broken=loss[:2])]
     pool = SharedPool(runs)
     pool.to_the_end()
     assert runs[1].clocks.times().first_token_N.min() > 2.0
     assert_each_token_came_once(runs[1], late)
+
+
+@pytest.mark.parametrize("policy", ["static", "elastic:last:1", "moeless:last:1"])
+@pytest.mark.parametrize("running", [False, True])
+def test_a_model_that_a_loss_leaves_no_room_for_waits_for_the_gpu(running, policy, tenant):
+    # either idle, with work again during the outage, or in the midst of requests when the GPUs go
+    idle = [Request(0, 0.0, 8, 2, trace_request=0), Request(1, 0.5, 8, 2, trace_request=1)]
+    busy = [Request(i, 0.1, 8, 13, trace_request=i) for i in range(6)]
+    asked = busy if running else idle
+    loss = [Failure(0.1005, gpu, restart_seconds=2.0, detection_seconds=0.0) for gpu in (1, 2)]
+    run = tenant(asked, policy, share=1.5, broken=loss)
+    pool = SharedPool([run])
+    pool.to_the_end()
+    assert_each_token_came_once(run, asked)
+    assert pool.tenants[0].wakes == 1
+    times = run.clocks.times()
+    if running:
+        assert (times.first_token_N < 0.1005).all()
+        assert (times.last_token_N > 2.1005).all()
+        # the KV caches on the GPUs that stayed went too
+        assert run._lost == len(busy)
+        assert run.record.stalls["recovery"] > 0
+    else:
+        assert times.first_token_N[0] < 0.1
+        assert times.first_token_N[1] > 2.1005
+        assert run.record.stalls["recovery"] == 0
+
+
+def test_a_gpu_that_comes_back_while_another_loss_is_noticed_turns_no_clock_back(tenant):
+    loss = Failure(0.0, 2, restart_seconds=1e-4, detection_seconds=0.0)
+    copy = Failure(0.0, 2, layer=0, expert=0, detection_seconds=0.001)
+    asked = ask(4, 0.001)
+    runs = [tenant(asked, share=1.3, broken=[failure]) for failure in (loss, copy)]
+    SharedPool(runs).to_the_end()
+    for run in runs:
+        assert_each_token_came_once(run, asked)
+
+
+def test_a_model_without_room_on_gpus_that_never_come_back_ends_the_run(tenant):
+    loss = [Failure(0.002, gpu, restart_seconds=np.inf) for gpu in (1, 2, 3)]
+    with pytest.raises(RunFailed, match="small has work, and the GPUs that are left have no room"):
+        SharedPool([tenant(ask(4, 0.05), share=1.2, broken=loss)]).to_the_end()
 
 
 def test_warmup_leaves_each_models_first_iterations_out_of_its_record(tenant):
