@@ -241,10 +241,10 @@ class Run:
 
     def _replace(self, scaling: Scaling, failure: Failure, waits_from: float) -> None:
         """Where too few GPUs are left without the lost one, serving waits for others."""
-        count = scaling.replacements(failure.gpu, float(self._kv_bytes_G().sum()))
-        if count and scaling.take(count, self.now):
-            self._pause(self.pool.wake_seconds, "container", waits_from)
-            self.stage.gpus_back(self.now)
+        there = scaling.replace(failure.gpu, float(self._kv_bytes_G().sum()), self.now)
+        if there > self.now:
+            self._pause(there - self.now, "container", waits_from)
+            self.stage.gpus_back(there)
 
     def hand_over_failures(self) -> list[Failure]:
         """What is to break, for whoever has the clock of several runs; this run forgets it."""

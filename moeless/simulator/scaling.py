@@ -125,11 +125,17 @@ class Scaling:
         self.outage.back_at_G[taken] = self.pool.engine_free_G[taken] = now + self.pool.wake_seconds
         return len(taken)
 
-    def replacements(self, gpu: int, kv_bytes: float) -> int:
-        """GPUs that have to be there before the others can do without one that is lost."""
+    def replace(self, gpu: int, kv_bytes: float, now: float) -> float:
+        """Have as many GPUs come as the others are too few without one that is lost; returns when these are there."""
         others_G = ~self.outage.down_G
         others_G[gpu] = False
-        return max(0, self.fewest(kv_bytes) - int(others_G.sum()))
+        missing = self.fewest(kv_bytes) - int(others_G.sum())
+        if missing <= 0:
+            return now
+        self.take(missing - int((self.pool.held_G & self.outage.down_G).sum()), now)
+        coming_G = self.pool.held_G & self.outage.down_G
+        there_at = np.sort(self.outage.back_at_G[coming_G])[:missing]
+        return float(there_at.max(initial=now))
 
     def lost(self, gpu: int, now: float, back_at: float) -> None:
         """A GPU was lost: it is given back, and there again to be taken at ``back_at``."""

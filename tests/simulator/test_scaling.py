@@ -111,6 +111,15 @@ def test_where_the_last_gpu_is_lost_another_is_taken(serve):
     assert any("given back" in text for text in away.cell.warnings)
 
 
+def test_where_the_last_gpu_is_lost_while_others_start_these_are_waited_for(serve):
+    # at 0.4 s the burst has taken the three others, which are there at 0.5 s
+    asked = [*trickle(40), *[Request(40 + i, 0.4, 8, 13, trace_request=i) for i in range(20)]]
+    how = {**POOL, "container_seconds": 0.1, "requests_per_gpu": 4}
+    got = serve(asked, broken=[Failure(0.4005, 0, restart_seconds=100.0, detection_seconds=0.001)], **how)
+    assert got.cell.request.completed == 60
+    assert got.cell.layer.stalls["container"] == pytest.approx(0.4 + 0.1 - 0.4015, abs=0.001)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     policy=st.sampled_from(["moeless:last:1", "elastic:last:1"]),
