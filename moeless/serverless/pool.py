@@ -90,8 +90,9 @@ class InstancePool:
         tiers = ("peer", "peer-slow", settings.home)
         seconds = [0.0 if settings.instant else costs.load_seconds(self._bytes, tier, 0) for tier in tiers]
         self.tier_seconds = np.array(seconds)
-        restart = costs.load_seconds(float(spec.non_expert_bytes), settings.home, 0)
-        self.wake_seconds = settings.container_seconds + restart
+        #: loading the weights outside the experts
+        self.restart_seconds = costs.load_seconds(float(spec.non_expert_bytes), settings.home, 0)
+        self.wake_seconds = settings.container_seconds + self.restart_seconds
         self.held_G = np.ones(cluster.G, np.bool_)
         # since when each GPU is held, or is not, and how long it was either before
         self._changed_G, self._held_seconds_G, self._released_seconds_G = np.zeros((3, cluster.G))
@@ -245,10 +246,19 @@ class InstancePool:
             over = float(self.resident_G[gpu] - self.capacity_G[gpu])
             self.kv_overflow_bytes = max(self.kv_overflow_bytes, over)
 
-    def _make_room(self, gpu: int, now: float) -> None:
+    def firm_G(self, now: float) -> FloatArray:
+        """Bytes of the copies that :meth:`shed` cannot evict, ``[G]``: a plan's, and those on their way."""
+        firm_LEG = np.isfinite(self.born_LEG) & (self.planned_LEG | (self.ready_LEG > now))
+        return np.asarray(firm_LEG.sum((0, 1)) * self._bytes)
+
+    def shed(self, gpu: int, num_bytes: float, now: float) -> None:
+        """Evict a GPU's unplanned copies, least recently used first, until that frees so much, or none is left."""
+        self._make_room(gpu, now, float(self.capacity_G[gpu] - self.resident_G[gpu]) + num_bytes)
+
+    def _make_room(self, gpu: int, now: float, wanted: float = 0.0) -> None:
         kernels.make_room(
             gpu,
-            0.0,
+            wanted,
             now,
             self._bytes,
             self.ready_LEG,

@@ -20,7 +20,7 @@ from moeless.simulator.history import LoadHistory
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
 from moeless.simulator.runtime import PolicyRuntime
-from moeless.simulator.scaling import Scaling
+from moeless.simulator.scaling import Member, Scaling
 from moeless.simulator.stage import Stage
 from moeless.simulator.timeline import Timeline
 
@@ -78,7 +78,7 @@ class Run:
         self.scaling: Scaling | None = None
         if settings.pool.requests_per_gpu is not None:
             slots = int(runtime.budget.slots_G.max()) - -(-self.spec.E // self.cluster.G)
-            self.scaling = Scaling(self.stage, self.pool, max(0, slots))
+            self.scaling = Scaling([Member(self.stage, self.pool, max(0, slots))])
         self._held_iterations = 0
         self.nonexpert = NonExpertCosts(self.spec, self.cluster)
         self._warmup = settings.warmup_iterations
@@ -179,9 +179,8 @@ class Run:
             self.stage.wake(self.now)
 
     def _wait_until(self, moment: float) -> None:
-        seconds = max(0.0, moment - self.now)
-        self._idle += seconds
-        self.now += seconds
+        self._idle += max(0.0, moment - self.now)
+        self.now = max(self.now, moment)
 
     def _pause(self, seconds: float, cause: str, waits_from: float = -math.inf) -> None:
         """Nothing runs; requests wait from ``waits_from`` on."""
@@ -217,7 +216,8 @@ class Run:
         owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
         return Caches(request_N, position_N, self.stage.outage.owners(owner_N, request_N))
 
-    def _kv_bytes_G(self) -> FloatArray:
+    def kv_bytes_G(self) -> FloatArray:
+        """What the requests' KV caches take on each GPU, ``[G]``."""
         cached = self.cached()
         held_G = np.bincount(cached.owner_N, weights=cached.position_N, minlength=self.cluster.G)
         return np.asarray(held_G * float(self.spec.kv_bytes_per_token))
@@ -233,23 +233,25 @@ class Run:
             self._pause(failure.detection_seconds, "failure", waits_from)
             if self.scaling is not None and failure.layer is None:
                 self._replace(self.scaling, failure, waits_from)
-            self.recover(self.lose(failure))
+            caches = self.lose(failure)
             if self.scaling is not None and failure.layer is None:
                 self.scaling.lost(failure.gpu, self.now, failure.seconds + failure.restart_seconds)
+            self.recover(caches)
         if self.scaling is not None:
-            self.scaling.adapt(self.now, self._demand(), self._kv_bytes_G())
+            self.scaling.adapt(self.now, self._demand(), self.kv_bytes_G())
 
     def _replace(self, scaling: Scaling, failure: Failure, waits_from: float) -> None:
         """Where too few GPUs are left without the lost one, serving waits for others."""
-        there = scaling.replace(failure.gpu, float(self._kv_bytes_G().sum()), self.now)
+        there = scaling.replace(failure.gpu, float(self.kv_bytes_G().sum()), self.now)
         if there > self.now:
             self._pause(there - self.now, "container", waits_from)
             self.stage.gpus_back(there)
 
-    def hand_over_failures(self) -> list[Failure]:
-        """What is to break, for whoever has the clock of several runs; this run forgets it."""
-        failures, self._failures = self._failures, []
-        return failures
+    def hand_over(self) -> tuple[list[Failure], Scaling | None]:
+        """What is to break, and who gives GPUs back, for whoever has the clock of several runs; this run forgets it."""
+        failures, scaling = self._failures, self.scaling
+        self._failures, self.scaling = [], None
+        return failures, scaling
 
     def lose(self, failure: Failure, loads: bool = True) -> Caches:
         """Lose a copy or a GPU at ``now``; where ``loads``, stand-ins of the copies begin to load.

@@ -12,9 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from moeless.contracts import BoolArray, FloatArray
 from moeless.errors import RunFailed, UserError
 from moeless.simulator.failures import Failure
 from moeless.simulator.loop import Run
+from moeless.simulator.scaling import Member, Scaling
 from moeless.simulator.tenants import SharedMemory, Tenant
 from moeless.workloads.continuous import Continuous
 
@@ -22,10 +26,11 @@ from moeless.workloads.continuous import Continuous
 PATIENCE_SECONDS = 5.0
 
 
-def _returns(run: Run) -> tuple[float, float]:
-    """After how many idle seconds GPUs are given back (infinity: never), and how long a container takes to start."""
+def _returns(run: Run) -> tuple[float, float, float | None]:
+    """After how many idle seconds all GPUs are given back (infinity: never), a container's start, requests a GPU."""
     settings = run.pool.settings
-    return settings.keep_alive.seconds if run.pool.gives_back else math.inf, settings.container_seconds
+    keep_seconds = settings.keep_alive.seconds if run.pool.gives_back else math.inf
+    return keep_seconds, settings.container_seconds, settings.requests_per_gpu
 
 
 class SharedPool:
@@ -54,31 +59,48 @@ class SharedPool:
         for run in runs:
             if not isinstance(run.scheduler, Continuous):
                 raise UserError("tenants of a shared pool are served with continuous batching")
-            if run.scaling is not None:
-                raise UserError("a shared pool gives back all of its GPUs or none: leave requests_per_gpu out")
             if _returns(run) != _returns(runs[0]):
-                raise UserError("tenants of a shared pool must agree on scale to zero, keep-alive and container start")
+                raise UserError(
+                    "tenants of a shared pool must agree on scale to zero, keep-alive, container start and GPUs"
+                )
             self.tenants.append(Tenant(run, run.scheduler))
         self.end, self._idle = 0.0, 0.0
+        self._keep, self._container, _ = _returns(runs[0])
+        # since when nobody has work; infinity: somebody has
+        self._quiet_from = math.inf
+        self._members: list[Member] = []
         self._failures = self._hand_over()
-        self._keep, self._container = _returns(runs[0])
-        # since when nobody has work, and since when no GPU is held; infinity: somebody has, all are
-        self._quiet_from, self._away_from, self._released = math.inf, math.inf, 0.0
-        self.memory = SharedMemory(self.tenants, patience_seconds)
+        self._scaling = Scaling(self._members) if self._members else None
+        self.memory = SharedMemory(self.tenants, patience_seconds, self._scaling)
 
     def _hand_over(self) -> list[tuple[Failure, Tenant | None]]:
         """What breaks, in order of time: a copy with its tenant, a GPU once, however many runs name it, with None."""
         found: dict[tuple[Failure, int | None], tuple[Failure, Tenant | None]] = {}
         for place, tenant in enumerate(self.tenants):
-            for failure in tenant.run.hand_over_failures():
+            failures, scaling = tenant.run.hand_over()
+            if scaling is not None:
+                self._members += scaling.members
+            for failure in failures:
                 alone = failure.layer is not None
                 found[failure, place if alone else None] = failure, tenant if alone else None
         return sorted(found.values(), key=lambda pair: pair[0].seconds)
 
     @property
     def gpu_seconds(self) -> float:
-        """Of all GPUs from 0 to ``end``, without the time for which they were given back."""
-        return self.cluster.G * (self.end - self._released)
+        """Sum over GPUs of the seconds up to ``end`` for which each was held."""
+        return self.tenants[0].run.pool.gpu_seconds(self.end)
+
+    @property
+    def _held_G(self) -> BoolArray:
+        return self.tenants[0].run.pool.held_G
+
+    def _next_change(self, now: float) -> float:
+        """When something breaks, or GPUs or an idle model's memory are to be given back."""
+        moments = [self._failures[0][0].seconds] if self._failures else []
+        if self._scaling is not None and self._held_G.any():
+            ends = [each.idle_from + self._keep for each in self.tenants if each.awake and not each.has_work(now)]
+            moments += [self._scaling.next_event, *(end for end in ends if end > now)]
+        return min(moments, default=math.inf)
 
     @property
     def resident_byte_seconds(self) -> float:
@@ -108,6 +130,7 @@ class SharedPool:
         for tenant in self.tenants:
             tenant.run.clocks.check()
             tenant.run.pool.check()
+            assert tenant.run.pool.gpu_seconds(now) == self.gpu_seconds, "a GPU was not held by all models alike"
         busy = sum(tenant.run.busy for tenant in self.tenants)
         assert math.isclose(now, busy + self._idle, rel_tol=1e-9, abs_tol=1e-9), "time was lost"
 
@@ -119,22 +142,67 @@ class SharedPool:
         self._quiet_from = min(self._quiet_from, now)
         # something may have been noticed or loaded since
         end = max(now, self._quiet_from + self._keep)
-        if later > end and math.isinf(self._away_from):
-            self._away_from = end
+        if later > end and self._held_G.any():
             for tenant in self.tenants:
                 if tenant.awake:
                     self.memory.sleep(tenant, end)
-        if math.isinf(self._away_from) or not any(tenant.has_work(later) for tenant in self.tenants):
+                tenant.run.pool.hold(np.zeros(self.cluster.G, np.bool_), end)
+        if self._held_G.any() or not any(tenant.has_work(later) for tenant in self.tenants):
             return later
-        self._released += later - self._away_from
-        self._quiet_from = self._away_from = math.inf
+        self._quiet_from = math.inf
+        if self._scaling is not None:
+            self._tell_scaling(later)
+            self._scaling.wake(later, self._demand(later))
         for tenant in self.tenants:
-            tenant.run.waited("container", self._container, later + self._container, self._waits_from(tenant, later))
-            # others are taken for those that were lost
-            tenant.run.stage.gpus_back(math.inf, loads=False)
+            if self._scaling is None:
+                # others are taken for those that were lost
+                tenant.run.pool.hold(np.ones(self.cluster.G, np.bool_), later)
+                tenant.run.stage.gpus_back(math.inf, loads=False)
+        later = self._wait("container", self._container, later)
         self.memory.look_again(later)
-        self._idle += self._container
-        return later + self._container
+        return later
+
+    def _wait(self, cause: str, seconds: float, now: float) -> float:
+        """Nothing runs for so long from ``now`` on; returns when it does again."""
+        for tenant in self.tenants:
+            tenant.run.waited(cause, seconds, now + seconds, self._waits_from(tenant, now))
+        self._idle += seconds
+        return now + seconds
+
+    def _demand(self, now: float) -> int:
+        """Requests that run or wait."""
+        return sum(tenant.demand(now) for tenant in self.tenants)
+
+    def _tell_scaling(self, now: float) -> None:
+        """Who is in memory, and who needs it: all that are there, or those with work where the others go to sleep."""
+        assert self._scaling is not None
+        for tenant, member in zip(self.tenants, self._members, strict=True):
+            if tenant.awake and not member.awake:
+                # its copies may be on GPUs that are about to leave
+                self._scaling.stay()
+            member.awake = tenant.awake
+            member.counts = tenant.has_work(now) or (tenant.awake and (math.isinf(self._keep) or tenant.ready > now))
+
+    def _kv_bytes_G(self) -> FloatArray:
+        kv_bytes_G = np.zeros(self.cluster.G)
+        for tenant in self.tenants:
+            # who sleeps has given them up
+            if tenant.awake:
+                kv_bytes_G += tenant.run.kv_bytes_G()
+        return kv_bytes_G
+
+    def _scale(self, now: float) -> None:
+        """Put who has been idle for a keep-alive to sleep; hold as many GPUs as the others need."""
+        assert self._scaling is not None
+        for tenant in self.tenants:
+            if tenant.awake and tenant.idle_from + self._keep <= now and not tenant.has_work(now):
+                self.memory.sleep(tenant, max(tenant.idle_from + self._keep, tenant.run.now))
+        self._tell_scaling(now)
+        down_G = self._scaling.outage.down_G.copy()
+        self._scaling.adapt(now, self._demand(now), self._kv_bytes_G())
+        if (down_G != self._scaling.outage.down_G).any():
+            self.memory.look_again(now)
+            self.memory.settle(now)
 
     def _happen(self, now: float) -> float:
         """Let what is due take effect on all tenants at once; returns when serving goes on."""
@@ -143,16 +211,17 @@ class SharedPool:
             self.memory.look_again(now)
         while self._failures and self._failures[0][0].seconds <= now:
             failure, only = self._failures.pop(0)
-            if math.isfinite(self._away_from):
+            if not self._held_G[failure.gpu]:
                 # it hits a GPU that is somebody else's
                 continue
-            seconds = failure.detection_seconds
-            waits_from = [self._waits_from(tenant, now) for tenant in self.tenants]
-            now, self._idle = now + seconds, self._idle + seconds
-            for tenant, since in zip(self.tenants, waits_from, strict=True):
-                tenant.run.waited("failure", seconds, now, since)
+            now = self._wait("failure", failure.detection_seconds, now)
+            if self._scaling is not None and failure.layer is None:
+                now = self._replace(self._scaling, failure.gpu, now)
+            for tenant in self.tenants:
                 if only in (None, tenant):
                     self.memory.lose(tenant, failure, now)
+            if self._scaling is not None and failure.layer is None:
+                self._scaling.lost(failure.gpu, now, failure.seconds + failure.restart_seconds)
             if self._failures and self._failures[0][0].seconds <= now:
                 continue
             self.memory.look_again(now)
@@ -161,6 +230,18 @@ class SharedPool:
                 if tenant.awake:
                     now = self._recover(tenant, now)
             self.memory.settle(now)
+        if self._scaling is not None and self._held_G.any():
+            self._scale(now)
+        return now
+
+    def _replace(self, scaling: Scaling, gpu: int, now: float) -> float:
+        """Where too few GPUs are left without a lost one, serving waits for others; returns until when."""
+        self._tell_scaling(now)
+        there = scaling.replace(gpu, float(self._kv_bytes_G().sum()), now)
+        if there > now:
+            now = max(there, self._wait("container", there - now, now))
+            for tenant in self.tenants:
+                tenant.run.stage.gpus_back(now, tenant.awake)
         return now
 
     @staticmethod
@@ -195,8 +276,7 @@ class SharedPool:
         else:
             arrivals = [other.scheduler.next_arrival(now) for other in others]
             run.until = min((time for time in arrivals if time is not None), default=math.inf)
-            if self._failures:
-                run.until = min(run.until, self._failures[0][0].seconds)
+            run.until = min(run.until, self._next_change(now))
         run.serve(iteration)
         tenant.used, tenant.served = run.now, True
         # its KV cache or copies may have grown into memory that others hold
@@ -214,8 +294,10 @@ class SharedPool:
                 moments.append(arrival)
             if moments or tenant.has_work(now):
                 moments.append(tenant.run.stage.outage.next_return)
-        if moments and self._failures:
-            moments.append(self._failures[0][0].seconds)
+        if moments:
+            moments.append(self._next_change(now))
+        if moments and self._scaling is not None:
+            moments.append(self._scaling.next_free(now))
         first = min(moments, default=math.inf)
         # a GPU may have come back while another loss was noticed
         return max(now, first) if first < math.inf else None

@@ -370,7 +370,6 @@ class Stage:
             self.outage.lose(gpu, np.inf)
             self.pool.set_down(gpu, True)
         self.pool.drop(np.broadcast_to(leaving_G, self.pool.born_LEG.shape), now)
-        self.reload("leaving", now)
 
     def fail(self, failure: Failure, now: float) -> None:
         """Lose a copy or a GPU at ``now``."""

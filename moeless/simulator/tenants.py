@@ -13,7 +13,7 @@ Axes: G GPUs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from moeless.contracts import BoolArray, FloatArray
 from moeless.errors import RunFailed
 from moeless.simulator.failures import Failure
 from moeless.simulator.loop import Caches, Run
+from moeless.simulator.scaling import Scaling
 from moeless.workloads.continuous import Continuous
 
 
@@ -63,14 +64,30 @@ class Tenant:
     @property
     def bytes_G(self) -> FloatArray:
         """Memory that it takes while awake: weights, and the KV cache of its running requests."""
-        pool = self.run.pool
-        held_G = pool.resident_G + float(self.run.spec.non_expert_bytes)
-        return np.asarray(held_G + (pool.room_G - pool.capacity_G) if self.scheduler.num_running else held_G)
+        return self.run.pool.resident_G + self._other_G
+
+    def firm_bytes_G(self, now: float) -> FloatArray:
+        """The same without copies that no plan holds, which may go at any time."""
+        return self.run.pool.firm_G(now) + self._other_G
+
+    @property
+    def _other_G(self) -> FloatArray:
+        pool, other = self.run.pool, float(self.run.spec.non_expert_bytes)
+        return np.asarray(other + (pool.room_G - pool.capacity_G) * (self.scheduler.num_running > 0))
+
+    def demand(self, now: float) -> int:
+        """Requests of it that run or wait."""
+        self.scheduler.next_arrival(now)
+        return self.scheduler.num_running + self.scheduler.num_waiting
 
     def has_work(self, now: float) -> bool:
         """Whether a request of it runs or waits."""
-        self.scheduler.next_arrival(now)
-        return self.scheduler.num_running + self.scheduler.num_waiting > 0
+        return self.demand(now) > 0
+
+    @property
+    def idle_from(self) -> float:
+        """Since when an awake tenant without work has had none."""
+        return max(self.used, self.ready)
 
     def may_sleep(self, now: float) -> bool:
         """Whether it holds memory that nothing of it needs at the moment, or that it has to give up."""
@@ -85,6 +102,7 @@ class SharedMemory:
     Args:
         tenants: on the same cluster, their runs fresh.
         patience_seconds: how long a tenant with work waits for memory before others are drained; infinity: for ever.
+        scaling: who takes more GPUs; None where all are held.
 
     Attributes:
         need_G: of each tenant, what it would take if it were woken.
@@ -95,8 +113,8 @@ class SharedMemory:
         RunFailed: a tenant does not fit even alone.
     """
 
-    def __init__(self, tenants: Sequence[Tenant], patience_seconds: float) -> None:
-        self.tenants, self.patience_seconds = tenants, patience_seconds
+    def __init__(self, tenants: Sequence[Tenant], patience_seconds: float, scaling: Scaling | None) -> None:
+        self.tenants, self.patience_seconds, self.scaling = tenants, patience_seconds, scaling
         self.cluster = tenants[0].run.cluster
         self.overflow_bytes, self.drains = 0.0, 0
         engine_free_G, held_G = np.zeros((2, self.cluster.G))
@@ -164,12 +182,12 @@ class SharedMemory:
         return ready
 
     def settle(self, now: float) -> None:
-        """Where tenants together have outgrown the memory, those without work make room."""
-        leaving = self._leaving(np.zeros(self.cluster.G), now)
+        """Where tenants together have outgrown the memory, copies that no plan holds go, then who has no work."""
+        none_G = np.zeros(self.cluster.G)
+        leaving = self._leaving(none_G, now)
         if leaving is None:
             self.overflow_bytes = max(self.overflow_bytes, float(self._over_G.max()))
-        for other in leaving or ():
-            self.sleep(other, now)
+        self._clear(none_G, leaving or (), now)
 
     def can_run(self, tenant: Tenant, now: float) -> bool:
         """Whether the tenant has work and its weights are there; asks for them where they are not."""
@@ -206,15 +224,15 @@ class SharedMemory:
 
         Only who has served since it was woken: otherwise tenants could wake each other without a token for any.
         """
-        awake = sorted((other for other in self.tenants if other.awake), key=lambda other: other.ready)
-        held_G = sum((other.bytes_G for other in awake), self.need_G[self.tenants.index(tenant)])
+        awake = self._awake(lambda other: other.ready)
+        held_G = sum((other.firm_bytes_G(now) for other in awake), self.need_G[self.tenants.index(tenant)])
         leaving: list[Tenant] = []
         for other in awake:
             if self._fits(held_G):
                 break
             if other.served or other.may_sleep(now):
                 leaving.append(other)
-                held_G = held_G - other.bytes_G
+                held_G = held_G - other.firm_bytes_G(now)
         if not self._fits(held_G):
             return
         for other in leaving:
@@ -223,23 +241,45 @@ class SharedMemory:
                 other.scheduler.draining = True
 
     def _make_room(self, tenant: Tenant, now: float) -> bool:
+        """Whether there is room for the tenant, for which others may go to sleep, or GPUs be taken and waited for."""
         need_G = self.need_G[self.tenants.index(tenant)]
         leaving = self._leaving(need_G, now)
-        for other in leaving or ():
-            self.sleep(other, now)
+        if self.scaling is not None and leaving != [] and (self.scaling.coming or leaving is None):
+            awake = [other for other in self.tenants if other.awake]
+            # those that work spread over GPUs that have come
+            if all(other.used >= self.scaling.there_from or not other.has_work(now) for other in awake):
+                self.scaling.more(now)
+            return False
+        if leaving is not None:
+            self._clear(need_G, leaving, now)
         return leaving is not None
+
+    def _clear(self, more_G: FloatArray, leaving: Iterable[Tenant], now: float) -> None:
+        """Let tenants go to sleep, then evict what no plan holds, until so many bytes more fit."""
+        for tenant in leaving:
+            self.sleep(tenant, now)
+        awake = self._awake(lambda tenant: tenant.used)
+        for tenant in awake:
+            over_G = sum((other.bytes_G for other in awake), more_G) - self._memory
+            for gpu in np.flatnonzero((over_G > 0) & ~self._down_G).tolist():
+                tenant.run.pool.shed(gpu, float(over_G[gpu]), now)
+
+    def _awake(self, key: Callable[[Tenant], float]) -> list[Tenant]:
+        return sorted((tenant for tenant in self.tenants if tenant.awake), key=key)
 
     def _leaving(self, more_G: FloatArray, now: float) -> list[Tenant] | None:
         """Who must go to sleep so that so many bytes more fit; None where not even that is enough."""
-        awake = sorted((tenant for tenant in self.tenants if tenant.awake), key=lambda tenant: tenant.used)
-        held_G = sum((tenant.bytes_G for tenant in awake), np.zeros(self.cluster.G)) + more_G
+        awake = self._awake(lambda tenant: tenant.used)
+        if self._fits(sum((tenant.bytes_G for tenant in awake), more_G)):
+            return []
+        held_G = sum((tenant.firm_bytes_G(now) for tenant in awake), more_G)
         leaving: list[Tenant] = []
         for tenant in awake:
             if self._fits(held_G):
                 break
             if tenant.may_sleep(now):
                 leaving.append(tenant)
-                held_G = held_G - tenant.bytes_G
+                held_G = held_G - tenant.firm_bytes_G(now)
         self._over_G = np.where(self._down_G, 0.0, held_G - self._memory)
         return leaving if self._fits(held_G) else None
 
