@@ -21,12 +21,21 @@ OBJECTIVES = ("ttft:2000", "tpot:50")
 TARGET = 0.95
 #: Mean requests per second of a tenant, in bursts that fall into different moments for each.
 RATE, SHAPE = 0.3, 0.05
-#: Ways to serve each model by itself: name to (policy, whether GPUs are given back in silence).
-OWN = {"own GPUs, static EP": ("static", False), "own GPUs, given back when idle": ("elastic:history", True)}
+#: How GPUs are given back: not at all, all in silence, or besides one by one where fewer are needed.
+KEPT: dict[str, Any] = {}
+IDLE = {"scale_to_zero": True, "keep_alive": "10"}
+SINGLY = {**IDLE, "requests_per_gpu": 4}
+#: Ways to serve each model by itself, and all together: name to (policy, how GPUs are given back).
+OWN = {
+    "own GPUs, static EP": ("static", KEPT),
+    "own GPUs, given back when idle": ("elastic:history", IDLE),
+    "own GPUs, given back one by one": ("elastic:history", SINGLY),
+}
 SHARED = {
-    "one pool, static EP": ("static", False),
-    "one pool, elastic": ("elastic:history", False),
-    "one pool, given back when idle": ("elastic:history", True),
+    "one pool, static EP": ("static", KEPT),
+    "one pool, elastic": ("elastic:history", KEPT),
+    "one pool, given back when idle": ("elastic:history", IDLE),
+    "one pool, given back one by one": ("elastic:history", SINGLY),
 }
 
 
@@ -54,11 +63,10 @@ def _jobs(options: Options) -> Mapping[str, Job]:
         changes = _workload(options, gpus)
         for name, (policy, returns) in OWN.items():
             for place, source in enumerate(sources):
-                more = {"seed": options.seed + place, "scale_to_zero": returns, "keep_alive": "10"}
+                more = {"seed": options.seed + place, **returns}
                 made[f"{name}|{gpus}|{place}"] = serving.job(options, source, policy, costs, **changes, **more)
         for name, (policy, returns) in SHARED.items():
-            more = {"scale_to_zero": True, "keep_alive": "10"} if returns else {}
-            job = serving.job(options, sources[0], policy, costs, **changes, **more)
+            job = serving.job(options, sources[0], policy, costs, **changes, **returns)
             made[f"{name}|{gpus}"] = dataclasses.replace(
                 job,
                 label=f"serve {TENANTS} models on one pool of {gpus} GPUs by {policy}",
