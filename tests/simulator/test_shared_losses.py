@@ -29,12 +29,13 @@ def weights_per_gpu(spec):
 
 @pytest.fixture(scope="session")
 def tenant(spec, topk, replay_of):
-    def make(asked, policy="static", share=8.0, broken=(), warmup=0, keep=0.002, **pool):
-        """``share``: a GPU's memory, in times of what the model takes of it by static placement."""
+    def make(asked, policy="static", share=8.0, broken=(), warmup=0, keep=0.002, width=1, **pool):
+        """``share``: a GPU's memory, in times of what ``spec`` takes of it; ``width``: how wide experts are."""
         where = cluster("h100x8").with_gpus(GPUS)
         device = dataclasses.replace(where.device, memory_bytes=share * weights_per_gpu(spec))
         where = dataclasses.replace(where, device=device)
-        runtime = runtime_of(policy, spec, where)
+        wide = dataclasses.replace(spec, expert_intermediate_size=width * spec.expert_intermediate_size)
+        runtime = runtime_of(policy, wide, where)
         how = SimulationSettings(
             PoolSettings(keep_alive=KeepAlive("fixed", keep), **pool),
             replan_seconds=0.01,
@@ -205,6 +206,42 @@ def test_a_model_without_room_on_gpus_that_never_come_back_ends_the_run(tenant):
     loss = [Failure(0.002, gpu, restart_seconds=np.inf) for gpu in (1, 2, 3)]
     with pytest.raises(RunFailed, match="small has work, and the GPUs that are left have no room"):
         SharedPool([tenant(ask(4, 0.05), share=1.2, broken=loss)]).to_the_end()
+
+
+def test_who_finds_no_room_after_a_loss_keeps_nobody_else_from_waking(tenant):
+    # on three GPUs there is room for one of the small models, and none for the wide one
+    loss = Failure(0.1, 3, restart_seconds=5.0, detection_seconds=0.0)
+    small, late = [*ask(2, 0.05), Request(2, 0.3, 8, 2, trace_request=2)], ask(2, 0.0, 0.5)
+    runs = [tenant(small, share=2.2, broken=[loss]), tenant(ask(2, 0.0, 0.2), share=2.2, width=2)]
+    runs.append(tenant(late, share=2.2))
+    pool = SharedPool(runs, 0.01)
+    pool.to_the_end()
+    assert runs[1].clocks.times().first_token_N.min() > 5.1
+    # long after the wide one's patience, and while it still waits
+    assert runs[2].clocks.times().first_token_N.max() < 0.6
+    for run, asked in zip(runs, (small, ask(2, 0.0, 0.2), late), strict=True):
+        assert_each_token_came_once(run, asked)
+
+
+def test_nothing_is_loaded_for_a_sleeping_model_when_a_gpu_goes_or_comes_back(tenant):
+    loss = Failure(1.0, 2, restart_seconds=1.0)
+    runs = [tenant(ask(6, 0.5), share=1.5, broken=[loss]), tenant(ask(1, 0.0, 5.0), share=1.5)]
+    pool = SharedPool(runs)
+    assert not pool.tenants[1].awake
+    pool.to_the_end()
+    everything = runs[1].spec.L * runs[1].spec.E * runs[1].spec.expert_bytes
+    assert runs[1].pool.resident_byte_seconds(pool.end) <= everything * (pool.end - 5.0)
+    assert runs[1].pool.moved_bytes == everything
+
+
+def test_gpus_are_not_given_back_before_the_end_of_a_losss_detection(tenant):
+    # idle from the start's end on: the keep-alive would end at 1 s, in the midst of the detection
+    loss = Failure(0.9, 2, restart_seconds=100.0, detection_seconds=0.5)
+    asked = [*ask(1, 0.0), Request(1, 10.0, 8, 2, trace_request=1)]
+    run = tenant(asked, broken=[loss], keep=1.0, scale_to_zero=True, container_seconds=0.5)
+    pool = SharedPool([run])
+    pool.to_the_end()
+    assert pool.gpu_seconds == pytest.approx(GPUS * (0.9 + 0.5 + pool.end - 10.0))
 
 
 def test_warmup_leaves_each_models_first_iterations_out_of_its_record(tenant):
