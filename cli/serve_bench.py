@@ -174,7 +174,7 @@ def command(
     from moeless.serverless import KeepAlive
     from moeless.simulator.bench import Bench, BenchConfig
     from moeless.simulator.failures import Failure
-    from moeless.simulator.sweep import points, run_sweep
+    from moeless.simulator.sweep import check_points, points, run_sweep
     from moeless.simulator.timeline import Timeline
     from moeless.tracking.run import start_run
     from moeless.tuning.presets import load_preset, run_presets
@@ -292,6 +292,7 @@ def command(
     presets = [load_preset(path) for path in preset or ()]
     planned = points(bench_config, request_rate or [None], cluster or ["h100x8"])
     bench = Bench(bench_config)
+    check_points(planned, bench)
     resolved = _plain(bench_config) | {"request_rate": request_rate, "cluster": cluster or ["h100x8"]}
     if dry_run:
         common.dry_run(resolved, bench.estimate() | {"cells": len(planned)})

@@ -10,6 +10,7 @@ Axes: L layers, E experts, G GPUs, R replicas of one layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -57,12 +58,12 @@ class PoolSettings:
     def __post_init__(self) -> None:
         if self.home not in HOME_TIERS:
             raise UserError(f"experts' home is {self.home!r}, it must be host or storage")
-        if self.requests_per_gpu is not None and not self.requests_per_gpu > 0:
-            raise UserError(f"a GPU must be held for more than 0 requests, got {self.requests_per_gpu}")
-        if not self.container_seconds >= 0:
-            raise UserError(f"a container's start must take at least 0 seconds, got {self.container_seconds}")
-        if not self.start_seconds >= 0:
-            raise UserError(f"an instance's start must take at least 0 seconds, got {self.start_seconds}")
+        if self.requests_per_gpu is not None and not 0 < self.requests_per_gpu < math.inf:
+            raise UserError(f"the requests that a GPU is held for must be above 0, got {self.requests_per_gpu}")
+        if not 0 <= self.container_seconds < math.inf:
+            raise UserError(f"a container's start must take at least 0 seconds, and end, got {self.container_seconds}")
+        if not 0 <= self.start_seconds < math.inf:
+            raise UserError(f"an instance's start must take at least 0 seconds, and end, got {self.start_seconds}")
 
 
 class InstancePool:

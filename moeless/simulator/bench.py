@@ -291,17 +291,18 @@ class Bench:
             predictors=self.predictors,
             params=config.planner_params.get(policy.planner),
         )
-        # a serverful planner frees what it no longer wants at once
-        serverful = runtime.planner.cadence != "iteration"
         pool = PoolSettings(
-            keep_alive=KeepAlive("fixed", 0.0) if serverful else KeepAlive.parse(str(config.keep_alive)),
+            keep_alive=KeepAlive.parse(str(config.keep_alive)),
             home=config.home,
             instant=costs_name == "paper" if config.instant_copies is None else config.instant_copies,
-            scale_to_zero=config.scale_to_zero and not serverful,
-            requests_per_gpu=None if serverful else config.requests_per_gpu,
+            scale_to_zero=config.scale_to_zero,
+            requests_per_gpu=config.requests_per_gpu,
             container_seconds=config.container_seconds,
             start_seconds=config.start_seconds,
         )
+        # a serverful planner frees what it no longer wants at once, and holds its GPUs
+        if runtime.planner.cadence != "iteration":
+            pool = replace(pool, keep_alive=KeepAlive("fixed", 0.0), scale_to_zero=False, requests_per_gpu=None)
         return runtime, SimulationSettings(
             pool, config.replan_seconds, config.plan_every, config.warmup, config.failures
         )

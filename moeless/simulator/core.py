@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +43,8 @@ class SimulationSettings:
     failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.replan_seconds <= 0:
-            raise UserError("the time between EPLB's plans must be above 0 seconds")
+        if not 0 < self.replan_seconds < math.inf:
+            raise UserError(f"the time between EPLB's plans must be above 0 seconds and end, got {self.replan_seconds}")
         if self.plan_every < 1:
             raise UserError("there must be at least one iteration between plans")
         if self.warmup_iterations < 0:
@@ -106,7 +107,7 @@ def simulate(
         resident_byte_seconds=pool.resident_byte_seconds(now),
         gpu_seconds=pool.gpu_seconds(now),
     )
-    layer = record.metrics(pool.moved_bytes)
+    layer = None if run.warming_up else record.metrics(pool.moved_bytes)
     if layer is None:
         raise RunFailed("no iteration was measured: the workload is empty or warm-up took all of it")
     figures = request_metrics(clocks.times(), duration=now, failed=clocks.unfinished, objectives=objectives)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,10 @@ class Failure:
         try:
             if not 2 <= len(parts) <= 3:
                 raise ValueError
-            restart = float(parts[2]) if len(parts) == 3 else 60.0
-            return cls(float(parts[0]), int(parts[1]), restart_seconds=restart)
+            seconds, restart = float(parts[0]), float(parts[2]) if len(parts) == 3 else 60.0
+            if not (math.isfinite(seconds) and math.isfinite(restart)):
+                raise ValueError
+            return cls(seconds, int(parts[1]), restart_seconds=restart)
         except ValueError:
             raise UserError(f"--fail-gpu {text!r} is not of the form SECONDS:GPU[:RESTART_SECONDS]") from None
 

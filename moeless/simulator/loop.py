@@ -112,6 +112,11 @@ class Run:
         self.pool.check()
         assert math.isclose(self.now, self.busy + self._idle, rel_tol=1e-9, abs_tol=1e-9), "time was lost"
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the record is still of the first iterations, which layer figures leave out."""
+        return self._iterations <= self._warmup and self._warmup > 0
+
     def serve(self, iteration: Iteration) -> None:
         """Run one iteration from ``now`` on, and the decode steps like it that may follow at once."""
         if self._iterations == self._warmup:

@@ -66,6 +66,18 @@ def points(config: BenchConfig, rates: Sequence[float | None], clusters: Sequenc
     ]
 
 
+def check_points(planned: Sequence[Point], bench: Bench) -> None:
+    """Find what is wrong with a point before any cell runs; ``bench`` is one that is known to be right.
+
+    Raises:
+        UserError: a point's input is missing or wrong.
+    """
+    checked = bench.config
+    for point in planned:
+        if point.config != checked:
+            checked = Bench(point.config).config
+
+
 def run_sweep(
     planned: Sequence[Point], keep: Path | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[Point, Cell]]:

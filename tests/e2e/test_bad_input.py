@@ -68,6 +68,16 @@ def test_what_does_not_exist_is_named(cli, here: Path, line: str, words: str) ->
         ("--policy static --arrivals-window 0:5", "applies to a request trace's file"),
         ("--policy static --time-scale 0", "factor"),
         ("--policy static --time-scale 2 --request-rate 1", "give one of them"),
+        ("--policy static --requests-per-gpu -1", "above 0"),
+        ("--policy moeless:history --requests-per-gpu nan", "above 0"),
+        ("--policy moeless:history --requests-per-gpu inf", "above 0"),
+        ("--policy static --container inf", "container's start"),
+        ("--policy static --start inf", "instance's start"),
+        ("--policy static --replan nan", "between EPLB's plans"),
+        ("--policy static --fail-gpu nan:0", "--fail-gpu"),
+        ("--policy static --fail-gpu 1:0:inf", "--fail-gpu"),
+        ("--policy static --cluster h100x8 --cluster cpu2 --fail-gpu 1:5", "GPU 5"),
+        ("--policy static --request-rate 1 --request-rate 0", "rate"),
     ],
 )
 def test_an_unknown_part_of_a_benchmark_is_named(cli, here: Path, recorded: Path, options: str, words: str) -> None:

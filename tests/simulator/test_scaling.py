@@ -153,5 +153,5 @@ def test_no_request_is_lost_and_every_gpu_second_is_held_or_not(
 
 
 def test_bad_settings_are_one_sentence():
-    with pytest.raises(UserError, match="more than 0 requests"):
+    with pytest.raises(UserError, match="must be above 0"):
         PoolSettings(requests_per_gpu=0.0)

@@ -216,6 +216,14 @@ def test_warm_up_leaves_layer_figures_but_not_bills(spec, requests, replay_for):
     assert dataclasses.asdict(later.cell.billing) == pytest.approx(dataclasses.asdict(whole.cell.billing))
 
 
+@pytest.mark.parametrize("more", [0, 1000])
+def test_a_warm_up_that_takes_the_whole_run_fails_with_a_sentence(spec, requests, replay_for, more):
+    all_of_it = run(spec, requests, replay_for).record.iterations
+    assert run(spec, requests, replay_for, warmup_iterations=all_of_it - 1).cell.layer.samples == spec.L
+    with pytest.raises(RunFailed, match="warm-up took all of it"):
+        run(spec, requests, replay_for, warmup_iterations=all_of_it + more)
+
+
 def test_one_second_batches_that_pile_up_have_no_request_metrics(spec, topk, replay_for):
     requests = [Request(i, 0.001 * i, 8, 13, trace_request=i) for i in range(40)]
     got = run(spec, requests, replay_for, scheduler=OneSecond(requests, 4, period=0.001))
