@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from moeless.files import check_writable
 
 #: Attribute of a study that says what it tunes, of a trial that says who runs it, of a failed one that says why.
 SETTINGS, WORKER, REASON = "settings", "worker", "reason"
+#: Seconds within which whoever asked for a trial has signed it, unless it was killed in between.
+SIGNING_SECONDS = 10.0
 
 
 class ProcessLock:
@@ -124,9 +127,14 @@ def alive(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether a running trial's process may still be at work; on another machine it is taken to be."""
     worker = trial.user_attrs.get(WORKER)
     if worker is None:
-        # between asking and signing
-        return True
+        # between asking and signing, or killed there
+        return datetime.now() - (trial.datetime_start or datetime.min) < timedelta(seconds=SIGNING_SECONDS)
     return worker["host"] != socket.gethostname() or _born(worker["pid"]) == worker["born"]
+
+
+def unsigned(study: optuna.Study) -> bool:
+    """Whether a trial runs of which nobody can say yet who runs it: soon it is signed, or taken for dead."""
+    return any(WORKER not in trial.user_attrs for trial in study.get_trials(False, (TrialState.RUNNING,)))
 
 
 def _born(pid: int) -> str | None:
@@ -152,8 +160,10 @@ def reap(study: optuna.Study) -> int:
     for trial in dead:
         # another process may do the same at this moment
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        if trial.params:
-            study.enqueue_trial(trial.params, skip_if_exists=False)
+        # what it had drawn, or was to be tried whatever it drew
+        params = trial.params or trial.system_attrs.get("fixed_params", {})
+        if params:
+            study.enqueue_trial(params, skip_if_exists=False)
     return len(dead)
 
 

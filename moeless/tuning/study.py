@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,7 +126,13 @@ class Tuning:
         Raises:
             RunFailed: not one trial of the study gave a value.
         """
-        while storage.counted(study) < self.config.trials:
+        while True:
+            if storage.counted(study) >= self.config.trials:
+                if not storage.unsigned(study):
+                    break
+                time.sleep(0.05)
+                storage.reap(study)
+                continue
             trial = study.ask()
             storage.sign(trial)
             try:

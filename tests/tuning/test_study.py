@@ -88,6 +88,17 @@ def test_an_interrupted_trial_is_tried_again(tuning_for: Make, monkeypatch: pyte
     assert study.trials[3].params == study.trials[2].params
 
 
+def test_a_process_killed_before_it_says_whose_the_trial_is_leaves_a_study_that_goes_on(
+    tuning_for: Make, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage, "SIGNING_SECONDS", 0.5)
+    tuning_for().open().ask()
+    trials = run(tuning_for()).trials
+    states = [trial.state for trial in trials]
+    assert (states.count(TrialState.COMPLETE), states.count(TrialState.FAIL), len(states)) == (6, 1, 7)
+    assert tuning_for().default_values in [trial.params for trial in trials if trial.state == TrialState.COMPLETE]
+
+
 def _child(tuning: Tuning, slow: float) -> None:
     real = Bench.run_cell
 
