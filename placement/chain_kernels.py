@@ -38,7 +38,7 @@ def copies_in(whole_W, copies):  # type: ignore[no-untyped-def]
     return Copies(whole_W[:copies], at_2M[:copies], at_2M[copies:])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _busy(n, a, b):  # type: ignore[no-untyped-def]
     return max(a * n, b) if n > 0 else 0.0
 

@@ -92,7 +92,9 @@ def _choose_copies(  # type: ignore[no-untyped-def]
                 next_M[tail_E[e]] = i
             tail_E[e] = i
             next_M[i] = head_E[e]
-    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, True, whole_W, real_W)
+    # as a constant it would be compiled into a second search
+    thorough = np.bool_(True)
+    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, thorough, whole_W, real_W)
     for i in range(movable):
         tokens_R[back_M[i]] = tokens_M[i]
     return before, after
