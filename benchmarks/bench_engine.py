@@ -31,7 +31,7 @@ from moeless.engine.launch import ForkedRanks, run_forked
 from moeless.engine.workload import WorkloadSettings
 from moeless.errors import RunFailed
 from moeless.placement.static import static_plan
-from moeless.processors import cores
+from moeless.machine import cores
 
 POLICIES = ("static", "eplb:history", "moeless:history", "moeless:gate_reuse", "elastic:history", "oracle")
 

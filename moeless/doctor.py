@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from moeless.processors import cores
+from moeless.machine import cores
 
 State = Literal["ok", "note", "bad"]
 

@@ -1,10 +1,16 @@
-"""Writing files so that a crash leaves the old content or the new, never half of one."""
+"""Writing files so that a crash leaves the old content or the new, never half of one; reading what a user named.
+
+Everything that is written gets the access rights that the process's umask and its folder (default ACL, set-group-id)
+give to a new file, whatever the library that filled it prefers.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from moeless.errors import UserError
+
+
+#: Errors of the file system that whoever runs the command can mend: rights, read-only mounts, names.
+_USERS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 
 
 def check_writable(path: Path) -> None:
@@ -41,14 +51,24 @@ def check_writable(path: Path) -> None:
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary sibling, flush it to disk, then rename it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _sibling(path, ".partial")
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
         write(partial)
+        # some libraries make files that only their owner can read
+        partial.chmod(mode & 0o7777)
         with partial.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sibling(path: Path, ending: str = "") -> Path:
+    """A hidden name beside ``path`` that no other process on any machine chooses."""
+    # names have at most 255 bytes
+    return path.with_name(f".{path.name[:60]}-{secrets.token_hex(8)}{ending}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,16 +89,51 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it is missing or is not JSON.
+        UserError: it is missing, cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, a file is needed") from None
+        with reading(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the file system's refusal to let an input be read into a sentence that names it.
+
+    Libraries often raise such an error without the file's name.
+
+    Raises:
+        UserError: the file is missing, is a folder, or may not be read.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if path.exists():
+            raise
+        raise UserError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, a file is needed") from error
+    except OSError as error:
+        if error.errno not in _USERS and not isinstance(error, PermissionError):
+            raise
+        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def refusal(error: OSError) -> str | None:
+    """A sentence for an error of the file system that whoever runs the command can mend; None for any other error."""
+    if error.errno not in _USERS and not isinstance(error, PermissionError):
+        return None
+    name = error.filename if error.filename is not None else None
+    if name is None:
+        return f"a file cannot be read or written: {str(error).splitlines()[0]}"
+    return f"cannot read or write {os.fsdecode(name)}: {_reason(error)}"
+
+
+def _reason(error: OSError) -> str:
+    number = errno.EACCES if error.errno is None and isinstance(error, PermissionError) else error.errno
+    return os.strerror(number).lower() if number is not None else str(error).splitlines()[0]
 
 
 @contextmanager
@@ -92,15 +147,27 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} already exists; choose another --out or remove it first")
     check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    partial = _sibling(path)
+    partial.mkdir()
     try:
         yield partial
+        _open_to_readers(partial)
         if path.is_dir():
             path.rmdir()
-        partial.chmod(0o755)
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give every file in a folder the rights that a new file gets there."""
+    probe = _sibling(folder / "probe")
+    probe.touch(exist_ok=False)
+    mode = probe.stat().st_mode & 0o7777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 from moeless.jit import COMPILED
-from moeless.processors import cores
+from moeless.machine import cores
 
 #: Expert loads to look at before waking another thread pays.
 WORTHWHILE = 20_000

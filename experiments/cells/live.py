@@ -16,7 +16,7 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     from moeless.engine.bench import LiveBench, LiveConfig, check_verified
     from moeless.engine.workload import WorkloadSettings
     from moeless.metrics import schema
-    from moeless.processors import cores
+    from moeless.machine import cores
 
     config = LiveConfig(
         policies=tuple(params["policies"]),

@@ -32,7 +32,7 @@ from moeless.errors import RunFailed, UserError
 from moeless.files import write_json, write_text
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
-from moeless.processors import cores
+from moeless.machine import cores
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers
 

@@ -23,7 +23,7 @@ from moeless.metrics.billing import Meter
 from moeless.metrics.latency import MIN_SAMPLES_P99, cdf, summarise
 from moeless.metrics.requests import Objective, RequestTimes, request_metrics
 from moeless.metrics.result import Cell, LayerMetrics
-from moeless.processors import cores
+from moeless.machine import cores
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 import torch
 
 from moeless.errors import RunFailed, UserError
-from moeless.processors import cores
+from moeless.machine import cores
 
 #: A spinning thread that gets less than this share of a core shares it.
 FAIR_SHARE = 0.95

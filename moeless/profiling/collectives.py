@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from moeless.errors import RunFailed
-from moeless.processors import cores
+from moeless.machine import cores
 from moeless.profiling.monotone import monotone_curve
 
 #: Bytes that the fullest rank receives.

@@ -19,7 +19,7 @@ from moeless import __version__
 from moeless.allocator import keep_freed_memory
 from moeless.costs.profile_reader import FORMAT, KIND, parse_profile
 from moeless.errors import UserError
-from moeless.processors import cores
+from moeless.machine import cores
 from moeless.profiling.busy import check_idle, resolve_device
 from moeless.profiling.ceilings import cache_bytes, measure_ceilings
 from moeless.profiling.collectives import measure_exchange

@@ -11,7 +11,7 @@ from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.paper_kernels import PaperTerms
 from moeless.placement.threads import in_parallel
 from moeless.predictors.history import History
-from moeless.processors import cores
+from moeless.machine import cores
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.fixed_plan_kernels import FixedTerms, no_fixed
 from moeless.simulator.plan_rows import Plans, room_for

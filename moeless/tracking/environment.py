@@ -14,7 +14,7 @@ from typing import Any
 import moeless
 from moeless.errors import UserError
 from moeless.files import sha256
-from moeless.processors import cores
+from moeless.machine import cores
 
 PACKAGES = (
     "torch",
