@@ -30,8 +30,8 @@ from moeless.engine.groups import Ranks
 from moeless.engine.launch import ForkedRanks, run_forked
 from moeless.engine.workload import WorkloadSettings
 from moeless.errors import RunFailed
-from moeless.placement.static import static_plan
 from moeless.machine import cores
+from moeless.placement.static import static_plan
 
 POLICIES = ("static", "eplb:history", "moeless:history", "moeless:gate_reuse", "elastic:history", "oracle")
 

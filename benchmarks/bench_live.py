@@ -42,8 +42,8 @@ from moeless.engine.hosts import load_host
 from moeless.engine.launch import run_forked
 from moeless.engine.policy import resolve_live
 from moeless.engine.store import ReplicaStore
-from moeless.predictors.gates import checkpoint_folder
 from moeless.machine import cores
+from moeless.predictors.gates import checkpoint_folder
 from moeless.spec import MoESpec
 from moeless.traces.specs import resolve_spec
 from moeless.workloads import prompts

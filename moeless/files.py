@@ -20,7 +20,6 @@ from typing import Any
 
 from moeless.errors import UserError
 
-
 #: Errors of the file system that whoever runs the command can mend: rights, read-only mounts, names.
 _USERS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 

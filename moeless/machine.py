@@ -1,7 +1,7 @@
 """What this process may use of the machine: processor cores and memory, containers' limits included.
 
-A container sees the whole machine's processors and memory. What it may use of them stands in its control group (cgroup),
-as a processor quota and a memory limit, which hold for every group between it and the root. Both versions of control
+A container sees the whole machine's processors and memory. What it may use of them stands in its control group
+(cgroup), as a processor quota and a memory limit; those of the groups above it hold as well. Both versions of control
 groups are read.
 """
 
@@ -99,7 +99,7 @@ def _groups(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
     A container often sees its own group as the root, whatever path the kernel names.
     """
     for line in _read(proc / "self" / "cgroup").splitlines():
-        _, names, path = (line.split(":", 2) + ["", ""])[:3]
+        _, names, path = [*line.split(":", 2), "", ""][:3]
         if not names:
             root = cgroups if (cgroups / "cgroup.controllers").exists() else cgroups / "unified"
         elif controller in names.split(","):

@@ -15,8 +15,8 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     """
     from moeless.engine.bench import LiveBench, LiveConfig, check_verified
     from moeless.engine.workload import WorkloadSettings
-    from moeless.metrics import schema
     from moeless.machine import cores
+    from moeless.metrics import schema
 
     config = LiveConfig(
         policies=tuple(params["policies"]),

@@ -30,9 +30,9 @@ from moeless.engine.torchrun import Place, end_well_on_sigterm, place
 from moeless.engine.workload import WorkloadSettings, live_requests
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_json, write_text
+from moeless.machine import cores
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
-from moeless.machine import cores
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers
 

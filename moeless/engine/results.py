@@ -18,12 +18,12 @@ from moeless.contracts import FloatArray
 from moeless.engine.elastic import COLUMNS
 from moeless.engine.job import Job
 from moeless.engine.policy import LivePolicy
+from moeless.machine import cores
 from moeless.metrics import balance
 from moeless.metrics.billing import Meter
 from moeless.metrics.latency import MIN_SAMPLES_P99, cdf, summarise
 from moeless.metrics.requests import Objective, RequestTimes, request_metrics
 from moeless.metrics.result import Cell, LayerMetrics
-from moeless.machine import cores
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, IntArray, Phase
 from moeless.errors import RunFailed
+from moeless.machine import cores
 from moeless.placement import elastic, elastic_ahead, paper
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.paper_kernels import PaperTerms
 from moeless.placement.threads import in_parallel
 from moeless.predictors.history import History
-from moeless.machine import cores
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.fixed_plan_kernels import FixedTerms, no_fixed
 from moeless.simulator.plan_rows import Plans, room_for
