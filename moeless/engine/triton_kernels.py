@@ -8,7 +8,6 @@ Axes: T tokens, K top-k, N = T*K assignments, R replicas, E experts, M most copi
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,11 @@ _NEVER = np.iinfo(np.int32).max
 
 
 def available(device: torch.device) -> bool:
-    """Triton is installed, and the device is one that it compiles for or its interpreter is on."""
-    return triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    """Triton is installed, and the device is one that it compiles for or its interpreter is on.
+
+    Triton chooses between compiler and interpreter (``TRITON_INTERPRET=1``) when it is first imported.
+    """
+    return triton is not None and (device.type == "cuda" or not isinstance(_count, triton.JITFunction))
 
 
 def place_tables(quota_R: IntArray, expert_R: Int32Array, num_experts: int) -> tuple[Int32Array, Int32Array]:

@@ -94,7 +94,8 @@ def test_hot_path_kernels_agree_with_float64():
     ceilings = Ceilings({"float32": 1e11, "bfloat16": 1e11}, 1e10, 1e10, 1e-6, 1e-6)
     for dtype in (torch.float32, torch.bfloat16):
         rows = HotPath(preset("bundled"), CPU, dtype, 48, 4, ceilings, TINY, 3).rows()
-        assert len(rows) == (12 if available(CPU) else 7)
+        by_triton = [row for row in rows if "triton" in row.kernel]
+        assert (len(rows) - len(by_triton), len(by_triton)) == (7, 5 if available(CPU) else 0)
         assert all(row.correct for row in rows), rows
         assert all(row.floor > 0 for row in rows)
 
