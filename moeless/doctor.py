@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from moeless import jit
 from moeless.machine import cores
 
 State = Literal["ok", "note", "bad"]
@@ -118,6 +119,15 @@ def _results() -> Check:
     return Check("run folders", "ok", f"./{folder}, {shutil.disk_usage(probe).free / 2**30:.0f} GiB free")
 
 
+def _compiled() -> Check:
+    kept = jit.compiled_cache()
+    if not jit.COMPILED:
+        return Check("compiled functions", "note", "numba is not installed: planners and simulator run in plain Python")
+    if kept.path is None:
+        return Check("compiled functions", "note", "no folder can be written: they are compiled anew in every run")
+    return Check("compiled functions", "ok", f"{kept.path}, {kept.bytes / 1e6:.1f} MB in {kept.files} files")
+
+
 def _wandb() -> Check:
     logged_in = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
     return Check(
@@ -160,6 +170,7 @@ def examine(deep: bool = False) -> list[Check]:
         ("grouped_mm", _grouped),
         ("bundled model", _model),
         ("run folders", _results),
+        ("compiled functions", _compiled),
         ("W&B", _wandb),
     ]
     if deep:

@@ -2,6 +2,10 @@
 
 GPU machines often have torch and little else: profiles, live runs and their plans must work there too.
 
+Compiled functions are kept in the user's cache folder (``NUMBA_CACHE_DIR`` where that is set), never inside the
+package: an uninstalled or replaced version leaves nothing behind that Python could import. Where no cache folder can be
+written, a folder of this user among temporary files serves.
+
 Numba keeps compiled functions in a cache that knows when a function's own file has changed, not when one has that it
 calls or takes a number from. So functions are cached by the sources of their module and of all modules of this package
 that it imports: after an update none is used that was compiled from older ones.
@@ -10,41 +14,48 @@ that it imports: after an update none is used that was compiled from older ones.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-try:
-    import numba
-
-    COMPILED = True
-except ImportError:
-    COMPILED = False
+#: Whether numba is installed; it is imported when the first module with compiled functions is.
+COMPILED = importlib.util.find_spec("numba") is not None
 
 _PACKAGE = Path(__file__).parent
 _IMPORT = re.compile(r"^\s*from (moeless[\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
-#: Caches of other versions of a module that are kept: worktrees and branches come and go.
-_KEPT = 2
+#: Caches of other versions of a module that are kept: worktrees, branches and releases come and go.
+_KEPT = 4
+#: What is called, once, when a function has to be compiled because no cache holds it.
+_remark: Callable[[], None] | None = None
 
 
 def njit(*signature: Any, **options: Any) -> Callable[..., Any]:
     """As numba's, with ``cache=True`` by all sources; the function itself, with or without arguments, without numba."""
     if not COMPILED:
         return signature[0] if len(signature) == 1 and callable(signature[0]) else lambda function: function
+    import numba
+
+    _listen()
     if len(signature) == 1 and callable(signature[0]):
         compiled: Callable[..., Any] = numba.njit(**options)(signature[0])  # noqa: TID251
         return compiled
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         given = numba.config.CACHE_DIR
-        # numba looks where its cache is when it decorates; whoever sets NUMBA_CACHE_DIR keeps it as a root
-        numba.config.CACHE_DIR = cache_folder(Path(function.__code__.co_filename), given) or given
+        folder = cache_folder(Path(function.__code__.co_filename))
+        # numba looks where its cache is when it decorates
+        numba.config.CACHE_DIR = folder or given
+        wanted = options if folder else {**options, "cache": False}
         try:
-            compiled: Callable[..., Any] = numba.njit(*signature, **options)(function)  # noqa: TID251
+            compiled: Callable[..., Any] = numba.njit(*signature, **wanted)(function)  # noqa: TID251
         finally:
             numba.config.CACHE_DIR = given
         return compiled
@@ -53,25 +64,117 @@ def njit(*signature: Any, **options: Any) -> Callable[..., Any]:
 
 
 @cache
-def cache_folder(path: Path, root: str = "") -> str:
-    """Where the compiled functions of a source file are kept; empty where no such folder can be written.
-
-    Args:
-        root: in place of the ``__pycache__`` beside the file.
-    """
-    base = Path(root) if root else path.parent / "__pycache__"
-    folder = base / f"{path.stem}-{sources_hash(path)}"
+def cache_folder(path: Path) -> str:
+    """Where the compiled functions of a source file are kept; empty where no folder at all can be written."""
+    root = cache_root()
+    if root is None:
+        return ""
+    inside = path.is_relative_to(_PACKAGE)
+    name = ".".join(path.relative_to(_PACKAGE).with_suffix("").parts) if inside else path.stem
+    folder = root / f"{name}-{sources_hash(path)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
     except OSError:
         return ""
-    if not os.access(folder, os.W_OK):
-        return ""
-    others = sorted(base.glob(f"{path.stem}-{'[0-9a-f]' * 16}"), key=lambda other: -other.stat().st_mtime)
+    others = sorted(root.glob(f"{name}-{'[0-9a-f]' * 16}"), key=_age)
     for other in [other for other in others if other != folder][_KEPT:]:
         shutil.rmtree(other, ignore_errors=True)
     return str(folder)
+
+
+def _age(folder: Path) -> float:
+    try:
+        return -folder.stat().st_mtime
+    except OSError:
+        # another process removed it
+        return 0.0
+
+
+@lru_cache(maxsize=1)
+def cache_root() -> Path | None:
+    """The folder that holds all compiled functions of this package; None where none can be written."""
+    for found in _candidates():
+        try:
+            found.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=found).close()
+        except OSError:
+            continue
+        return found
+    return _temporary_root()
+
+
+def _candidates() -> list[Path]:
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    if given:
+        return [Path(given).absolute() / "moeless"]
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        # a GPU machine with little else than torch
+        return []
+    # without a home folder the name of the cache folder may be a relative one
+    return [path / "compiled" for path in [user_cache_path("moeless")] if path.is_absolute()]
+
+
+def _temporary_root() -> Path | None:
+    """A folder among temporary files that only this user can write: what it holds is run."""
+    try:
+        path = Path(tempfile.gettempdir()) / f"moeless-compiled-{os.getuid()}"
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return None
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return path if ours else None
+
+
+@dataclass(frozen=True)
+class CompiledCache:
+    """The compiled functions on disk: their folder, how many files and bytes; no folder where none can be written."""
+
+    path: Path | None
+    files: int
+    bytes: int
+
+
+def compiled_cache() -> CompiledCache:
+    """What is kept on disk now."""
+    root = cache_root()
+    sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()] if root else []
+    return CompiledCache(root, len(sizes), sum(sizes))
+
+
+def clear_cache() -> CompiledCache:
+    """Remove all compiled functions; returns what there was. Other processes compile theirs again when they start."""
+    before = compiled_cache()
+    if before.path is not None:
+        shutil.rmtree(before.path, ignore_errors=True)
+        cache_folder.cache_clear()
+    return before
+
+
+def on_compiling(remark: Callable[[], None]) -> None:
+    """Have ``remark`` called once, before the first function that no cache holds is compiled in this process."""
+    global _remark
+    _remark = remark
+
+
+@lru_cache(maxsize=1)
+def _listen() -> None:
+    from numba.core import event
+
+    class Listener(event.Listener):
+        def on_start(self, _event: Any) -> None:
+            global _remark
+            remark, _remark = _remark, None
+            if remark is not None:
+                remark()
+
+        def on_end(self, _event: Any) -> None:
+            return
+
+    event.register("numba:compile", Listener())
 
 
 def sources_hash(path: Path) -> str:
@@ -99,4 +202,14 @@ def _read(path: Path) -> tuple[bytes, tuple[Path, ...]]:
     return hashlib.sha256(text).digest(), tuple(found)
 
 
-__all__ = ["COMPILED", "cache_folder", "njit", "sources_hash"]
+__all__ = [
+    "COMPILED",
+    "CompiledCache",
+    "cache_folder",
+    "cache_root",
+    "clear_cache",
+    "compiled_cache",
+    "njit",
+    "on_compiling",
+    "sources_hash",
+]
