@@ -8,6 +8,7 @@ groups are read.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, MutableMapping
 from functools import lru_cache
@@ -77,6 +78,21 @@ def available_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
 def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary user can still write into the file system that holds a folder."""
     return shutil.disk_usage(folder).free
+
+
+def file_system(path: Path, proc: Path = _PROC) -> str:
+    """Type of the file system that holds a path, such as ``ext4`` or ``nfs4``; empty where the kernel does not tell."""
+    where, kind, depth = path.resolve(), "", 0
+    for line in _read(proc / "self" / "mountinfo").splitlines():
+        mount, _, source = line.partition(" - ")
+        if len(mount.split()) < 5 or not source.split():
+            continue
+        # blanks are written as \040
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split()[4]))
+        # of several mounts on one point the last is the one that is seen
+        if where.is_relative_to(point) and len(point.parts) >= depth:
+            kind, depth = source.split()[0], len(point.parts)
+    return kind
 
 
 def _memory_limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:

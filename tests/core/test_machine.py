@@ -92,3 +92,17 @@ def test_cores_are_those_that_the_quota_leaves(
         machine.cores.cache_clear()
     assert environment["MKL_NUM_THREADS"] == "3"
     assert environment.get("OMP_NUM_THREADS") == (str(cores) if cores < affinity else None)
+
+
+def test_the_file_system_of_a_path_is_that_of_the_nearest_mount_above_it(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "mountinfo").write_text(
+        "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        "23 22 0:40 / /made/home rw - autofs systemd-1 rw\n"
+        "24 23 0:41 / /made/home rw - nfs4 server:/export rw\n"
+        "25 22 0:42 / /made/my\\040disk rw master:2 - fuse.sshfs host: rw\n"
+    )
+    assert machine.file_system(Path("/made/home/me/studies.journal"), tmp_path) == "nfs4"
+    assert machine.file_system(Path("/made/homes/studies.journal"), tmp_path) == "ext4"
+    assert machine.file_system(Path("/made/my disk"), tmp_path) == "fuse.sshfs"
+    assert machine.file_system(Path("/made"), tmp_path / "nowhere") == ""
