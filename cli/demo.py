@@ -22,6 +22,7 @@ def command(
     from contextlib import redirect_stdout
     from pathlib import Path
 
+    from moeless.cli.main import announce_compiling
     from moeless.experiments import demo
     from moeless.metrics.result import read_result
     from moeless.tracking.run import start_run
@@ -31,6 +32,7 @@ def command(
     if dry_run:
         planned = demo.steps(Path(out or "RUN"), size, seed)
         common.dry_run(settings, {"commands": [f"moeless {step.line}" for step in planned]})
+    announce_compiling()
     with start_run("demo", "bundled", settings, seed, [], out, wandb) as run:
         steps = demo.steps(run.path, size, seed)
         for number, step in enumerate(steps, 1):

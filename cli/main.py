@@ -11,8 +11,10 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from moeless import __version__
+from moeless import __version__, jit
 from moeless.errors import RunFailed, UserError
+from moeless.files import refusal
+from moeless.machine import limit_threads
 
 #: Command name to (module of ``moeless.cli`` with a Typer callback ``command``, one-line help).
 #: The help stands here so that listing commands imports none of them.
@@ -81,6 +83,9 @@ def moeless(
 
 def run(arguments: list[str] | None = None) -> None:
     """Entry point: exit status 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    limit_threads()
+    if sys.stderr.isatty():
+        announce_compiling()
     try:
         status: Any = app(args=arguments, standalone_mode=False)
     except UserError as error:
@@ -96,11 +101,32 @@ def run(arguments: list[str] | None = None) -> None:
         # the reader of our output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        sentence = refusal(error)
+        if sentence is None:
+            raise
+        _fail(sentence, 2)
     else:
         # newer versions of Typer turn an interrupt into a status without a word
         if status == 130:
             _fail("interrupted", 130)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def announce_compiling() -> None:
+    """Say once, on standard error, when numerical functions have to be compiled because no cache holds them."""
+
+    def remark() -> None:
+        from moeless.cli import common
+
+        common.remarks.print(
+            "First use here: numerical functions are compiled along the way, which takes up to two minutes of processor "
+            f"time; later runs take them from {jit.cache_root() or 'memory only, no folder can be written'}.",
+            highlight=False,
+            markup=False,
+        )
+
+    jit.on_compiling(remark)
 
 
 def _fail(sentence: str, status: int) -> None:

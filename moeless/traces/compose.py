@@ -18,7 +18,7 @@ from moeless.jit import njit
 from moeless.traces.store import TokenTrace
 
 
-@njit("int64(uint16[:,:,::1], int64[::1], int64[::1], int64[:,:,::1])", cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _count_rows(topk_TLK, rows_T, source_T, load_LSE):  # type: ignore[no-untyped-def]
     layers, width, experts, bad = topk_TLK.shape[1], topk_TLK.shape[2], load_LSE.shape[2], 0
     for index in range(rows_T.shape[0]):
@@ -33,7 +33,7 @@ def _count_rows(topk_TLK, rows_T, source_T, load_LSE):  # type: ignore[no-untype
     return bad
 
 
-@njit("int64(uint16[:,:,::1], int64[::1], int64[::1], int64[::1], int64[:,:,::1])", cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _count_ranges(topk_TLK, start_N, stop_N, source_N, load_LSE):  # type: ignore[no-untyped-def]
     layers, width, experts, bad = topk_TLK.shape[1], topk_TLK.shape[2], load_LSE.shape[2], 0
     for index in range(start_N.shape[0]):
