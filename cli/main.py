@@ -120,8 +120,8 @@ def announce_compiling() -> None:
         from moeless.cli import common
 
         common.remarks.print(
-            "First use here: numerical functions are compiled along the way, which takes up to two minutes of processor "
-            f"time; later runs take them from {jit.cache_root() or 'memory only, no folder can be written'}.",
+            "First use here: numerical functions are compiled along the way, which takes up to two minutes of "
+            f"processor time; later runs take them from {jit.cache_root() or 'memory only, no folder can be written'}.",
             highlight=False,
             markup=False,
         )
