@@ -1,13 +1,17 @@
 """Results of jobs, kept under the hash of everything that they depend on.
 
-A key covers the function, its parameters, the keys of what it needs, and the source code that computes. An
-entry carries its own hash; one that does not match is reported in a sentence and made again.
+A key covers the function, its parameters, the keys of what it needs, and the source code that computes; that of a
+wall-clock measurement also the machine. An entry carries its own hash; one that does not match is reported in a
+sentence and made again. Several processes, on several machines too, may share a cache: who comes second finds the
+first one's result and leaves it as it is.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import secrets
 import shutil
 from functools import cache
 from importlib.metadata import version
@@ -18,6 +22,7 @@ from moeless.errors import UserError
 from moeless.experiments.base import Job
 from moeless.files import folder_atomic, read_json, sha256, write_text
 from moeless.fingerprint import code_hash
+from moeless.tracking.environment import hardware
 
 #: Default place, relative to the working folder.
 CACHE = Path("results/.cache")
@@ -40,12 +45,21 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("numpy", "scipy", "torch", "transformers")}
 
 
+@cache
+def machine() -> dict[str, Any]:
+    """What wall-clock times depend on: the processor and its usable cores; no job is timed on a GPU."""
+    facts = hardware()
+    return {name: facts[name] for name in ("machine", "cpu", "cores")}
+
+
 def job_key(job: Job) -> str:
     """The hash of everything that a job's result depends on."""
     if job.given is not None:
         return digest({"given": job.params})
     needs = [job_key(need) for need in job.needs]
     parts = {"function": job.function, "params": job.params, "needs": needs, "artefact": job.artefact}
+    if job.timed:
+        parts["machine"] = machine()
     return digest({**parts, "code": code_hash(), "versions": _versions()})
 
 
@@ -88,14 +102,16 @@ class Cache:
         """Forget an entry."""
         self.entry(job).unlink(missing_ok=True)
         if job.artefact:
-            shutil.rmtree(self.folder(job), ignore_errors=True)
+            _remove(self.folder(job))
 
     def read(self, job: Job) -> Any:
         """A cell's data, or an artefact's folder; the entry must be there."""
         return self.folder(job) if job.artefact or job.given is not None else read_json(self.entry(job))["data"]
 
     def write(self, job: Job, data: Any) -> None:
-        """Keep a cell's data, or record an artefact's files."""
+        """Keep a cell's data, or record an artefact's files; what another process kept meanwhile stays."""
+        if self.has(job):
+            return
         content = _files(self.folder(job)) if job.artefact else data
         entry = {"format": 1, "label": job.label, "sha256": digest(content), "data": content}
         write_text(self.entry(job), json.dumps(entry, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
@@ -123,10 +139,46 @@ def compute(job: Job, needs: list[Any], folder: Path | None) -> Any:
     function = getattr(importlib.import_module(module), name)
     if folder is None:
         return function(dict(job.params), needs)
-    if folder.exists():
-        # no entry vouches for it: left by a crash between the two writes
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_atomic(folder) as partial:
+    made = _sibling(folder)
+    with folder_atomic(made) as partial:
         function(dict(job.params), needs, partial)
+    _settle(made, folder)
     return None
+
+
+def _settle(made: Path, folder: Path) -> None:
+    """Give a new artefact its name, unless another process was first."""
+    while True:
+        try:
+            made.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        # its entry vouches for it, or will in a moment
+        if folder.with_name(f"{folder.name}.json").exists() or _same_files(made, folder):
+            shutil.rmtree(made)
+            return
+        _remove(folder)
+
+
+def _same_files(made: Path, folder: Path) -> bool:
+    try:
+        return _files(made) == _files(folder)
+    except FileNotFoundError:
+        # it is being removed
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in such a way that nobody takes what is left of it for a whole one."""
+    aside = _sibling(folder)
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sibling(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-{secrets.token_hex(8)}")

@@ -74,8 +74,8 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             f"{clock['fit_seconds'] / 60:.2f} min",
             "measured",
             command,
-            f"on one core of this CPU, {source.title}, d = 1 to {len(gain)}",
-            "agrees" if clock["fit_seconds"] < 300 else "slower on this CPU",
+            f"on one core of {clock['fit_machine'] or 'this CPU'}, {source.title}, d = 1 to {len(gain)}",
+            "agrees" if clock["fit_seconds"] < 300 else f"slower on {clock['fit_machine'] or 'this CPU'}",
         ),
     ]
     return Drawn(

@@ -116,7 +116,7 @@ def _claims(options: Options, results: Mapping[str, Any]) -> list[Claim]:
                 "moeless reproduce fig8",
                 "mean and range over models and data sets of each one's mean layer time; the paper's costs are linear "
                 "in tokens, physical ones have a floor (an expert's weights are read once per use); live: control in "
-                "Python on shared processor cores",
+                "Python on the processor cores that compute",
                 verdicts.of_rules(stated, {"its rules": _mean(ours["paper"]), "physical": _mean(ours["roofline"])}),
             )
         )

@@ -88,12 +88,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     rows = cells(options, results)
     model = f"{rows[0].model} on {rows[0].cluster}"
     label = "bundled model" if rows[0].model == "bundled" else ""
-    text = []
-    if "live" in results:
-        text.append(
-            f"{RANKS} ranks share {results['live']['cores']} processor cores here, so a layer's time is the largest "
-            "compute, control and stall time that any rank spent itself; the exchange between ranks is left out."
-        )
+    text = [_how_timed(rows[0], results["live"]["cores"])] if "live" in results else []
     plots = {
         "time": Plot(
             result_figures.layer_time_parts(rows, "Live MoE-layer time"),
@@ -116,6 +111,19 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         "bills": Data(billing.columns, billing.rows, "The three bills, live"),
     }
     return Drawn(plots, data, findings=_findings(rows), text=text, warnings=list(dict.fromkeys(_warnings(rows))))
+
+
+def _how_timed(cell: Cell, cores: int) -> str:
+    """What a layer's time is, by the cell's own account of it."""
+    if cell.settings.get("layer_time") == "wall clock":
+        return (
+            f"{RANKS} ranks have {cores} processor cores here, so a layer's time is the slowest rank's by the clock, "
+            "the exchange between ranks included."
+        )
+    return (
+        f"{RANKS} ranks share {cores} processor cores here, so a layer's time is the largest compute, control and "
+        "stall time that any rank spent itself; the exchange between ranks is left out."
+    )
 
 
 def _findings(rows: list[Cell]) -> list[Finding]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments.cache import TIMING
+from moeless.experiments.cache import TIMING, machine
 from moeless.files import read_json, write_json
 
 #: Notes of ``metrics.json`` that are wall-clock time, or name the folder that the cache happens to lie in.
@@ -41,7 +41,7 @@ def fit(params: dict[str, Any], needs: list[Any], folder: Path) -> None:
         seed=params["seed"],
     )
     run_fit(job, folder)
-    clock: dict[str, Any] = {}
+    clock: dict[str, Any] = {"machine": machine()}
     for name in ("predictor.json", "metrics.json"):
         if not (folder / name).exists():
             continue
@@ -61,7 +61,9 @@ def measured(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
 
 
 def timing(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
-    """Seconds that the fit took, and microseconds of one layer's forecast by tokens of the iteration, timed now.
+    """Microseconds of one layer's forecast by tokens of the iteration, timed now, and seconds that the fit took.
+
+    ``fit_machine`` names the processor of another machine that a shared cache has the fit from; it is None otherwise.
 
     Params: ``distance``, ``batch_tokens``.
     """
@@ -69,8 +71,10 @@ def timing(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     from moeless.predictors.timing import predict_microseconds
 
     predictor = load_predictor(Path(needs[0]))
+    clock = read_json(Path(needs[0]) / TIMING)
     return {
-        "fit_seconds": read_json(Path(needs[0]) / TIMING)["fit_seconds"],
+        "fit_seconds": clock["fit_seconds"],
+        "fit_machine": None if clock["machine"] == machine() else clock["machine"]["cpu"],
         "predict_microseconds": predict_microseconds(predictor, params["distance"], params["batch_tokens"]),
     }
 

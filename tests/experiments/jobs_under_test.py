@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,20 @@ def die(params: dict[str, Any], needs: list[Any]) -> None:
 
 
 def park(params: dict[str, Any], needs: list[Any]) -> None:
-    """Leaves its process id in the ``log`` file and never ends by itself."""
-    Path(params["log"]).write_text(str(os.getpid()))
-    signal.pause()
+    """Holds the ``pipe`` open, which tells that it works and when it is gone, and never ends by itself."""
+    with Path(params["pipe"]).open("w") as pipe:
+        pipe.write("here")
+        pipe.flush()
+        signal.pause()
+
+
+def fill_together(params: dict[str, Any], needs: list[Any], folder: Path) -> None:
+    """An artefact that two processes make at the same time: each waits until the other has begun."""
+    fill(params, needs, folder)
+    met = Path(params["met"])
+    (met / str(os.getpid())).touch()
+    while len(list(met.iterdir())) < 2:
+        time.sleep(0.01)
 
 
 def huge(params: dict[str, Any], needs: list[Any]) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import select
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from moeless.errors import RunFailed
 from moeless.experiments.base import Job
-from moeless.experiments.cache import Cache, job_key
+from moeless.experiments.cache import Cache, compute, job_key
 from moeless.experiments.runner import run_jobs
 from moeless.fingerprint import code_files
 
@@ -149,7 +150,8 @@ def test_a_dead_worker_ends_in_a_sentence(cache: Cache, log: Path) -> None:
 
 
 def test_a_killed_run_keeps_what_was_finished_and_leaves_no_worker_behind(tmp_path: Path, log: Path) -> None:
-    parked = tmp_path / "pid.txt"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
     program = f"""
 from pathlib import Path
 from moeless.experiments.base import Job
@@ -158,27 +160,92 @@ from moeless.experiments.runner import run_jobs
 if __name__ == "__main__":
     jobs = {{
         "a": Job("square", "jobs_under_test:square", {{"x": 2, "log": {str(log)!r}}}),
-        "b": Job("park", "jobs_under_test:park", {{"log": {str(parked)!r}}}),
+        "b": Job("park", "jobs_under_test:park", {{"pipe": {str(pipe)!r}}}),
     }}
     run_jobs(jobs, Cache(Path({str(tmp_path / "cache")!r})))
 """
     (tmp_path / "program.py").write_text(program)
-    run = subprocess.Popen([sys.executable, str(tmp_path / "program.py")])
-    wait_until(lambda: parked.exists() and parked.read_text() != "")
-    worker = int(parked.read_text())
-    assert Path(f"/proc/{worker}").exists()
-    run.kill()
-    run.wait()
-    wait_until(lambda: not Path(f"/proc/{worker}").exists())
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        run = subprocess.Popen([sys.executable, str(tmp_path / "program.py")])
+        wait_for_word(reader, run)
+        run.kill()
+        run.wait()
+        # the end of the pipe is the end of the worker, which held it open
+        select.select([reader], [], [], PATIENCE)
+        assert os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
     _, ran = run_jobs({"a": _square(2, log)}, Cache(tmp_path / "cache"))
     assert ran.cached == 1
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+#: Seconds after which a test gives up on an event; no machine is that slow.
+PATIENCE = 900.0
+
+
+def wait_for_word(reader: int, writer: subprocess.Popen[bytes]) -> None:
+    """Wait until a worker of ``writer`` has written to the pipe; fail at once where ``writer`` ended before."""
+    ended = os.pidfd_open(writer.pid)
+    try:
+        waiting = select.poll()
+        waiting.register(reader, select.POLLIN)
+        waiting.register(ended, select.POLLIN)
+        ready = {handle for handle, event in waiting.poll(PATIENCE * 1e3) if event & select.POLLIN}
+        assert reader in ready
+        assert os.read(reader, 4) == b"here"
+    finally:
+        os.close(ended)
+
+
+def test_two_runs_that_share_a_cache_end_with_one_result_each_can_use(tmp_path: Path) -> None:
+    (tmp_path / "met").mkdir()
+    artefact = Job("fill", f"{MODULE}:fill_together", {"x": 7, "met": str(tmp_path / "met")}, artefact=True)
+    job = Job("read", f"{MODULE}:read", {}, (artefact,))
+    caches = [Cache(tmp_path / "cache") for _ in range(2)]
+    with ThreadPoolExecutor(2) as runs:
+        ended = [runs.submit(run_jobs, {"a": job, "folder": artefact}, cache) for cache in caches]
+        results = [one.result(PATIENCE)[0] for one in ended]
+    assert results[0] == results[1]
+    assert results[0]["a"] == "7"
+    assert [cache.problems for cache in caches] == [[], []]
+    # nothing is left of the folder that came second
+    assert {path.suffix for path in results[0]["folder"].parent.iterdir()} == {"", ".json"}
+    assert len(list(results[0]["folder"].parent.iterdir())) == 2
+
+
+def test_an_artefact_that_another_run_finished_meanwhile_stays_in_its_place(cache: Cache) -> None:
+    artefact = Job("fill", f"{MODULE}:fill", {"x": 7}, artefact=True)
+    run_jobs({"a": artefact}, cache)
+    folder, entry = cache.folder(artefact), cache.entry(artefact)
+    before = (folder.stat().st_ino, entry.stat().st_ino)
+    # this run had seen no entry when it began
+    compute(artefact, [], folder)
+    cache.write(artefact, None)
+    assert (folder.stat().st_ino, entry.stat().st_ino) == before
+    # a folder that no entry vouches for counts only if it holds what was made
+    entry.unlink()
+    compute(artefact, [], folder)
+    assert folder.stat().st_ino == before[0]
+    (folder / "a.txt").unlink()
+    compute(artefact, [], folder)
+    assert (folder / "a.txt").read_text() == "7"
+
+
+def test_a_timed_result_kept_first_is_the_one_that_all_runs_show(cache: Cache) -> None:
+    job = Job("clock", f"{MODULE}:square", {"x": 1}, timed=True)
+    cache.write(job, {"seconds": 1.0})
+    cache.write(job, {"seconds": 2.0})
+    assert cache.read(job) == {"seconds": 1.0}
+
+
+def test_wall_clock_times_are_kept_by_machine_and_nothing_else_is(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _square(2, log)
+    timed = dataclasses.replace(job, timed=True)
+    before = job_key(job), job_key(timed)
+    monkeypatch.setattr("moeless.experiments.cache.machine", lambda: {"cpu": "another", "cores": 64})
+    assert job_key(job) == before[0]
+    assert job_key(timed) != before[1]
 
 
 def test_a_full_disk_ends_in_a_sentence_and_a_resumable_state(tmp_path: Path, log: Path) -> None:
@@ -203,7 +270,7 @@ try:
 except RunFailed as error:
     print("sentence:", error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert "sentence: the disk is full; what was written so far is kept in" in done.stdout, done.stderr
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
     leftovers = [path for path in (tmp_path / "cache").rglob("*") if "partial" in path.name]
