@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -35,13 +36,38 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+def _sources(root: Path) -> list[str]:
+    """Files of the checkout; elsewhere (a source archive) everything that no tool has put there."""
+    git = ["git", "-c", "safe.directory=*", "ls-files"]
+    if (root / ".git").exists() and shutil.which("git"):
+        return subprocess.run(git, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    made = {"__pycache__", "build", "dist", "results"}
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            name for name in folders if name not in made and not name.startswith(".") and "egg-info" not in name
+        ]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    return found
+
+
+def test_the_files_of_a_source_archive_are_those_of_the_checkout(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    for name in ("moeless", *LINKED):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+    archive = {path for path in _sources(tmp_path) if path.endswith(".py")}
+    tracked = {path for path in _sources(ROOT) if path.split("/")[0] in ("moeless", *LINKED) and path.endswith(".py")}
+    # a working tree may hold new files and lack deleted ones
+    assert {path for path in tracked if (ROOT / path).exists()} <= archive
+
+
 def test_the_wheel_has_one_top_level_package_with_all_parts_and_assets(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"moeless"}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    for path in tracked:
+    sources = _sources(ROOT)
+    assert len(sources) > 300
+    for path in sources:
         top = path.split("/")[0]
         wanted = f"moeless/{path}" if top in LINKED else path if top == "moeless" and path[8:] not in LINKED else None
         if wanted and (ROOT / path).is_file():
