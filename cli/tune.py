@@ -66,6 +66,7 @@ def command(
     Example: moeless tune traces/gpt-oss --policy moeless:history --objective latency --objective cost --trials 40
     """
     from moeless.contracts import Policy
+    from moeless.credentials import mask
     from moeless.metrics import Result
     from moeless.metrics.requests import parse_goodput
     from moeless.simulator.bench import BenchConfig
@@ -100,7 +101,7 @@ def command(
         "trace": str(trace),
         "trials": wanted,
         "objectives": list(names),
-        "storage": storage.rpartition("@")[2],
+        "storage": mask(storage),
         "study": name,
         "space": {axis.name: axis.to_json() for axis in tuning.axes},
         "left_at_default": list(tuning.left),
@@ -119,7 +120,10 @@ def command(
                 values = dict(zip(names, trial.values or [None] * len(names), strict=False))
                 run.log({"trial": trial.number, "state": trial.state.name.lower(), **values, **trial.params})
 
-            tuning.run(opened, ended)
+            def waiting() -> None:
+                common.remarks.print("waiting for a sign of life of the processes that run the last trials")
+
+            tuning.run(opened, ended, waiting)
         outcome = conclude(tuning, opened, run.path)
         run.produced(run.path / "preset.json", "preset")
         run.produced(run.path / "tuning.json", "tuning")

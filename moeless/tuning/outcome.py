@@ -14,10 +14,10 @@ from optuna.trial import FrozenTrial
 from moeless.contracts import FloatArray
 from moeless.files import write_json
 from moeless.metrics.result import Cell
-from moeless.tuning import storage
 from moeless.tuning.presets import Preset
 from moeless.tuning.space import Value
 from moeless.tuning.study import Tuning
+from moeless.tuning.workers import REASON
 
 #: Points of the front that are tested on held-out data, at most; each costs a simulation.
 TESTED = 8
@@ -122,5 +122,5 @@ def _trial(names: tuple[str, ...], trial: FrozenTrial) -> dict[str, Any]:
         "params": trial.params,
         "values": _values(names, trial),
         "figures": trial.user_attrs.get("figures"),
-        "reason": trial.user_attrs.get(storage.REASON),
+        "reason": trial.user_attrs.get(REASON),
     }

@@ -20,7 +20,7 @@ from moeless.files import sha256
 from moeless.metrics.result import Cell
 from moeless.placement import PLANNERS
 from moeless.simulator.bench import Bench, BenchConfig
-from moeless.tuning import storage
+from moeless.tuning import storage, workers
 from moeless.tuning.objectives import Objective, objectives
 from moeless.tuning.presets import Preset, apply_preset, run_presets
 from moeless.tuning.sampler import SeededByTrial
@@ -31,6 +31,8 @@ from moeless.workloads.arrivals import read_arrivals
 FIRST_RUNG = 0.25
 #: Fewer requests than this are served whole: a part of them would say little.
 RUNG_REQUESTS = 40
+#: Seconds between two looks at other processes' trials when nothing is left to run.
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -115,46 +117,66 @@ class Tuning:
             SeededByTrial(self._tune.seed),
             optuna.pruners.MedianPruner(n_startup_trials=5) if single else optuna.pruners.NopPruner(),
         )
-        storage.reap(study)
         if all(axis.holds(self.default_values[axis.name]) for axis in self.axes):
             study.enqueue_trial(self.default_values, skip_if_exists=True)
         return study
 
-    def run(self, study: optuna.Study, report: Callable[[FrozenTrial], None] = lambda _: None) -> None:
-        """Run trials until the study has enough; ``report`` gets each as it ends.
+    def run(
+        self,
+        study: optuna.Study,
+        report: Callable[[FrozenTrial], None] = lambda _: None,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run trials until the study has enough.
+
+        Args:
+            report: gets each trial of this process as it ends.
+            waiting: called once, when only trials of other processes are left, some of which may have died.
 
         Raises:
-            RunFailed: not one trial of the study gave a value.
+            RunFailed: not one trial of the study gave a value, or its storage went away.
         """
+        with storage.kept(self.config.storage):
+            self._fill(study, report, waiting)
+        if not study.get_trials(False, (TrialState.COMPLETE,)):
+            reasons = [trial.user_attrs.get(workers.REASON, "pruned") for trial in study.trials]
+            raise RunFailed(f"no trial of study {self.config.study!r} gave a value; the last one: {reasons[-1]}")
+
+    def _fill(self, study: optuna.Study, report: Callable[[FrozenTrial], None], waiting: Callable[[], None]) -> None:
+        watch, told = workers.Watch(study), False
         while True:
-            if storage.counted(study) >= self.config.trials:
-                if not storage.unsigned(study):
-                    break
-                time.sleep(0.05)
-                storage.reap(study)
+            watch.reap()
+            if watch.counted() >= self.config.trials:
+                if not watch.unsure():
+                    return
+                if not told:
+                    waiting()
+                told = True
+                time.sleep(POLL_SECONDS)
                 continue
             trial = study.ask()
-            storage.sign(trial)
             try:
-                values = {axis.name: axis.suggest(trial) for axis in self.axes}
-                outcome = self._trial(study, trial, values)
-            except UserError as error:
-                # these values are refused by the planner or the simulator: a result of the search, not its end
-                trial.set_user_attr(storage.REASON, str(error))
-                study.tell(trial, state=TrialState.FAIL)
-            except BaseException:
+                study.tell(trial, **self._attempt(study, trial))
+            except BaseException as error:
+                if isinstance(error, Exception) and workers.taken(study, trial):
+                    continue
                 # interrupted: without a reason it does not count, and its values are tried again
                 with contextlib.suppress(Exception):
                     study.tell(trial, state=TrialState.FAIL)
                     study.enqueue_trial(trial.params, skip_if_exists=False)
                 raise
-            else:
-                study.tell(trial, **outcome)
             report(study.trials[trial.number])
-            storage.reap(study)
-        if not study.get_trials(False, (TrialState.COMPLETE,)):
-            reasons = [trial.user_attrs.get(storage.REASON, "pruned") for trial in study.trials]
-            raise RunFailed(f"no trial of study {self.config.study!r} gave a value; the last one: {reasons[-1]}")
+
+    def _attempt(self, study: optuna.Study, trial: optuna.Trial) -> dict[str, Any]:
+        """One trial's outcome, as ``Study.tell`` takes it; its attributes say why it failed."""
+        try:
+            with workers.working(trial):
+                values = {axis.name: axis.suggest(trial) for axis in self.axes}
+                return self._trial(study, trial, values)
+        except UserError as error:
+            # these values are refused by the planner or the simulator: a result of the search, not its end
+            trial.set_user_attr(workers.REASON, str(error))
+            return {"state": TrialState.FAIL}
 
     def _trial(self, study: optuna.Study, trial: optuna.Trial, values: Mapping[str, Value]) -> dict[str, Any]:
         """One trial's outcome, as ``Study.tell`` takes it."""

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from moeless.errors import RunFailed, UserError
 from moeless.simulator.bench import Bench
-from moeless.tuning import Preset, Tuning, apply_preset, load_preset, storage
+from moeless.tuning import Preset, Tuning, apply_preset, load_preset, workers
 from moeless.tuning.outcome import conclude
 
 Make = Callable[..., Tuning]
@@ -91,7 +91,7 @@ def test_an_interrupted_trial_is_tried_again(tuning_for: Make, monkeypatch: pyte
 def test_a_process_killed_before_it_says_whose_the_trial_is_leaves_a_study_that_goes_on(
     tuning_for: Make, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(storage, "SIGNING_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.4)
     tuning_for().open().ask()
     trials = run(tuning_for()).trials
     states = [trial.state for trial in trials]
@@ -149,25 +149,10 @@ def test_two_processes_share_a_study(tuning_for: Make):
     done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     # both may ask for the last trial at the same moment
     assert 6 <= len(done) <= 7
-    workers = {trial.user_attrs[storage.WORKER]["pid"] for trial in done}
-    assert workers == {child.pid for child in children}
+    ran = {trial.user_attrs[workers.WORKER]["pid"] for trial in done}
+    assert ran == {child.pid for child in children}
     drawn = [json.dumps(trial.params, sort_keys=True) for trial in done]
     assert len(set(drawn)) >= 6
-
-
-def test_a_trial_of_a_live_process_is_left_alone(tuning_for: Make):
-    study = tuning_for().open()
-    mine = study.ask()
-    storage.sign(mine)
-    assert storage.reap(study) == 0
-    assert storage.counted(study) == 1
-    gone = study.ask()
-    gone.set_user_attr(storage.WORKER, {"host": os.uname().nodename, "pid": 2**22 + 1, "born": "0"})
-    other = study.ask()
-    other.set_user_attr(storage.WORKER, {"host": "another machine", "pid": 1, "born": "0"})
-    assert storage.reap(study) == 1
-    assert study.trials[gone.number].state == TrialState.FAIL
-    assert study.trials[other.number].state == TrialState.RUNNING
 
 
 def test_a_study_is_not_continued_with_other_settings(tuning_for: Make):
@@ -205,7 +190,7 @@ def test_refused_parameters_are_failed_trials_and_a_study_of_nothing_else_fails(
     study = run(mixed)
     failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert failed
-    assert all("cv_threshold" in trial.user_attrs[storage.REASON] for trial in failed)
+    assert all("cv_threshold" in trial.user_attrs[workers.REASON] for trial in failed)
     assert len(study.trials) == 8
     with pytest.raises(RunFailed, match="no trial of study 'none' gave a value; the last one: cv_threshold"):
         run(tuning_for(ranges={"cv_threshold": "-1:-0.5"}, study="none"))
