@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -21,23 +23,37 @@ IDLE_BYTES = 2 * 2**30
 IDLE_UTILISATION = 10.0
 
 
-def core_share(seconds: float = 0.2) -> float:
-    """Share of a core that a spinning thread gets."""
+def core_share(threads: int = 1, seconds: float = 0.2) -> float:
+    """Share of a core that each of so many spinning threads gets, on the mean."""
+    with ThreadPoolExecutor(threads) as spinning:
+        return sum(spinning.map(_spin, [seconds] * threads)) / threads
+
+
+def _spin(seconds: float) -> float:
+    block = bytes(2**16)
     cpu, start = time.thread_time(), time.perf_counter()
     while time.perf_counter() - start < seconds:
-        pass
+        # threads hash side by side
+        hashlib.sha256(block)
     return (time.thread_time() - cpu) / (time.perf_counter() - start)
 
 
-def cpu_findings() -> list[str]:
-    """Why this machine's processor is busy, one clause each; empty when it is not."""
+def cpu_findings(ranks: int = 1) -> list[str]:
+    """Why this machine's processor is busy, one clause each; empty when it is not.
+
+    Where this process may use a part of the cores only, the load average counts other people's work beside them: there
+    as many threads are tried as ranks will run.
+    """
     found = []
-    load, usable = os.getloadavg()[0], cores()
-    if load > LOAD_PER_CORE * usable:
+    usable, load = cores(), os.getloadavg()[0]
+    restricted = usable < (os.cpu_count() or 1)
+    if not restricted and load > LOAD_PER_CORE * usable:
         found.append(f"the load average is {load:.2f} on {usable} cores")
-    share = core_share()
+    threads = min(ranks, usable) if restricted else 1
+    share = core_share(threads)
     if share < FAIR_SHARE:
-        found.append(f"a spinning thread gets {share:.0%} of a core")
+        what = "a spinning thread gets" if threads == 1 else f"{threads} spinning threads get"
+        found.append(f"{what} {share:.0%} of a core")
     return found
 
 
@@ -69,7 +85,7 @@ def _utilisation(properties: object) -> float | None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``cpu``, ``cuda`` or ``cuda:N``.
+    """``cpu``, ``cuda`` or ``cuda:N``; a GPU becomes the current one, on which events and streams are made.
 
     Raises:
         UserError: the name is none of these, or there is no such GPU.
@@ -87,16 +103,41 @@ def resolve_device(name: str) -> torch.device:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
-def check_idle(device: torch.device, force: bool) -> list[str]:
-    """What keeps a device busy.
+def devices_of(device: torch.device, ranks: int) -> list[torch.device]:
+    """Each rank's device: the GPUs from the chosen one on, or the processor for all.
 
     Raises:
-        RunFailed: it is busy and ``force`` is not set.
+        UserError: there are fewer GPUs.
     """
-    found = cuda_findings(device) if device.type == "cuda" else cpu_findings()
+    if device.type == "cpu":
+        return [device] * ranks
+    last, count = device.index + ranks - 1, torch.cuda.device_count()
+    if last < count:
+        return [torch.device("cuda", index) for index in range(device.index, last + 1)]
+    if device.index == 0:
+        raise UserError(f"--ranks {ranks} needs as many GPUs, there are {count}")
+    raise UserError(
+        f"--device {device} with --ranks {ranks} means GPUs {device.index} to {last}; there are {count}, counted from 0"
+    )
+
+
+def check_idle(device: torch.device, force: bool, ranks: int = 1) -> list[str]:
+    """What keeps the devices of so many ranks busy.
+
+    Raises:
+        RunFailed: they are busy and ``force`` is not set.
+    """
+    if device.type == "cpu":
+        found = cpu_findings(ranks)
+    else:
+        chosen = devices_of(device, ranks)
+        found = [
+            clause if ranks == 1 else f"GPU {one.index}: {clause}" for one in chosen for clause in cuda_findings(one)
+        ]
     if found and not force:
         raise RunFailed(f"the device is busy ({'; '.join(found)}); wait, or measure all the same with --force")
     return found

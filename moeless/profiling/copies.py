@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeless.engine.room import IN_MEMORY
+from moeless.machine import file_system
 from moeless.profiling.parts import curve_entry
 from moeless.profiling.timing import Effort, Sample, measure, timed_wall
 
@@ -20,10 +22,16 @@ from moeless.profiling.timing import Effort, Sample, measure, timed_wall
 OVERLAP_SIDE = {"cuda": 4096, "cpu": 384}
 
 
-def measure_copies(device: torch.device, sizes: Sequence[int], folder: Path, effort: Effort) -> dict[str, Any]:
+def measure_copies(
+    device: torch.device, sizes: Sequence[int], folder: Path, effort: Effort, peer: torch.device | None = None
+) -> dict[str, Any]:
     """Every curve of a profile's ``copies``: bytes to seconds.
 
     On a CPU, host and device are one memory: a copy there is a memory copy, ``host_to_device_pageable`` says so.
+
+    Args:
+        folder: on the storage that is read; one that lies in memory is left out.
+        peer: a GPU that copies come from, too.
     """
     largest = max(sizes)
     found: dict[str, Any] = {}
@@ -45,11 +53,19 @@ def measure_copies(device: torch.device, sizes: Sequence[int], folder: Path, eff
         found["host_to_device_pinned"] = over_sizes(pageable.pin_memory(), blocking=False)
         on_device.random_(0, 255)
         found["device_to_device"] = over_sizes(on_device, blocking=False)
-        if torch.cuda.device_count() > 1:
-            other = torch.device("cuda", (device.index + 1) % torch.cuda.device_count())
-            found["peer_to_device"] = over_sizes(on_device.to(other), blocking=False)
-    found["disk_to_host"] = _disk(sizes, folder)
+        if peer is not None:
+            found["peer_to_device"] = over_sizes(on_device.to(peer), blocking=False)
+    if file_system(folder) not in IN_MEMORY:
+        found["disk_to_host"] = _disk(sizes, folder)
     return found
+
+
+def describe_storage(folder: Path) -> str:
+    """What kind of storage ``disk_to_host`` was read from, or why it was not measured."""
+    kind = file_system(folder)
+    if kind in IN_MEMORY:
+        return f"{folder.resolve()} lies in memory ({kind}), which tells nothing about storage"
+    return kind or "unknown"
 
 
 def _copying(target: torch.Tensor, source: torch.Tensor, blocking: bool) -> Callable[[], object]:

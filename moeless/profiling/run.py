@@ -20,11 +20,11 @@ from moeless.allocator import keep_freed_memory
 from moeless.costs.profile_reader import FORMAT, KIND, parse_profile
 from moeless.errors import UserError
 from moeless.machine import cores
-from moeless.profiling.busy import check_idle, resolve_device
+from moeless.profiling.busy import check_idle, devices_of, resolve_device
 from moeless.profiling.ceilings import cache_bytes, measure_ceilings
 from moeless.profiling.collectives import measure_exchange
 from moeless.profiling.control import measure_control
-from moeless.profiling.copies import measure_copies, measure_overlap
+from moeless.profiling.copies import describe_storage, measure_copies, measure_overlap
 from moeless.profiling.experts import kernels_for, measure_experts
 from moeless.profiling.layers import beyond_parts, layer_fits, measure_layers
 from moeless.profiling.parts import measure_parts
@@ -113,8 +113,7 @@ def make_plan(spec: MoESpec, device_name: str, options: ProfileOptions) -> Plan:
             raise UserError(f"--dtype {name} is not one that experts are timed in; there are: {', '.join(DTYPES)}")
     if options.ranks < 1 or options.threads < 1:
         raise UserError("--ranks and --threads must be at least 1")
-    if cuda and options.ranks > torch.cuda.device_count():
-        raise UserError(f"--ranks {options.ranks} needs as many GPUs, there are {torch.cuda.device_count()}")
+    devices_of(device, options.ranks)
     value = max(torch.empty(0, dtype=DTYPES[name]).element_size() for name in dtypes)
     room = torch.cuda.mem_get_info(device)[0] * POOL_SHARE if cuda else POOL_BYTES_CPU
     fit = int(room // (spec.expert_params * value))
@@ -154,14 +153,14 @@ def profile_model(
         RunFailed: the device is busy and ``options.force`` is not set, or ranks failed.
     """
     device, effort = plan.device, plan.effort
-    findings = check_idle(device, options.force)
+    findings = check_idle(device, options.force, options.ranks)
     load_before = os.getloadavg()[0]
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     exchange = []
     for count in plan.ranks:
         progress(f"exchange among {count} ranks")
-        exchange.append(measure_exchange(count, device.type, options.quick))
+        exchange.append(measure_exchange(count, str(device), options.quick))
     layers = {}
     for count in plan.ranks:
         # more ranks than cores take turns: their wall time is no layer's
@@ -207,7 +206,9 @@ def _measure(
     progress("router, attention, permute, combine")
     parts = measure_parts(spec, dtypes[0], device, plan.tokens, cache, effort)
     progress("copies")
-    copies = measure_copies(device, plan.copies, folder, effort)
+    # a GPU that nobody named is not touched
+    peer = devices_of(device, 2)[1] if device.type == "cuda" and options.ranks > 1 else None
+    copies = measure_copies(device, plan.copies, folder, effort, peer)
     overlap = measure_overlap(device, dtypes[0], max(plan.copies))
     return {
         "format": FORMAT,
@@ -222,7 +223,8 @@ def _measure(
             "quick": options.quick,
         },
         "machine": describe_machine(device, options.threads)
-        | {"load_before": load_before, "load_after": os.getloadavg()[0], "busy": findings},
+        | {"load_before": load_before, "load_after": os.getloadavg()[0], "busy": findings}
+        | {"storage": describe_storage(folder)},
         "model": {
             "name": spec.name,
             "hidden_size": spec.hidden_size,

@@ -28,6 +28,8 @@ def summarise(document: Mapping[str, Any]) -> dict[str, float | str]:
         found[f"all-to-all among {entry['ranks']}, shortest (µs)"] = entry["seconds"][0] * 1e6
     if not document["exchange"]:
         found["exchange"] = f"link model {document['links']}" if document["links"] else "not measured"
+    if "disk_to_host" not in document["copies"]:
+        found["storage"] = f"not measured: {document['machine']['storage']}"
     if document["machine"]["busy"]:
         found["measured although"] = "; ".join(document["machine"]["busy"])
     return found

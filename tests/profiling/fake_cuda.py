@@ -95,6 +95,7 @@ def install(monkeypatch, calls):
         "current_stream": lambda *_: _Stream(),
         "stream": lambda stream: stream,
     }
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set_device {device}"))
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, note(name, value))
     monkeypatch.setattr(torch.cuda, "Event", _Event)

@@ -91,6 +91,41 @@ def test_a_gpu_in_use_is_refused_unless_forced(gpu, monkeypatch):
         make_plan(preset("bundled"), "cuda", ProfileOptions(ranks=2))
 
 
+def test_the_gpus_from_the_chosen_one_on_are_checked_and_timed(gpu, monkeypatch, tmp_path):
+    free = {0: 2**30, 3: 2**33, 4: 2**33}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 2**33))
+    options = ProfileOptions(ranks=2, quick=True)
+    plan = make_plan(preset("bundled"), "cuda:3", options)
+    # events and streams are made on the current device
+    assert "set_device 3" in gpu
+
+    def measured(ranks, device, quick):
+        raise Timed(ranks, device)
+
+    monkeypatch.setattr(run, "measure_exchange", measured)
+    with pytest.raises(Timed) as timed:
+        run.profile_model(preset("bundled"), plan, options, tmp_path)
+    assert timed.value.args == (2, "cuda:3")
+    assert [str(device) for device in busy.devices_of(plan.device, 2)] == ["cuda:3", "cuda:4"]
+    free[4] = 2**30
+    with pytest.raises(RunFailed, match=r"GPU 4: 7\.0 GiB of its memory are taken"):
+        run.profile_model(preset("bundled"), plan, options, tmp_path)
+    with pytest.raises(UserError, match="--device cuda:4 with --ranks 2 means GPUs 4 to 5; there are 5"):
+        make_plan(preset("bundled"), "cuda:4", options)
+
+
+class Timed(Exception):
+    """What was asked to be timed."""
+
+
+def test_copies_come_from_another_gpu_only_where_it_was_chosen(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    effort = Effort(0.0, 3, 3)
+    assert "peer_to_device" not in copies.measure_copies(GPU, [1 << 10], tmp_path, effort)
+    assert "peer_to_device" in copies.measure_copies(GPU, [1 << 10], tmp_path, effort, torch.device("cuda", 1))
+
+
 def test_everything_is_measured_in_one_command_that_goes_on_where_it_stopped(gpu, bench, tmp_path, capsys):
     asked = ["--device", "cuda", "--models", "bundled", "--out", str(tmp_path), "--pairs", "1", "--gap-pairs", "1"]
     # no time is left: every stage waits

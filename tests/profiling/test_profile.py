@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ from moeless.costs.measured import MeasuredCosts
 from moeless.costs.profile_reader import load_profile, parse_profile, shipped_profiles
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_json
-from moeless.profiling import busy, run
+from moeless.profiling import busy, copies, run
 from moeless.profiling.layers import layer_fits
 from moeless.profiling.run import ProfileOptions, make_plan
+from moeless.profiling.summary import summarise
+from moeless.profiling.timing import Effort
 from moeless.spec import PRESETS, preset
 
 
@@ -70,7 +73,48 @@ def test_the_bundled_model_has_a_shipped_cpu_profile():
     assert costs.profile.document["program"]["quick"] is False
 
 
+def test_the_load_of_a_shared_node_does_not_count_where_cores_are_restricted(monkeypatch):
+    monkeypatch.setattr(busy.os, "getloadavg", lambda: (300.0, 300.0, 300.0))
+    monkeypatch.setattr(busy.os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(busy, "cores", lambda: 4)
+    tried = []
+    monkeypatch.setattr(busy, "core_share", lambda threads: tried.append(threads) or 0.99)
+    assert busy.check_idle(torch.device("cpu"), force=False, ranks=8) == []
+    # its own cores are tried all at once
+    assert tried == [4]
+    monkeypatch.setattr(busy, "core_share", lambda _: 0.5)
+    with pytest.raises(RunFailed, match=r"busy \(4 spinning threads get 50% of a core\)"):
+        busy.check_idle(torch.device("cpu"), force=False, ranks=8)
+
+
+def test_spinning_threads_report_a_share_of_a_core():
+    assert 0.0 < busy.core_share(2, 0.02) <= 1.1
+
+
+def test_storage_that_lies_in_memory_is_not_timed(monkeypatch, tmp_path, quick_profile):
+    monkeypatch.setattr(copies, "file_system", lambda _: "tmpfs")
+    effort = Effort(0.0, 3, 3)
+    assert set(copies.measure_copies(torch.device("cpu"), [1 << 10], tmp_path, effort)) == {"host_to_device_pageable"}
+    remark = copies.describe_storage(tmp_path)
+    assert remark == f"{tmp_path} lies in memory (tmpfs), which tells nothing about storage"
+    left = {name: curve for name, curve in quick_profile["copies"].items() if name != "disk_to_host"}
+    document = quick_profile | {"copies": left, "machine": quick_profile["machine"] | {"storage": remark}}
+    assert summarise(document)["storage"] == f"not measured: {remark}"
+    # the cost model takes the cluster's bandwidth, and says so
+    costs = MeasuredCosts(preset("bundled"), cluster("cpu2"), profile=parse_profile(document, "here"))
+    assert costs.load_seconds(1e6, "storage", 0) > 0
+    assert any("copies from storage were not measured" in warning for warning in costs.warnings)
+
+
+def test_storage_with_a_disk_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(copies, "file_system", lambda _: "ext4")
+    found = copies.measure_copies(torch.device("cpu"), [1 << 10], tmp_path, Effort(0.0, 3, 3))
+    assert found["disk_to_host"]["seconds"][0] > 0
+    assert copies.describe_storage(tmp_path) == "ext4"
+
+
 def test_a_busy_processor_is_refused_unless_forced(monkeypatch):
+    monkeypatch.setattr(busy, "cores", lambda: os.cpu_count())
     monkeypatch.setattr(busy.os, "getloadavg", lambda: (9.0, 9.0, 9.0))
     with pytest.raises(RunFailed, match=r"busy \(the load average is 9\.00"):
         busy.check_idle(torch.device("cpu"), force=False)
@@ -78,10 +122,11 @@ def test_a_busy_processor_is_refused_unless_forced(monkeypatch):
 
 
 def test_an_idle_processor_is_accepted(monkeypatch):
+    monkeypatch.setattr(busy, "cores", lambda: os.cpu_count())
     monkeypatch.setattr(busy.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    monkeypatch.setattr(busy, "core_share", lambda: 1.0)
+    monkeypatch.setattr(busy, "core_share", lambda _: 1.0)
     assert busy.check_idle(torch.device("cpu"), force=False) == []
-    monkeypatch.setattr(busy, "core_share", lambda: 0.5)
+    monkeypatch.setattr(busy, "core_share", lambda _: 0.5)
     with pytest.raises(RunFailed, match="a spinning thread gets 50%"):
         busy.check_idle(torch.device("cpu"), force=False)
 
