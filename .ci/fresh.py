@@ -57,9 +57,9 @@ STEPS = (
     Step(
         "wheel",
         "wheel without constraints, `moeless demo`",
-        "rm -rf ~/project/.venv; python3 -m venv ~/wheel && mkdir -p ~/work && ~/wheel/bin/python -m pip install build && "
+        "rm -rf ~/project/.venv; mkdir -p ~/work; python3 -m venv ~/wheel && ~/wheel/bin/pip install build && "
         "~/wheel/bin/python -m build --wheel --outdir ~/dist ~/project && "
-        f"~/wheel/bin/python -m pip install ~/dist/*.whl && {WHEEL} moeless demo",
+        f"~/wheel/bin/pip install ~/dist/*.whl && {WHEEL} moeless demo",
         "wheel",
     ),
     Step("live-megatron", "wheel, live engine, Megatron host", f"{WHEEL} {LIVE} --host megatron", "wheel"),
@@ -67,7 +67,7 @@ STEPS = (
     Step(
         "engine-tests",
         "wheel, the engine's tests",
-        'wheel=$(echo ~/dist/*.whl); ~/wheel/bin/python -m pip install "$wheel[dev]" && export PYTHONSAFEPATH=1 && '
+        'wheel=$(echo ~/dist/*.whl); ~/wheel/bin/pip install "$wheel[dev]" && export PYTHONSAFEPATH=1 && '
         "cd ~/project && ~/wheel/bin/pytest tests/engine",
         "wheel",
     ),
