@@ -5,17 +5,22 @@ Axes: T tokens, L MoE layers, E experts, K experts per token, H hidden size.
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray, IntArray
+from moeless.errors import RunFailed
+from moeless.machine import free_bytes
 from moeless.predictors.base import Reads
 from moeless.spec import MoESpec
 
@@ -27,6 +32,33 @@ CACHE_BYTES = 2**30
 BLOCK_TOKENS = 2048
 #: Tokens that are read or counted at once.
 STREAM_TOKENS = 65_536
+
+
+def scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array in a file that has no name and is gone with the process; its pages leave memory when others need it.
+
+    Raises:
+        RunFailed: the folder for temporary files has no room for it, or takes no files.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    wanted = f"{size / 1e9:,.2f} GB of scratch space are needed"
+    try:
+        folder = Path(tempfile.gettempdir())
+        file = tempfile.TemporaryFile(prefix="moeless-", dir=folder)  # noqa: SIM115
+    except OSError as error:
+        raise RunFailed(f"{wanted}, but no folder takes temporary files ({error}); name one in TMPDIR") from error
+    try:
+        # writing to a mapped page for which there is no room would end the process by a signal
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunFailed(
+            f"{wanted} in {folder}, which has {free_bytes(folder) / 1e9:,.2f} GB free ({error.strerror}); name a "
+            "folder with more room in TMPDIR"
+        ) from error
+    return np.memmap(file, dtype, "r+", shape=shape)
 
 
 class Rows:
@@ -52,8 +84,7 @@ class Rows:
         shape = (self.trace.num_rows, self.spec.L, self.spec.K)
         if 2 * int(np.prod(shape)) <= CACHE_BYTES:
             return self.trace.load_topk()
-        # the file has no name and is gone with the process; its pages leave memory when that is needed elsewhere
-        column: NDArray[np.uint16] = np.memmap(tempfile.TemporaryFile(), np.uint16, "w+", shape=shape)  # noqa: SIM115
+        column: NDArray[np.uint16] = scratch_array(shape, np.dtype(np.uint16))
         for start in range(0, shape[0], STREAM_TOKENS):
             stop = min(start + STREAM_TOKENS, shape[0])
             column[start:stop] = self.trace.topk(start, stop)

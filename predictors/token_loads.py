@@ -5,7 +5,6 @@ Axes: T tokens, E experts, I iterations.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray, IntArray
-from moeless.predictors.data import BLOCK_TOKENS, Rows
+from moeless.predictors.data import BLOCK_TOKENS, Rows, scratch_array
 from moeless.predictors.token_level import TokenLevel
 
 Pair = tuple[int, int]
@@ -73,7 +72,7 @@ class TokenLoads:
         kind = np.dtype(np.uint16 if self._marks else np.float32)
         if kind.itemsize * int(np.prod(shape)) <= LOADS_BYTES:
             return np.empty(shape, kind)
-        return np.memmap(tempfile.TemporaryFile(), kind, "w+", shape=shape)
+        return scratch_array(shape, kind)
 
     def has(self, row_T: IntArray) -> bool:
         """Whether all those rows are among the ones forecast."""

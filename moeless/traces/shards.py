@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
-from moeless.files import sha256
+from moeless.files import reading, sha256
 from moeless.traces.info import Shard, TraceInfo
 from moeless.traces.schema import UNKNOWN, row_schema
 
 AGAIN = "copy or record the trace again"
 #: Row groups of vector columns kept decoded, for readers that walk through neighbouring rows.
 CACHED_GROUPS = 4
+#: Shards that one reader keeps open: a process may have far fewer files open than a long trace has shards.
+OPEN_SHARDS = 16
 
 
 def check_file(folder: Path, shard: Shard, *, digest: bool = False) -> Path:
@@ -34,8 +38,11 @@ def check_file(folder: Path, shard: Shard, *, digest: bool = False) -> Path:
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{path} has {size} bytes where trace.json says {shard.bytes}; {AGAIN}")
-    if digest and sha256(path) != shard.sha256:
-        raise UserError(f"{path} has changed: its SHA-256 is not the one in trace.json; {AGAIN}")
+    if digest:
+        with reading(path):
+            same = sha256(path) == shard.sha256
+        if not same:
+            raise UserError(f"{path} has changed: its SHA-256 is not the one in trace.json; {AGAIN}")
     return path
 
 
@@ -46,30 +53,43 @@ class ShardReader:
         self.folder = folder
         self.info = info
         self.schema = row_schema(info.kind, info.spec, weights=info.has_weights)
-        # (file, group index, first row, rows) of every row group, in order
-        self._groups: list[tuple[pq.ParquetFile, int, int, int]] = []
+        # (shard, group index, first row, rows) of every row group, in order
+        self._groups: list[tuple[int, int, int, int]] = []
         self._cache: OrderedDict[tuple[str, int], NDArray[Any]] = OrderedDict()
+        self._paths = [check_file(folder, shard) for shard in info.shards]
+        self._metadata: list[pq.FileMetaData] = []
+        # files that were used last, the most recent at the end; readers may be several threads
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()
         first = 0
-        for shard in info.shards:
-            path = check_file(folder, shard)
-            file = self._open(path)
+        for number, (path, shard) in enumerate(zip(self._paths, info.shards, strict=True)):
+            file = self._file(number)
+            if not file.schema_arrow.equals(self.schema):
+                raise UserError(f"{path} does not have the columns of a {info.kind} trace of {info.spec.name}")
+            self._metadata.append(file.metadata)
             for group in range(file.metadata.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
-                self._groups.append((file, group, first, rows))
+                self._groups.append((number, group, first, rows))
                 first += rows
             if file.metadata.num_rows != shard.rows:
                 raise UserError(f"{path} has {file.metadata.num_rows} rows where trace.json says {shard.rows}; {AGAIN}")
         self.rows = first
         self._starts = np.array([start for _, _, start, _ in self._groups], np.int64)
 
-    def _open(self, path: Path) -> pq.ParquetFile:
-        try:
-            file = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read ({_line(error)}); {AGAIN}") from None
-        if not file.schema_arrow.equals(self.schema):
-            raise UserError(f"{path} does not have the columns of a {self.info.kind} trace of {self.info.spec.name}")
-        return file
+    def _file(self, number: int) -> pq.ParquetFile:
+        """An open shard; the one that was not used for longest is closed where there are too many."""
+        with self._lock:
+            file = self._open.pop(number, None)
+            if file is None:
+                path = self._paths[number]
+                known = self._metadata[number] if number < len(self._metadata) else None
+                with _content(path):
+                    file = pq.ParquetFile(path, metadata=known)
+            self._open[number] = file
+            while len(self._open) > OPEN_SHARDS:
+                # closed once no thread reads from it any more
+                self._open.popitem(last=False)
+            return file
 
     def group_ranges(self) -> Iterator[tuple[int, int]]:
         """(first row, end row) of every row group."""
@@ -79,8 +99,8 @@ class ShardReader:
     def scalar(self, name: str, dtype: Any) -> NDArray[Any]:
         """A whole scalar column, ``[rows]``; nulls become ``UNKNOWN``."""
         made = np.empty(self.rows, dtype)
-        for file, group, start, rows in self._groups:
-            column = self._read(file, group, name)
+        for number, group, start, rows in self._groups:
+            column = self._read(number, group, name)
             if column.null_count:
                 column = pa.compute.fill_null(column.cast(pa.int64()), UNKNOWN)
             made[start : start + rows] = column.to_numpy()
@@ -108,9 +128,9 @@ class ShardReader:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        file, group, _, rows = self._groups[index]
+        number, group, _, rows = self._groups[index]
         width = self.schema.field(name).type.list_size
-        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in self._read(file, group, name).chunks]
+        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in self._read(number, group, name).chunks]
         values = (np.concatenate(chunks) if len(chunks) != 1 else chunks[0]).reshape(rows, width)
         self._check_range(name, values)
         if keep:
@@ -126,11 +146,28 @@ class ShardReader:
                 f"{self.info.spec.E} experts (0 to {self.info.spec.E - 1})"
             )
 
-    def _read(self, file: pq.ParquetFile, group: int, name: str) -> pa.ChunkedArray:
-        try:
+    def _read(self, number: int, group: int, name: str) -> pa.ChunkedArray:
+        file = self._file(number)
+        with _content(self._paths[number]):
             return file.read_row_group(group, columns=[name], use_threads=False).column(0)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.folder}: a shard's rows cannot be read ({_line(error)}); {AGAIN}") from None
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[None]:
+    """Turn what keeps a shard from being read into a sentence.
+
+    Raises:
+        UserError: it may not be read, or holds something else than it should.
+    """
+    try:
+        with reading(path):
+            yield
+    except pa.ArrowException as error:
+        raise UserError(f"{path} cannot be read ({_line(error)}); {AGAIN}") from None
+    except OSError as error:
+        # Parquet's own errors have no number; the system's are no fault of the file
+        again = f"; {AGAIN}" if error.errno is None else ""
+        raise UserError(f"{path} cannot be read ({_line(error)}){again}") from None
 
 
 def _line(error: Exception) -> str:
