@@ -21,7 +21,6 @@ State = Literal["ok", "note", "bad"]
 REQUIRED = (
     "torch",
     "transformers",
-    "megatron-core",
     "datasets",
     "optuna",
     "wandb",
@@ -61,6 +60,13 @@ def _package(name: str) -> Check:
         return Check(name, "ok", metadata.version(name))
     except metadata.PackageNotFoundError:
         return Check(name, "bad", f"not installed: pip install {name}")
+
+
+def _megatron() -> Check:
+    from moeless.engine.hosts.megatron_release import remark
+
+    found, untested = _package("megatron-core"), remark()
+    return found if untested is None else Check(found.name, "note", untested)
 
 
 def _machine() -> Check:
@@ -164,6 +170,7 @@ def examine(deep: bool = False) -> list[Check]:
     """Run every check; none of them raises."""
     checks: list[Check] = [_python(), *(_package(name) for name in REQUIRED)]
     rest: list[tuple[str, Any]] = [
+        ("megatron-core", _megatron),
         ("machine", _machine),
         ("devices", _devices),
         ("collectives", _collectives),

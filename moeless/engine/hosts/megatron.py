@@ -9,13 +9,13 @@ Axes: T tokens of a step, H hidden, E experts, K top-k.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -31,10 +31,11 @@ from moeless.engine.hosts.base import Host
 from moeless.engine.hosts.megatron_context import (
     FlatContext,
     FlatCoreAttention,
-    FlatGPTModel,
     FlatRotary,
     FlatSelfAttention,
+    inference,
 )
+from moeless.engine.hosts.megatron_release import accepted, quiet
 from moeless.engine.hosts.megatron_weights import Family, family_of, load_weights
 from moeless.files import read_json
 from moeless.spec import MoESpec
@@ -50,22 +51,25 @@ class DeviceRouter(TopKRouter):
 
 
 class ElasticMoELayer(MegatronModule):
-    """Router, then the host's elastic experts; it owns no expert weights."""
+    """Router, then the host's elastic experts; it owns no expert weights.
 
-    def __init__(self, config: TransformerConfig, layer_number: int | None = None, pg_collection: Any = None) -> None:
+    Attributes:
+        host, layer: whose experts, and which MoE layer's, counted from 0; set by the host.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, **given: Any) -> None:
         super().__init__(config=config)
-        self.router = DeviceRouter(config=config, pg_collection=pg_collection or get_default_pg_collection())
+        given["pg_collection"] = pg_collection or get_default_pg_collection()
+        # what a release tells its own MoE layer is for the router, as far as that has a name for it
+        self.router = DeviceRouter(config=config, **accepted(TopKRouter, given))
         self.host: MegatronHost | None = None
-        self.layer = (layer_number or 1) - 1
+        self.layer = 0
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron's layers count from 1."""
-        self.layer = layer_number - 1
         self.router.set_layer_number(layer_number)
 
-    def forward(
-        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: Any = None
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """``[T, 1, H]`` to the same."""
         assert self.host is not None
         probs_TE, map_TE = self.router(hidden_states)
@@ -97,10 +101,9 @@ class MegatronHost(Host):
         self.model.to(device=device, dtype=dtype).eval()
         self.model.rotary_pos_emb = FlatRotary(self.family.head_dim, self.family.rope_theta, device)
         self.context = FlatContext(self.cache, self.family.max_positions, self.family.window)
-        for module in self.model.modules():
-            if isinstance(module, ElasticMoELayer):
-                # a plain attribute: the host is no submodule
-                object.__setattr__(module, "host", self)
+        self.model.output_layer.register_forward_pre_hook(self.context.wanted)
+        for layer, module in enumerate(m for m in self.model.modules() if isinstance(m, ElasticMoELayer)):
+            module.layer, module.host = layer, self
         up, down = (2 * self.family.expert_size, self.family.hidden), (self.family.hidden, self.family.expert_size)
         self.ffn = GatedFFN({"up": up, "down": down}, dtype, silu_gate)
 
@@ -109,7 +112,7 @@ class MegatronHost(Host):
 
     def step(self, batch: FlatBatch) -> torch.Tensor:
         self.context.batch = batch
-        with torch.inference_mode():
+        with torch.inference_mode(), inference():
             out = self.model(
                 input_ids=batch.token_T[None],
                 position_ids=batch.position_T[None],
@@ -121,9 +124,8 @@ class MegatronHost(Host):
         return logits
 
 
-def _build(family: Family, dtype: torch.dtype) -> FlatGPTModel:
-    # it warns of every MoE layer that is not its own
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+def _build(family: Family, dtype: torch.dtype) -> GPTModel:
+    quiet()
     config = TransformerConfig(
         num_layers=family.layers,
         hidden_size=family.hidden,
@@ -168,7 +170,7 @@ def _build(family: Family, dtype: torch.dtype) -> FlatGPTModel:
     if family.qk_norm == "all":
         attention.q_layernorm = ModuleSpec(module=AllHeadsNorm, params={"heads": family.heads})
         attention.k_layernorm = ModuleSpec(module=AllHeadsNorm, params={"heads": family.kv_heads})
-    return FlatGPTModel(
+    return GPTModel(
         config=config,
         transformer_layer_spec=layer,
         vocab_size=family.vocab,
@@ -183,7 +185,7 @@ def _build(family: Family, dtype: torch.dtype) -> FlatGPTModel:
 class AllHeadsNorm(torch.nn.Module):
     """RMS norm over all heads of a query or key together (OLMoE)."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float, heads: int) -> None:
+    def __init__(self, config: Any, hidden_size: int, eps: float, heads: int, **_: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype))
         self.eps = eps

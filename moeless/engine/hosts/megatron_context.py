@@ -9,17 +9,32 @@ Axes: T tokens of a step, H hidden, D head width.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from megatron.core.inference import utils as inference_utils
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moeless.engine.flat import FlatBatch, KVCache, attend
+from moeless.engine.hosts.megatron_release import accepted
+
+try:
+    from megatron.core.inference.config import InferenceConfig
+except ImportError:
+    # older releases: the context takes its settings one by one
+    InferenceConfig = None
+
+
+def inference() -> AbstractContextManager[None]:
+    """Tell Megatron that it infers: newer releases ask a flag of the process, older ones whether there is a context."""
+    mode = getattr(inference_utils, "InferenceMode", None)
+    found: AbstractContextManager[None] = nullcontext() if mode is None else mode.active()
+    return found
 
 
 class FlatContext(BaseInferenceContext):
@@ -31,7 +46,10 @@ class FlatContext(BaseInferenceContext):
     """
 
     def __init__(self, cache: KVCache, max_sequence_length: int, window: int | None) -> None:
-        super().__init__(materialize_only_last_token_logits=False)
+        settings: dict[str, Any] = {"materialize_only_last_token_logits": False}
+        if InferenceConfig is not None:
+            settings["inference_config"] = InferenceConfig(**settings, max_sequence_length=max_sequence_length)
+        super().__init__(**accepted(BaseInferenceContext, settings))
         self.cache, self.max_sequence_length, self.window = cache, max_sequence_length, window
         self.batch = FlatBatch((), *(torch.empty(0, dtype=torch.int64),) * 3)
         # what Megatron's static path asks for; positions come from the batch
@@ -44,6 +62,10 @@ class FlatContext(BaseInferenceContext):
     def is_decode_only(self) -> bool:
         """Whether every request of the step gives one token that its prefill made."""
         return all(span.tokens == 1 and span.start > 0 for span in self.batch.spans)
+
+    def wanted(self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A hook before the output layer: it gets the wanted rows only."""
+        return (args[0][self.batch.logit_rows], *args[1:])
 
 
 class FlatRotary(torch.nn.Module):
@@ -112,11 +134,3 @@ class FlatCoreAttention(MegatronModule):
             window=context.window,
         )
         return out.reshape(len(out), 1, -1)
-
-
-class FlatGPTModel(GPTModel):
-    """A ``GPTModel`` that computes logits of the context's wanted rows only."""
-
-    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, inference_context: Any, **kwargs: Any) -> Any:
-        wanted = hidden_states[inference_context.batch.logit_rows]
-        return super()._postprocess(wanted, *args, inference_context=inference_context, **kwargs)
