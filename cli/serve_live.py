@@ -102,6 +102,9 @@ def run_live(
     bench = LiveBench(config)
     if bench.place is not None and out is None:
         raise UserError("under torchrun a live run needs --out, a folder that all its machines see")
+    first_here = bench.place is None or bench.place.local_rank == 0
+    for remark in bench.remarks if first_here else ():
+        common.remarks.print(f"! {remark}", highlight=False)
     if bench.place is not None and out is not None and bench.place.rank > 0 and not dry_run:
         bench.serve_rank(out)
         raise typer.Exit(0)
@@ -111,6 +114,8 @@ def run_live(
     inputs += list(config.predictors)
     with start_run("serve-bench", f"live-{bench.spec.name}", plain(config), config.seed, inputs, out, wandb) as run:
         common.remarks.print(f"{config.ranks} {bench.device} ranks, {config.host} host, {len(bench.requests)} requests")
+        for remark in bench.remarks:
+            run.warn(remark)
         cells = bench.run(run.path)
         for cell in cells:
             run.log(row(cell))

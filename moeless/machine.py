@@ -8,6 +8,7 @@ groups are read.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator, MutableMapping
@@ -93,6 +94,13 @@ def file_system(path: Path, proc: Path = _PROC) -> str:
         if where.is_relative_to(point) and len(point.parts) >= depth:
             kind, depth = source.split()[0], len(point.parts)
     return kind
+
+
+def processor_name(proc: Path = _PROC) -> str:
+    """The processor's model, as its maker calls it."""
+    lines = _read(proc / "cpuinfo").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory_limits(proc: Path, cgroups: Path) -> Iterator[tuple[int, int]]:

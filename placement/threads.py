@@ -1,14 +1,15 @@
 """Threads for compiled loops over layers that release the interpreter's lock.
 
-A pool of Python threads rather than the compiler's own: the live engine forks its ranks, a forked process has none of
-its parent's threads, and a pool can be made anew.
+A pool of Python threads rather than the compiler's own: a forked process has none of its parent's threads, and a pool
+can be made anew. A process that is going to fork keeps to its own thread (:func:`alone`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 
 from moeless.jit import COMPILED
@@ -29,6 +30,20 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+_most = MOST
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Start no threads in this block."""
+    global _most
+    before, _most = _most, 1
+    try:
+        yield
+    finally:
+        _most = before
+
+
 def in_parallel(run: Callable[[int, int], None], length: int, work: int) -> None:
     """Call ``run(start, stop)`` so that the ranges cover ``0 .. length``, on several threads where that pays.
 
@@ -36,7 +51,7 @@ def in_parallel(run: Callable[[int, int], None], length: int, work: int) -> None
         run: must release the interpreter's lock and write to its own range alone.
         work: of all of them together, in expert loads looked at.
     """
-    threads = min(cores(), MOST, length, work // WORTHWHILE) if COMPILED else 1
+    threads = min(cores(), _most, length, work // WORTHWHILE) if COMPILED else 1
     if threads <= 1:
         run(0, length)
         return

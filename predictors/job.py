@@ -6,6 +6,7 @@ This is what the commands wire up: it opens the trace, finds the gates, fits, me
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeless.allocator import keep_freed_memory
+from moeless.devices import auto_device
 from moeless.errors import UserError
 from moeless.files import check_writable, folder_atomic, sha256, write_json
 from moeless.predictors import PREDICTORS, load_predictor
@@ -262,7 +264,10 @@ def _device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        chosen, remark = auto_device()
+        if remark is not None:
+            sys.stderr.write(f"{remark}\n")
+        return chosen
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device {name!r} is not available here; it must be cpu, cuda (with a GPU) or auto")
     return name

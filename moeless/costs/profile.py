@@ -15,6 +15,7 @@ import numpy as np
 
 from moeless.contracts import FloatArray
 from moeless.errors import UserError
+from moeless.machine import cores, processor_name
 from moeless.spec import MoESpec
 
 #: Shapes that must equal the served model's: they decide an expert's work.
@@ -91,6 +92,22 @@ class HardwareProfile:
     def device(self) -> str:
         """The device's name."""
         return str(self.document["machine"]["name"])
+
+    def elsewhere(self) -> str | None:
+        """A remark where this machine's processor is not the one that the times are of; None for those of a GPU."""
+        machine = self.document["machine"]
+        if machine.get("device") != "cpu":
+            return None
+        here, count = processor_name(), machine.get("host_cores")
+        other = self.device != here and f"those of {self.device}, this machine has {here}"
+        fewer = count != cores() and f"of {count} cores, this process may use {cores()}"
+        if not other and (not fewer or count is None):
+            return None
+        return (
+            f"the times in profile {self.name}, by which planners plan, are {other or fewer}: measure this machine "
+            f"with `moeless profile --model {self.document['model']['name']} --device cpu --out FILE` and give "
+            "--costs measured:FILE"
+        )
 
     def grid(self, kernel: str | None = None, dtype: str | None = None) -> ExpertGrid:
         """The grid of a kernel and type, by default those the profile names.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -14,27 +13,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moeless.cluster import Cluster, cluster
 from moeless.contracts import ModelPlan
+from moeless.devices import gpus_with_room
+from moeless.engine import room
 from moeless.engine.checkpoint import Checkpoint
-from moeless.engine.hosts import HOSTS
+from moeless.engine.forkserver import ForkServer
+from moeless.engine.hosts import HOSTS, remarks
 from moeless.engine.job import Job
-from moeless.engine.launch import run_forked
 from moeless.engine.options import ServingOptions
 from moeless.engine.predicted import best_costs, predict
-from moeless.engine.results import CellRecords, finished_requests, make_cell, read_records
-from moeless.engine.start import LAUNCHERS, launch, memory_folder, serve_at, shared_folder
+from moeless.engine.results import finished_requests, make_cell, read_records
+from moeless.engine.start import LAUNCHERS, by_torchrun, launch, serve_at
 from moeless.engine.torchrun import Place, end_well_on_sigterm, place
+from moeless.engine.verify import verification_path
 from moeless.engine.workload import WorkloadSettings, live_requests
 from moeless.errors import RunFailed, UserError
-from moeless.files import write_json, write_text
+from moeless.files import write_text
 from moeless.machine import cores
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
-from moeless.spec import MoESpec
+from moeless.spec import BYTES_PER_WEIGHT, MoESpec
 from moeless.workloads import schedulers
+
+#: Memory of a program with the libraries that ranks need, of a rank that is forked from it, and of one under torchrun.
+PROGRAM_BYTES, FORKED_BYTES, RANK_BYTES = 400 * 10**6, 60 * 10**6, 500 * 10**6
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class LiveConfig(ServingOptions):
 class LiveBench:
     """A checked configuration; nothing runs before :meth:`run`.
 
+    Attributes:
+        remarks: on this machine, for whoever runs it; one sentence each.
+        shared: folder for the experts' mapping on this machine.
+
     Raises:
         UserError: something asked for does not exist, does not fit together, or a file is broken.
     """
@@ -86,22 +93,22 @@ class LiveBench:
         HOSTS.get(config.host)
         self.config = config
         self.device = config.device
-        if config.device == "auto":
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", config.ranks)) if place() else config.ranks
-            self.device = "cuda" if torch.cuda.device_count() >= here else "cpu"
         self.place = place()
+        self.remarks = remarks(config.host)
         here = config.ranks if self.place is None else self.place.local_world
         if self.place is not None and self.place.world != config.ranks:
             raise UserError(f"torchrun started {self.place.world} ranks, --ranks says {config.ranks}")
-        if self.device == "cuda" and torch.cuda.device_count() < here:
+        if config.device == "cuda" and torch.cuda.device_count() < here:
             raise UserError(f"{here} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
         if config.launcher not in LAUNCHERS:
             raise UserError(f"--launcher {config.launcher!r} is none of {', '.join(LAUNCHERS)}")
-        if config.launcher == "fork" and self.device == "cuda":
+        if config.launcher == "fork" and config.device == "cuda":
             raise UserError("forked ranks cannot use GPUs; leave --launcher out, or give --launcher torchrun")
         self.model = checkpoint_folder("bundled" if config.model is None else config.model)
         Checkpoint(self.model)
         spec = resolve_spec(str(self.model))
+        if config.device == "auto":
+            self.device = self._free_device(spec, here)
         self.dtype = config.dtype or ("float32" if self.device == "cpu" or config.verify else spec.dtype)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"--dtype {self.dtype!r} is none of float32, bfloat16, float16")
@@ -113,6 +120,24 @@ class LiveBench:
             config.batching, [live.request for live in self.requests], config.ranks, **config.batching_options
         )
         self._check_policies()
+        self.shared, remark = room.place(self.needs(), room.look())
+        self.remarks += [remark] if remark is not None else []
+
+    def _free_device(self, spec: MoESpec, here: int) -> str:
+        """GPUs where this machine has one for each of its ranks, with room for the rank's part of the model."""
+        import torch
+
+        if self.config.launcher == "fork" or torch.cuda.device_count() < here:
+            return "cpu"
+        if self.place is not None:
+            # all ranks have to come to the same answer, whatever each finds on its own machine
+            return "cuda"
+        dtype = self.config.dtype or ("float32" if self.config.verify else spec.dtype)
+        experts = spec.L * -(-spec.E // self.config.ranks) * spec.expert_params
+        needed = (experts + spec.non_expert_params) * BYTES_PER_WEIGHT.get(dtype, 4)
+        device, remark = gpus_with_room(round(needed), here)
+        self.remarks += [remark] if remark is not None else []
+        return device
 
     @property
     def cluster(self) -> Cluster:
@@ -150,6 +175,27 @@ class LiveBench:
             "rank_other_mb": round(spec.non_expert_bytes / 1e6, 1),
         }
 
+    def needs(self) -> room.Needs:
+        """What the ranks of this machine need at the least, and after them the verification's reference."""
+        config, spec = self.config, self.spec
+        here = config.ranks if self.place is None else self.place.local_world
+        experts = spec.L * spec.E * spec.expert_bytes
+        own = 2 * spec.expert_bytes
+        if self.device == "cpu":
+            own += spec.L * -(-spec.E // config.ranks) * spec.expert_bytes + spec.non_expert_bytes
+        logits = 0
+        if config.verify:
+            logits = 4 * spec.vocab_size * sum(live.request.output_tokens for live in self.requests)
+        separate = self.place is not None or by_torchrun(self.device, config.launcher)
+        programs = here * RANK_BYTES if separate else PROGRAM_BYTES + here * FORKED_BYTES
+        serving = programs + here * own + logits
+        verifying = 0
+        if config.verify:
+            kinds = 4 + (0 if self.dtype == "float32" else 2)
+            numbers = spec.L * spec.E * spec.expert_params + spec.non_expert_params
+            verifying = PROGRAM_BYTES + kinds * numbers + 2 * logits
+        return room.Needs(experts, max(serving, verifying - experts), here, logits * len(config.policies))
+
     def _job(self, folder: Path, shared: Path) -> Job:
         config = self.config
         return Job(
@@ -178,6 +224,8 @@ class LiveBench:
             RunFailed: a rank failed or was killed, or a policy's outputs are not the model's.
         """
         with contextlib.ExitStack() as stack:
+            self._server: ForkServer | None = None
+            stack.callback(self._end_server)
             if self.place is not None:
                 job = self.job_at(self.place, out)
                 stack.callback(shutil.rmtree, job.folder, ignore_errors=True)
@@ -185,8 +233,9 @@ class LiveBench:
                 end_well_on_sigterm()
             else:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moeless-"))
-                job = self._job(Path(scratch), Path(stack.enter_context(shared_folder())))
-                start = partial(launch, job, self.config.launcher)
+                job = self._job(Path(scratch), self.shared)
+                forks = None if by_torchrun(job.device, self.config.launcher) else self._forks()
+                start = partial(launch, job, self.config.launcher, forks)
             try:
                 start()
             except BaseException:
@@ -195,15 +244,23 @@ class LiveBench:
             self._keep_finished(job, out)
             return self._cells(job, out)
 
+    def _forks(self) -> ForkServer:
+        """The process that forks ranks and the verification; started when it is first needed."""
+        if self._server is None:
+            self._server = ForkServer()
+        return self._server
+
+    def _end_server(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
     def job_at(self, at: Place, out: Path) -> Job:
         """The job of a rank that torchrun started; ``out`` must be one folder on all machines."""
-        shared = memory_folder() / f"moeless-{at.run}"
-        shared.mkdir(parents=True, exist_ok=True)
         folder = out / "ranks"
         if at.rank == 0:
             # the others meet it before they write
             folder.mkdir(parents=True, exist_ok=True)
-        return self._job(folder, shared)
+        return self._job(folder, self.shared)
 
     def serve_rank(self, out: Path) -> None:
         """Be a rank other than the first of a torchrun launch.
@@ -228,7 +285,7 @@ class LiveBench:
 
         policies = policies_of(job)
         records = [read_records(job, cell) for cell in range(len(policies))]
-        checked = self._verify(job, [policy.lossy for policy in policies], records) if job.verify else {}
+        checked = self._verify(job, [policy.lossy for policy in policies]) if job.verify else {}
         cells = []
         for index, (policy, record) in enumerate(zip(policies, records, strict=True)):
             settings: dict[str, Any] = {"arrivals": self.config.workload.arrivals}
@@ -250,32 +307,14 @@ class LiveBench:
                 cells += predict(job, policies, routing, warmup=self.config.warmup, objectives=self.config.objectives)
         return cells
 
-    def _verify(self, job: Job, lossy: Sequence[bool], records: Sequence[CellRecords]) -> dict[int, dict[str, Any]]:
-        """Compare every policy with the reference, in a process of its own (this one must stay single-threaded)."""
-        path = job.folder / "verification.json"
-
-        def work(rank: int) -> None:
-            from moeless.engine.serving import sample
-            from moeless.engine.verify import Reference
-            from moeless.engine.worker import DTYPES
-
-            def sampled(row: Any, request: int, position: int) -> int:
-                return sample(row, job.temperature, job.top_p, (job.seed, request, position))
-
-            reference = Reference(job.model, DTYPES[job.dtype])
-            prompts = {live.request.id: live.token_P for live in job.requests}
-            found = {}
-            for cell, record in enumerate(records):
-                if lossy[cell]:
-                    continue
-                outputs = {entry["request"]: entry["tokens"] for entry in record.finished}
-                logits = {request: np.load(job.folder / f"logits-{cell}-{request}.npy") for request in outputs}
-                result = reference.compare(prompts, outputs, logits, sampled if job.temperature else None)
-                found[cell] = result.to_json() | {"sentence": result.sentence()}
-            write_json(path, {str(cell): entry for cell, entry in found.items()})
-
-        run_forked(work, 1)
-        return {int(cell): entry for cell, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+    def _verify(self, job: Job, lossy: Sequence[bool]) -> dict[int, dict[str, Any]]:
+        """Compare every policy with the reference, in a process of its own."""
+        path = job.folder / "verified-job.json"
+        job.write(path)
+        cells = [cell for cell, is_lossy in enumerate(lossy) if not is_lossy]
+        self._forks().run("moeless.engine.verify:verifying", {"job": str(path), "cells": cells}, 1)
+        found = json.loads(verification_path(job).read_text(encoding="utf-8"))
+        return {int(cell): entry for cell, entry in found.items()}
 
 
 def check_verified(cells: Sequence[Cell]) -> None:

@@ -44,8 +44,9 @@ def describe(error: BaseException) -> Report:
 class ForkedRanks:
     """Child processes of this one, one per rank.
 
-    Import what the ranks need before, and compute nothing with more than one thread: a thread pool does not survive
-    a fork. Each child runs ``work(rank)``, dies with this process, and leaves by ``os._exit``.
+    This process should have no other thread: a lock that one holds at the moment of the fork stays locked in the child.
+    :class:`moeless.engine.forkserver.ForkServer` starts such a process. Each child runs ``work(rank)``, dies with this
+    process, and leaves by ``os._exit``.
     """
 
     def __init__(self, work: Callable[[int], None], ranks: int) -> None:
@@ -135,6 +136,7 @@ def _child(work: Callable[[int], None], rank: int, pipe: int) -> int:
 
     # an interrupt is the parent's to handle: it ends the ranks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     try:
         work(rank)
@@ -151,10 +153,10 @@ def _child(work: Callable[[int], None], rank: int, pipe: int) -> int:
         sys.stderr.flush()
 
 
-def die_with(parent: int) -> None:
-    """Let the kernel end this process with its parent (Linux; elsewhere the parent ends it)."""
+def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when its parent ends (Linux; elsewhere the parent ends it)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
         if os.getppid() != parent:
             os._exit(1)
 
@@ -172,7 +174,7 @@ def raise_failure(failed: dict[int, tuple[int, Report | None]]) -> None:
 
     rank, (code, report) = min(failed.items(), key=blame)
     if code < 0:
-        raise RunFailed(f"rank {rank} was killed by {signal.Signals(-code).name}; the run was stopped")
+        raise RunFailed(f"rank {rank} was killed by {_signal(-code)}; the run was stopped")
     if report is None:
         raise RunFailed(f"rank {rank} ended with exit status {code}; the run was stopped")
     if report.kind == "user":
@@ -180,6 +182,15 @@ def raise_failure(failed: dict[int, tuple[int, Report | None]]) -> None:
     if report.kind == "peer":
         raise RunFailed(f"rank {rank} lost the other ranks ({report.message}); the run was stopped")
     raise RunFailed(f"rank {rank} failed: {report.message}")
+
+
+def _signal(number: int) -> str:
+    """A signal's name, and what is most often behind it."""
+    name = signal.Signals(number).name
+    return name + {
+        "SIGKILL": " (by someone, or by the kernel because memory ran out)",
+        "SIGBUS": " (a file that it keeps in memory, in /dev/shm or the temporary folder, found no room)",
+    }.get(name, "")
 
 
 def run_forked(work: Callable[[int], None], ranks: int) -> None:

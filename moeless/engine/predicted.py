@@ -20,6 +20,7 @@ from moeless.costs import COSTS
 from moeless.engine.job import Job
 from moeless.engine.policy import LivePolicy
 from moeless.engine.recording import Routing
+from moeless.engine.results import measured_elsewhere
 from moeless.errors import UserError
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
@@ -96,5 +97,12 @@ def predict(
             router_inputs=_Inputs(routing.input_TLH) if reads_inputs and routing.input_TLH is not None else None,
             labels={"predicts": "the live run of this policy", "batching": job.batching, "seed": job.seed},
         )
-        cells.append(dataclasses.replace(found.cell, cluster=f"{job.cluster.name}, {job.ranks} ranks"))
+        remarks = [remark for remark in (measured_elsewhere(job),) if remark is not None]
+        cells.append(
+            dataclasses.replace(
+                found.cell,
+                cluster=f"{job.cluster.name}, {job.ranks} ranks",
+                warnings=(*remarks, *found.cell.warnings),
+            )
+        )
     return cells

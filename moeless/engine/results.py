@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from moeless.contracts import FloatArray
+from moeless.costs import COSTS
+from moeless.costs.measured import MeasuredCosts
 from moeless.engine.elastic import COLUMNS
 from moeless.engine.job import Job
 from moeless.engine.policy import LivePolicy
-from moeless.machine import cores
 from moeless.metrics import balance
 from moeless.metrics.billing import Meter
 from moeless.metrics.latency import MIN_SAMPLES_P99, cdf, summarise
@@ -62,9 +63,26 @@ def read_records(job: Job, cell: int) -> CellRecords:
     )
 
 
-def own_time_only(job: Job) -> bool:
-    """Whether ranks share cores, so that wall time says nothing about balance."""
-    return job.device == "cpu" and job.ranks > cores()
+def crowded(job: Job, facts: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+    """Ranks and cores of the machine whose ranks share cores most; None where each rank has one, or a GPU.
+
+    There wall time says nothing about balance.
+    """
+    worst = None
+    for machine in {fact["machine"] for fact in facts} if job.device == "cpu" else ():
+        here = [fact for fact in facts if fact["machine"] == machine]
+        together = len(set().union(*(fact["cpus"] for fact in here)))
+        quotas = [int(fact["cpu_quota"]) for fact in here if fact["cpu_quota"] is not None]
+        found = len(here), max(1, min([together, *quotas]))
+        if found[0] > found[1] and (worst is None or found[0] * worst[1] > worst[0] * found[1]):
+            worst = found
+    return worst
+
+
+def measured_elsewhere(job: Job) -> str | None:
+    """A remark where the profile by which planners plan is of another processor than this machine's."""
+    costs = COSTS.get(job.costs)(job.spec, job.cluster) if job.device == "cpu" else None
+    return costs.profile.elsewhere() if isinstance(costs, MeasuredCosts) else None
 
 
 @dataclass(frozen=True)
@@ -163,7 +181,9 @@ def make_cell(
     Raises:
         ValueError: no iteration was left after the warm-up.
     """
-    seconds = layer_seconds(records, own_time_only(job))
+    shared_cores = crowded(job, records.facts)
+    own_only = shared_cores is not None
+    seconds = layer_seconds(records, own_only)
     facts, end, total_IL = records.facts, float(records.end_I[-1]), seconds.total
     layer = layer_metrics(records, seconds, warmup)
     if layer is None:
@@ -175,7 +195,7 @@ def make_cell(
     meter.resident_byte_seconds = float(sum(fact["resident_byte_seconds"] for fact in facts))
     missing = len(job.requests) - len(records.finished)
     request = request_metrics(request_times(job, records.finished), duration=end, failed=missing, objectives=objectives)
-    warnings = _warnings(job, policy, facts, layer.samples, len(records.finished))
+    warnings = _warnings(job, policy, facts, layer.samples, len(records.finished), shared_cores)
     if facts[0]["piled_up"] and job.batching == "one-second":
         warnings.append("one-second batches pile up: request metrics are undefined at this rate")
         request = None
@@ -210,11 +230,11 @@ def make_cell(
             "copy_from": job.copy_from,
             "temperature": job.temperature,
             "top_p": job.top_p,
-            "layer_time": "own compute, exchange left out" if own_time_only(job) else "wall clock",
+            "layer_time": "own compute, exchange left out" if own_only else "wall clock",
             "copies": counted,
             "memory": _memory(job, facts),
             "planning_ms": 1e3 * float(records.column("planning").max(0)[warmup:].mean()),
-            "control_ms": _control(records, own_time_only(job), warmup),
+            "control_ms": _control(records, own_only, warmup),
             "collectives": facts[0]["collectives"],
             "prompt_perplexity": math.exp(nll / count) if count else None,
             "seed": job.seed,
@@ -245,12 +265,23 @@ def _memory(job: Job, facts: list[dict[str, Any]]) -> dict[str, float]:
     return most | {"machine_shared_mb": facts[0]["shared_bytes"] / 1e6, "model_mb": whole / 1e6}
 
 
-def _warnings(job: Job, policy: LivePolicy, facts: list[dict[str, Any]], samples: int, finished: int) -> list[str]:
+def _warnings(
+    job: Job,
+    policy: LivePolicy,
+    facts: list[dict[str, Any]],
+    samples: int,
+    finished: int,
+    shared_cores: tuple[int, int] | None,
+) -> list[str]:
     warnings = []
-    if own_time_only(job):
+    if (elsewhere := measured_elsewhere(job)) is not None:
+        warnings.append(elsewhere)
+    if shared_cores is not None:
+        ranks, cores = shared_cores
         warnings.append(
-            f"{job.ranks} ranks share {cores()} cores: layer times are the largest own compute, control and stall of "
-            "any rank, the exchange left out; request times are those of the crowded machine"
+            f"{ranks} ranks share {cores} {'core' if cores == 1 else 'cores'}: layer times are the largest own "
+            "compute, control and stall of any rank, the exchange left out; request times are those of the crowded "
+            "machine"
         )
     if policy.lossy:
         warnings.append("the oracle overrides the router: its outputs differ from the model's")

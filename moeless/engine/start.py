@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from moeless.engine.forkserver import ForkServer
 from moeless.engine.hosts import HOSTS
 from moeless.engine.job import Job
-from moeless.engine.launch import raise_failure, run_forked
+from moeless.engine.launch import raise_failure
 from moeless.engine.torchrun import Place, failures, run_torchrun
 
 LAUNCHERS = ("auto", "fork", "torchrun")
 
 
 def serve_at(job: Job, at: Place) -> None:
+    """Be a rank of a torchrun launch.
+
+    Raises:
+        UserError, RunFailed: see :mod:`moeless.engine.launch`.
+    """
     from moeless.engine import worker
 
     try:
@@ -25,47 +29,50 @@ def serve_at(job: Job, at: Place) -> None:
         if failed and at.rank == 0:
             raise_failure(failed)
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            # the last rank of a machine to leave removes it
-            job.shared.rmdir()
 
 
-def launch(job: Job, launcher: str = "auto") -> None:
+def by_torchrun(device: str, launcher: str) -> bool:
+    """Whether a launcher's name means torchrun on this kind of device; ``auto`` forks on CPUs."""
+    return launcher == "torchrun" or (launcher == "auto" and device == "cuda")
+
+
+def launch(job: Job, launcher: str = "auto", server: ForkServer | None = None) -> None:
     """Run a job's ranks on this machine, forked or under ``torchrun``; ``auto`` forks on CPUs.
+
+    Args:
+        server: forks the ranks; None starts one for this job alone.
 
     Raises:
         UserError, RunFailed: see :mod:`moeless.engine.launch`.
     """
-    if launcher == "torchrun" or (launcher == "auto" and job.device == "cuda"):
-        job.write(job.folder / "job.json")
-        run_torchrun(job.folder / "job.json", job.ranks)
-        return
-    # what the ranks need is imported once, before they are forked
+    path = job.folder / "job.json"
+    job.write(path)
+    if by_torchrun(job.device, launcher):
+        run_torchrun(path, job.ranks)
+    elif server is not None:
+        server.run("moeless.engine.start:ranks_of", str(path), job.ranks)
+    else:
+        with ForkServer() as server:
+            server.run("moeless.engine.start:ranks_of", str(path), job.ranks)
+
+
+def ranks_of(path: str) -> Callable[[int], None]:
+    """What each forked rank of a job file does; what they need is imported and compiled here, once."""
     import transformers  # noqa: F401
 
     from moeless.engine import groups, worker
+    from moeless.placement.threads import alone
 
+    job = Job.read(Path(path))
     HOSTS.get(job.host)
-    # compiled here, the planners' kernels need not be compiled by every rank
-    for policy in worker.policies_of(job):
-        policy.warm_up()
-    init = f"file://{job.folder / 'rendezvous'}"
+    with alone():
+        for policy in worker.policies_of(job):
+            policy.warm_up()
+    meeting = groups.Meeting()
 
     def work(rank: int) -> None:
-        ranks = groups.join(rank, job.ranks, init_method=init, timeout_seconds=job.timeout_seconds)
+        ranks = groups.join(rank, job.ranks, meeting=meeting, timeout_seconds=job.timeout_seconds)
         worker.serve(job, ranks)
         groups.leave()
 
-    run_forked(work, job.ranks)
-
-
-def shared_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder in the machine's memory file system, or among temporary files where there is none."""
-    return tempfile.TemporaryDirectory(prefix="moeless-", dir=memory_folder())
-
-
-def memory_folder() -> Path:
-    memory = Path("/dev/shm")
-    usable = memory.is_dir() and shutil.disk_usage(memory).free > 0
-    return memory if usable else Path(tempfile.gettempdir())
+    return work

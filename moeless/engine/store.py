@@ -48,6 +48,8 @@ class ReplicaStore:
         slots: places per layer: the budget's replicas and the spare ones that keep-alive uses.
         least: places per layer without which nothing can be served; where memory lacks room for ``slots``, as many
             as fit, and copies that find no place are refused.
+        room_bytes: memory that the slots may take; None asks the device for all of them. Where a control group has a
+            limit, asking for more than there is ends the process.
         rank, group: this rank, and the process group on which copies travel between ranks; None: host memory only.
 
     Raises:
@@ -63,11 +65,14 @@ class ReplicaStore:
         dtype: torch.dtype,
         *,
         least: int | None = None,
+        room_bytes: int | None = None,
         rank: int = 0,
         group: Any = None,
     ) -> None:
         self.host, self.device, self.rank = host, device, rank
-        self.slots_L = _allocate(host, layers, slots, slots if least is None else least, device, dtype)
+        least = slots if least is None else least
+        most = slots if room_bytes is None else min(slots, room_bytes // (layers * host.expert_bytes))
+        self.slots_L = _allocate(host, layers, most, least, device, dtype)
         self.num_slots = len(next(iter(self.slots_L[0].values())))
         self._copies_L: list[dict[int, Copy]] = [{} for _ in range(layers)]
         self.keep_alive = KeepAlive("fixed", 0.0)

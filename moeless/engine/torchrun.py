@@ -1,36 +1,34 @@
 """Ranks under ``torchrun``: started by this program on one machine, or by whoever starts all machines.
 
-Either way a rank learns its place from the environment variables that torchrun sets.
+Either way a rank learns its place from the environment variables that torchrun sets. As a program, this module is
+torchrun for ranks of this machine alone: it ends with the command, and needs no host name.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeless.engine.launch import Report, raise_failure
+from moeless.engine.launch import Report, die_with, raise_failure
 from moeless.errors import RunFailed
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands among all ranks and on its machine; ``run`` is equal on all of them."""
+    """Where a rank stands among all ranks and on its machine."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
-    run: str
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -39,9 +37,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
         return None
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, world, local_rank, local_world = (int(environment[name]) for name in names)
-    # standalone runs share one id; the port tells them apart
-    run = f"{environment['TORCHELASTIC_RUN_ID']}-{environment.get('MASTER_PORT', '')}"
-    return Place(rank, world, local_rank, local_world, run)
+    return Place(rank, world, local_rank, local_world)
 
 
 def report_path(folder: Path, rank: int) -> Path:
@@ -77,10 +73,15 @@ def end_well_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        # torchrun ends its ranks when it is told to
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def command(job: Path, ranks: int) -> list[str]:
+    """The command line that runs a job file's ranks on this machine.
+
+    Ranks meet at a free port of the loopback address: ``--standalone`` would look the host's name up.
+    """
+    meeting = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    meeting += [f"--rdzv-id={uuid.uuid4()}", f"--nproc-per-node={ranks}"]
+    begin = [sys.executable, "-m", "moeless.engine.torchrun", str(os.getpid())]
+    return [*begin, *meeting, "-m", "moeless.engine.worker", str(job)]
 
 
 def run_torchrun(job: Path, ranks: int) -> None:
@@ -89,11 +90,7 @@ def run_torchrun(job: Path, ranks: int) -> None:
     Raises:
         UserError, RunFailed: a rank refused, failed or was killed; the sentence names it.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "moeless.engine.worker", str(job)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=_end_with_parent
-    )
+    process = subprocess.Popen(command(job, ranks), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _, errors = process.communicate()
     except BaseException:
@@ -107,3 +104,16 @@ def run_torchrun(job: Path, ranks: int) -> None:
         last = errors.strip().splitlines()[-1] if errors.strip() else f"exit status {process.returncode}"
         raise RunFailed(f"torchrun failed: {last}")
     raise_failure(failed)
+
+
+def main(arguments: list[str]) -> None:
+    """The program: torchrun, ended with its parent, whose process id comes first."""
+    # torchrun ends its ranks when it is told to
+    die_with(int(arguments[0]), signal.SIGTERM)
+    from torch.distributed.run import main as run
+
+    run(arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

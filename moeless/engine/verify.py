@@ -15,6 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeless.engine.job import Job
+from moeless.engine.results import finished_requests
+from moeless.engine.serving import sample
+from moeless.files import write_json
+
 #: Largest difference of float32 logits (design: outputs equal the unmodified model's).
 TOLERANCE = 1e-4
 #: Lower precisions may differ on average by this multiple of what the reference itself differs from float32.
@@ -130,3 +135,35 @@ class Reference:
         else:
             passed = mean <= LOW_PRECISION_FACTOR * reference
         return Verification(len(outputs), tokens, identical, near, worst, mean, reference, passed and tokens > 0)
+
+
+def verification_path(job: Job) -> Path:
+    """Where :func:`verifying` leaves what it found: per cell, the verification's fields and its ``sentence``."""
+    return job.folder / "verification.json"
+
+
+def verifying(argument: Mapping[str, Any]) -> Callable[[int], None]:
+    """The work of the one process that compares a job's cells with the reference.
+
+    Args:
+        argument: ``job``, the job's file; ``cells``, those whose outputs have to be the model's.
+    """
+    from moeless.engine.worker import DTYPES
+
+    job = Job.read(Path(argument["job"]))
+
+    def sampled(row: Any, request: int, position: int) -> int:
+        return sample(row, job.temperature, job.top_p, (job.seed, request, position))
+
+    def work(_: int) -> None:
+        reference = Reference(job.model, DTYPES[job.dtype])
+        prompts = {live.request.id: live.token_P for live in job.requests}
+        found = {}
+        for cell in argument["cells"]:
+            outputs = {entry["request"]: entry["tokens"] for entry in finished_requests(job.folder, cell, job.ranks)}
+            logits = {request: np.load(job.folder / f"logits-{cell}-{request}.npy") for request in outputs}
+            result = reference.compare(prompts, outputs, logits, sampled if job.temperature else None)
+            found[str(cell)] = result.to_json() | {"sentence": result.sentence()}
+        write_json(verification_path(job), found)
+
+    return work

@@ -23,7 +23,7 @@ from moeless.engine.controller import Controller, ControlSettings
 from moeless.engine.elastic import ElasticExperts, columns
 from moeless.engine.exchange import Exchange
 from moeless.engine.groups import Ranks
-from moeless.engine.hostmem import HostExperts
+from moeless.engine.hostmem import HostExperts, shared_experts
 from moeless.engine.hosts import Host, load_host
 from moeless.engine.job import Job
 from moeless.engine.launch import describe, die_with
@@ -31,9 +31,12 @@ from moeless.engine.policy import LivePolicy, resolve_live
 from moeless.engine.serving import LoopSettings, Served, ServingLoop
 from moeless.engine.store import ReplicaStore
 from moeless.engine.torchrun import Place, place, report_path
+from moeless.machine import available_bytes, cores, processor_quota
 from moeless.serverless import KeepAlive
 from moeless.workloads import schedulers
 
+#: Memory that a rank keeps for requests, messages and tables when it makes its slots.
+WORK_BYTES = 64 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,18 +61,34 @@ def policies_of(job: Job) -> list[LivePolicy]:
     ]
 
 
-def host_experts(job: Job, host: Host, ranks: Ranks, exchange: Exchange) -> HostExperts:
+def host_experts(job: Job, host: Host, exchange: Exchange) -> HostExperts:
     """Map this machine's expert weights; its ranks read the checkpoint's experts between them."""
-    spec = job.spec
-    path = job.shared / f"experts-{ranks.rank // ranks.local_world}"
-    experts = HostExperts(path, spec.L, spec.E, host.ffn.shapes, host.ffn.dtype, pin=ranks.device.type == "cuda")
+    spec, ranks = job.spec, exchange.ranks
+    experts = shared_experts(job.shared, spec.L, spec.E, host.ffn.shapes, host.ffn.dtype, exchange)
+    if ranks.device.type == "cuda":
+        experts.pin()
     for layer in range(spec.L):
         for expert in range(ranks.local_rank, spec.E, ranks.local_world):
             experts.fill(layer, expert, host.read_expert(layer, expert))
     exchange.barrier()
-    if ranks.local_rank == 0:
-        path.unlink()
     return experts
+
+
+def slot_room(exchange: Exchange) -> int | None:
+    """Bytes that this rank's slots may take of the memory of its machine, shared evenly; None on a GPU.
+
+    All ranks look before any of them takes something.
+    """
+    ranks = exchange.ranks
+    here = slice(ranks.first_local, ranks.first_local + ranks.local_world)
+    least = min(groups.from_all(ranks, available_bytes())[here])
+    return None if ranks.device.type == "cuda" else max(0, least // ranks.local_world - WORK_BYTES)
+
+
+def machine_facts(ranks: Ranks) -> dict[str, Any]:
+    """On which machine this rank ran, and what it might use of it: results compare ranks with cores."""
+    mask = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(cores()))
+    return {"machine": ranks.first_local, "cpus": mask, "cpu_quota": processor_quota()}
 
 
 def memory_facts(host: Host, store: ReplicaStore, experts: HostExperts) -> dict[str, int]:
@@ -95,7 +114,7 @@ def serve(job: Job, ranks: Ranks) -> None:
     exchange = Exchange(ranks)
     policies = policies_of(job)
     host = load_host(job.host, job.model, spec=job.spec, device=ranks.device, dtype=DTYPES[job.dtype])
-    experts = host_experts(job, host, ranks, exchange)
+    experts = host_experts(job, host, exchange)
     slots = max(int(policy.budget.slots_G.max()) for policy in policies) + job.spare_slots
     store = ReplicaStore(
         experts,
@@ -104,6 +123,7 @@ def serve(job: Job, ranks: Ranks) -> None:
         ranks.device,
         host.ffn.dtype,
         least=-(-job.spec.E // ranks.world),
+        room_bytes=slot_room(exchange),
         rank=ranks.rank,
         group=ranks.moves,
     )
@@ -144,6 +164,7 @@ def serve(job: Job, ranks: Ranks) -> None:
             {
                 **counts.__dict__,
                 **memory_facts(host, store, experts),
+                **machine_facts(ranks),
                 "collectives": dict(exchange.calls),
                 "piled_up": scheduler.queueing().piled_up,
                 "nll": served.nll,
@@ -179,12 +200,12 @@ def serve_at(job: Job, at: Place) -> None:
     Raises:
         UserError, RunFailed: as :func:`serve`.
     """
-    torch.set_num_threads(1 if job.device == "cpu" else torch.get_num_threads())
+    threads = 1 if job.device == "cpu" else min(torch.get_num_threads(), max(1, cores() // at.local_world))
+    torch.set_num_threads(threads)
     try:
         ranks = groups.join(
             at.rank,
             at.world,
-            init_method="env://",
             device=job.device,
             local_rank=at.local_rank,
             local_world=at.local_world,

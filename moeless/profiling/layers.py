@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,13 +34,13 @@ from moeless.cluster import Cluster, cluster
 from moeless.contracts import Phase
 from moeless.costs.measured import MeasuredCosts
 from moeless.costs.profile_reader import parse_profile
-from moeless.engine import groups
+from moeless.engine import groups, room
 from moeless.engine.controller import Controller, ControlSettings
 from moeless.engine.elastic import PARTS, ElasticExperts
 from moeless.engine.exchange import Exchange
 from moeless.engine.ffn import GatedFFN, silu_gate
 from moeless.engine.flat import FlatSpan, KVCache, attend
-from moeless.engine.hostmem import HostExperts
+from moeless.engine.hostmem import shared_experts
 from moeless.engine.launch import ForkedRanks
 from moeless.engine.policy import resolve_live
 from moeless.engine.store import ReplicaStore
@@ -130,13 +131,11 @@ def _machine(ranks: int) -> Cluster:
     return cluster("cpu2" if ranks <= 2 else "cpu8").with_gpus(ranks)
 
 
-def _rank_main(rank: int, ranks: int, spec: MoESpec, out: Path, quick: bool) -> None:
+def _rank_main(rank: int, ranks: int, spec: MoESpec, out: Path, quick: bool, meeting: groups.Meeting) -> None:
     """Run the layers; rank 0 writes loads ``load_NSE``, ``tokens_N``, and seconds ``layer_N`` and ``expert_N``."""
     torch.manual_seed(0)
     keep_freed_memory()
-    at = groups.join(
-        rank, ranks, init_method=f"file://{out.with_suffix('.init')}", timeout_seconds=float(TIMEOUT_SECONDS)
-    )
+    at = groups.join(rank, ranks, meeting=meeting, timeout_seconds=float(TIMEOUT_SECONDS))
     exchange = Exchange(at)
     depth = int(np.clip(LAYER_BYTES // (spec.E * spec.expert_params * 4), 1, spec.L))
     spec = dataclasses.replace(spec, num_layers=depth, moe_layers=tuple(range(depth)))
@@ -144,7 +143,10 @@ def _rank_main(rank: int, ranks: int, spec: MoESpec, out: Path, quick: bool) -> 
     gated = spec.expert_matrices == 3
     shapes = {"up": (width * (2 if gated else 1), spec.hidden_size), "down": (spec.hidden_size, width)}
     ffn = GatedFFN(shapes, torch.float32, silu_gate if gated else functional.gelu)
-    weights = HostExperts(out.with_suffix(".weights"), spec.L, spec.E, shapes, torch.float32)
+    size = spec.L * spec.E * sum(math.prod(shape) for shape in shapes.values()) * 4
+    # a file on a disk would be written back while layers are timed
+    folder, _ = room.place(room.Needs(size, size, ranks), room.look())
+    weights = shared_experts(folder, spec.L, spec.E, shapes, torch.float32, exchange)
     for layer in range(rank, spec.L, ranks):
         for expert in range(spec.E):
             weights.fill(
@@ -262,7 +264,8 @@ def main(arguments: list[str]) -> int:
     ranks, out = int(arguments[0]), Path(arguments[2])
     spec = MoESpec.from_json(json.loads(Path(arguments[1]).read_text(encoding="utf-8")))
     torch.set_num_threads(1)
-    ForkedRanks(lambda rank: _rank_main(rank, ranks, spec, out, "--quick" in arguments), ranks).wait()
+    with groups.Meeting() as meeting:
+        ForkedRanks(lambda rank: _rank_main(rank, ranks, spec, out, "--quick" in arguments, meeting), ranks).wait()
     return 0
 
 

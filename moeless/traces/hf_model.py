@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeless.devices import auto_device
 from moeless.errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -19,7 +20,7 @@ class LoadOptions:
 
     Attributes:
         dtype: ``auto`` takes the checkpoint's own.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
+        device: ``auto`` (a GPU with room for the weights, else the CPU), ``cpu``, ``cuda``, ``cuda:1`` ...
         device_map: Accelerate's placement over several devices (``auto``, ``balanced`` ...), overrides ``device``.
         trust_remote_code: whether Python code that comes with the model may run.
     """
@@ -106,6 +107,11 @@ def model_classes(config: Any) -> list[Any]:
     return found
 
 
+def _weight_bytes(folder: Path) -> int:
+    """Bytes of the weights in a model folder; 0 where they are not there yet."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
 def load_model(model: str, options: LoadOptions | None = None, *, name: str | None = None) -> LoadedModel:
     """Load weights and tokenizer; sharded checkpoints are read shard by shard by Transformers.
 
@@ -120,8 +126,13 @@ def load_model(model: str, options: LoadOptions | None = None, *, name: str | No
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype!r} is none of {', '.join(DTYPES)}")
     device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto" and options.device_map:
+        # Accelerate looks for itself
+        device = "cpu"
+    elif device == "auto":
+        device, remark = auto_device(_weight_bytes(Path(model).expanduser()))
+        if remark is not None:
+            sys.stderr.write(f"{remark}\n")
     try:
         target = torch.device(device)
     except RuntimeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import pytest
 
 from moeless.cluster import cluster
 from moeless.contracts import Request
+from moeless.engine.forkserver import ForkServer
 from moeless.engine.job import Job
 from moeless.engine.serving import LiveRequest
+from moeless.engine.start import launch
 
 SMALL = {
     "vocab_size": 64,
@@ -122,3 +124,16 @@ def make_job(tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
         return Job(**(values | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """One process that forks the ranks of all tests."""
+    with ForkServer() as started:
+        yield started
+
+
+@pytest.fixture
+def serve(server: ForkServer) -> Callable[[Job], None]:
+    """Run a job's ranks."""
+    return lambda job: launch(job, "fork", server)

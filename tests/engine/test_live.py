@@ -20,7 +20,7 @@ from moeless.engine.launch import run_forked
 from moeless.engine.policy import resolve_live
 from moeless.engine.recording import read_routing, write_trace
 from moeless.engine.results import finished_requests, make_cell, read_records
-from moeless.engine.start import launch
+from moeless.engine.start import ranks_of
 from moeless.engine.store import ReplicaStore
 from moeless.engine.transfers import Transfers
 from moeless.engine.verify import Reference, Verification
@@ -45,7 +45,7 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def served(make_job: Callable[..., Job], shared_run: dict[str, Any]) -> Job:
+def served(make_job: Callable[..., Job], serve: Callable[[Job], None], shared_run: dict[str, Any]) -> Job:
     """Four policies and the oracle on two ranks with the Transformers host, recorded."""
     if "job" not in shared_run:
         job = make_job(
@@ -58,7 +58,7 @@ def served(make_job: Callable[..., Job], shared_run: dict[str, Any]) -> Job:
             record_inputs=True,
             copy_from="peer",
         )
-        launch(job)
+        serve(job)
         shared_run["job"] = job
     found: Job = shared_run["job"]
     return found
@@ -150,19 +150,23 @@ def test_the_recorded_trace_is_the_router_s_own_decisions(served: Job, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
-def test_the_megatron_host_generates_what_transformers_does(make_job: Callable[..., Job], kind: str) -> None:
+def test_the_megatron_host_generates_what_transformers_does(
+    make_job: Callable[..., Job], serve: Callable[[Job], None], kind: str
+) -> None:
     job = make_job(kind, host="megatron", policies=("moeless:history",), count=3)
-    launch(job)
+    serve(job)
     found = verify(job, 0)
     assert found.passed, found.sentence()
 
 
-def test_four_ranks_with_idle_ones_one_second_batches_and_biased_experts(make_job: Callable[..., Job]) -> None:
+def test_four_ranks_with_idle_ones_one_second_batches_and_biased_experts(
+    make_job: Callable[..., Job], serve: Callable[[Job], None]
+) -> None:
     # two requests on four ranks: two ranks have nothing to do; six experts do not divide by four
     job = make_job("gpt_oss", ranks=4, count=2, policies=("eplb:history",), batching="one-second", replan_seconds=1e-6)
     requests = tuple(dataclasses.replace(r, request=dataclasses.replace(r.request, arrival=0.0)) for r in job.requests)
     job = dataclasses.replace(job, requests=requests)
-    launch(job)
+    serve(job)
     found = verify(job, 0)
     assert found.passed, found.sentence()
     tokens = read_records(job, 0).rows_SILC[..., COLUMNS.index("tokens")]
@@ -170,8 +174,10 @@ def test_four_ranks_with_idle_ones_one_second_batches_and_biased_experts(make_jo
 
 
 def killing(job: Job, rank_to_kill: int, arm: Callable[[], None]) -> Callable[[int], None]:
+    meeting = groups.Meeting()
+
     def work(rank: int) -> None:
-        ranks = groups.join(rank, job.ranks, init_method=f"file://{job.folder / 'rendezvous'}")
+        ranks = groups.join(rank, job.ranks, meeting=meeting)
         if rank == rank_to_kill:
             arm()
         worker.serve(job, ranks)
@@ -224,10 +230,12 @@ def test_a_rank_killed_at_any_moment_ends_the_run_and_is_named(make_job: Callabl
         assert [entry["request"] for entry in finished_requests(job.folder, 0, 2)] == [0]
 
 
-def test_a_family_that_a_host_does_not_serve_is_refused_by_name(make_job: Callable[..., Job]) -> None:
+def test_a_family_that_a_host_does_not_serve_is_refused_by_name(
+    make_job: Callable[..., Job], serve: Callable[[Job], None]
+) -> None:
     job = make_job("gpt_oss", host="megatron", ranks=1, count=1)
     with pytest.raises(UserError, match="model family 'gpt_oss'"):
-        launch(job)
+        serve(job)
 
 
 def test_a_job_survives_its_file(make_job: Callable[..., Job], tmp_path: Path) -> None:
@@ -236,19 +244,21 @@ def test_a_job_survives_its_file(make_job: Callable[..., Job], tmp_path: Path) -
     assert Job.read(tmp_path / "job.json") == job
 
 
-def test_llama_4_is_served_by_its_own_adapter_also_from_a_multimodal_checkpoint(make_job: Callable[..., Job]) -> None:
+def test_llama_4_is_served_by_its_own_adapter_also_from_a_multimodal_checkpoint(
+    make_job: Callable[..., Job], serve: Callable[[Job], None]
+) -> None:
     job = make_job("llama4", policies=("moeless:history",), copy_from="peer")
-    launch(job)
+    serve(job)
     found = verify(job, 0)
     assert found.passed, found.sentence()
 
 
 def test_without_replicas_elastic_makes_the_same_collectives_and_products_as_static(
-    make_job: Callable[..., Job],
+    make_job: Callable[..., Job], serve: Callable[[Job], None]
 ) -> None:
     job = make_job(policies=("static", "elastic:history"), extra_slots=0, count=3, verify=False, batching="one-second")
     requests = tuple(dataclasses.replace(r, request=dataclasses.replace(r.request, arrival=0.0)) for r in job.requests)
-    launch(dataclasses.replace(job, requests=requests))
+    serve(dataclasses.replace(job, requests=requests))
     static, elastic = (read_records(job, cell) for cell in range(2))
     assert (elastic.column("replicas") == job.spec.E).all()
     for mine, theirs in zip(elastic.facts, static.facts, strict=True):
@@ -277,7 +287,9 @@ def test_copies_that_find_no_memory_leave_the_work_to_those_that_exist(
     monkeypatch.setattr(Transfers, "fill", no_memory)
     eager = {"elastic": {"skip": False, "economy": 0.0, "patience_iterations": 10**9}}
     job = make_job(policies=("elastic:history",), planner_params=eager, copy_from="host")
-    launch(job)
+    # forked from this process, so that the changed functions are the ranks' too
+    job.write(job.folder / "job.json")
+    run_forked(ranks_of(str(job.folder / "job.json")), job.ranks)
     found = verify(job, 0)
     assert found.passed, found.sentence()
     facts = read_records(job, 0).facts

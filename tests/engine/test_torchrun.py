@@ -61,4 +61,4 @@ def test_a_place_is_read_from_torchrun_s_variables() -> None:
     assert place(names) is None
     found = place(names | {"TORCHELASTIC_RUN_ID": "none"})
     assert found is not None
-    assert (found.rank, found.world, found.local_rank, found.local_world, found.run) == (5, 8, 1, 4, "none-1")
+    assert (found.rank, found.world, found.local_rank, found.local_world) == (5, 8, 1, 4)
