@@ -1,7 +1,7 @@
 """All-to-all and gather times among ranks of one machine: gloo on CPUs, NCCL on GPUs.
 
 Run as a program of its own, so that ranks are forked from a process that has computed nothing:
-``python -m moeless.profiling.collectives RANKS cpu|cuda OUT.json [--quick]``.
+``python -m moeless.profiling.collectives RANKS cpu|cuda:N OUT.json [--quick]``; ranks take the GPUs from N on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moeless.engine import groups
+from moeless.engine.interfaces import choose_interface
 from moeless.errors import RunFailed
 from moeless.machine import cores
+from moeless.profiling.busy import devices_of
 from moeless.profiling.monotone import monotone_curve
 
 #: Bytes that the fullest rank receives.
@@ -36,6 +39,9 @@ TIMEOUT_SECONDS = 240
 
 def measure_exchange(ranks: int, device: str, quick: bool) -> dict[str, Any]:
     """One entry of a profile's ``exchange``, measured by forked ranks.
+
+    Args:
+        device: ``cpu``, or ``cuda:N`` for the GPUs from the N-th on.
 
     Raises:
         RunFailed: the ranks ended without a result.
@@ -71,14 +77,17 @@ def _slowest(call: Callable[[], object], device: torch.device, repetitions: int)
     return shared.cpu().numpy()
 
 
-def _rank_main(rank: int, ranks: int, kind: str, init: str, out: Path, quick: bool) -> None:
+def _rank_main(rank: int, ranks: int, name: str, meeting: groups.Meeting, out: Path, quick: bool) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
+    device = devices_of(torch.device(name), ranks)[rank]
+    kind = device.type
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    choose_interface(one_machine=True)
     dist.init_process_group(
-        backend, init_method=init, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_SECONDS)
+        backend, store=meeting.store(rank, ranks, timeout), rank=rank, world_size=ranks, timeout=timeout
     )
     repetitions = 7 if quick else 25
     sizes = SIZES[kind][:: 2 if quick else 1]
@@ -119,16 +128,16 @@ def _rank_main(rank: int, ranks: int, kind: str, init: str, out: Path, quick: bo
 
 def main(arguments: list[str]) -> int:
     """Fork the ranks and wait for them; 0 when all ended well."""
-    ranks, kind, out = int(arguments[0]), arguments[1], Path(arguments[2])
+    ranks, device, out = int(arguments[0]), arguments[1], Path(arguments[2])
     torch.set_num_threads(1)
-    init = f"file://{out.with_suffix('.init').absolute()}"
+    meeting = groups.Meeting()
     children = []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                _rank_main(rank, ranks, kind, init, out, "--quick" in arguments)
+                _rank_main(rank, ranks, device, meeting, out, "--quick" in arguments)
                 status = 0
             except Exception as error:
                 sys.stderr.write(f"rank {rank}: {error}\n")
