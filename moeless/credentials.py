@@ -47,11 +47,12 @@ _SCHEME = r"[\w+.-]+://"
 _ADDRESS = re.compile(
     "|".join(rf"(?<={q}){_SCHEME}.{{0,2000}}?(?={q}(?:[\s,;:.)\]}}]|$))" for q in "'\"") + rf"|(?<![\w+.-]){_SCHEME}\S+"
 )
-_WHOLE = re.compile(rf"{_SCHEME}[^\s:/?#\[]*:(?!\d{{1,5}}[\s/:,;])[^@]*@", re.DOTALL)
+_PORT = re.compile(r":(?:\d{1,5}(?=[\s/:,;?])|(?=\s))")
 _BARE = re.compile(r"(?<![^\s'\"=(,])([\w.+-]+:)(?!//)([^\s@]+)@(?=[\w\[])(?!sha256:)")
 _AFTER = r"(?=[\"')\]}>,.;:]*(?:[\s&]|$))"
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _VALUE = re.compile(rf"(?:{_QUOTED}){_AFTER}|[^\s&]+")
+_START, _NAME = re.compile(_SCHEME), re.compile(r"[\w.-]+")
 _MARKS = ("'", '"')
 _CLOSING = "\"')]}>,.;:"
 #: What stands before a value: ``name=``, ``"name":``, ``name:`` and ``--name``.
@@ -61,7 +62,7 @@ _HEADER = re.compile(r"(?<![\w./-])([A-Za-z][\w-]*):\s*")
 _OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w.-]*\s+")
 _FIELD_VALUE = re.compile(rf"{_QUOTED}|[^\s,}}\]]+")
 _HEADER_VALUE = re.compile(rf"(?:(?:Bearer|Basic|Token|Digest)\s+)?(?:{_VALUE.pattern})")
-_OPTION_VALUE = re.compile(rf"{_QUOTED}|\S+")
+_OPTION_VALUE = re.compile(rf"(?:{_QUOTED}|'[^']*'|[^\s'\"])+|\S+")
 _NOTHING = ("null", "None", "true", "false", "True", "False")
 _BEARER = re.compile(r"\b([Bb]earer\s+)([\w.~+/=-]{8,})")
 #: A W&B key in a sentence; elsewhere such digits are a revision.
@@ -97,7 +98,7 @@ def mask_command(arguments: Sequence[str]) -> list[str]:
 def mask_json(value: Any) -> Any:
     """A configuration without its secrets: fields whose names say so, and what :func:`mask` finds in texts."""
     if isinstance(value, str):
-        return mask(value)
+        return _argument(value, "", [])
     if isinstance(value, Mapping):
         return {mask(key) if isinstance(key, str) else key: _field(key, entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -130,7 +131,7 @@ def names_secret(name: str, value: Any = "text", alone: bool = False) -> bool:
         return before in _KEYS or variable or (alone and not before)
     if last == "pass":
         return variable or before in ("db", "user")
-    if last not in _SECRET_TEXT or not isinstance(value, str) or _NUMBER.fullmatch(value):
+    if last not in _SECRET_TEXT or not isinstance(value, str):
         return False
     return not (last == "token" and before in _TEXTS) and not (last == "pwd" and value.startswith("/"))
 
@@ -143,11 +144,12 @@ def _argument(argument: str, before: str, found: list[str]) -> str:
     if before.startswith("-") and "=" not in before and names_secret(before, argument, alone=True):
         return _hide(argument, found)
     name, equals, value = argument.partition("=")
-    if equals and name.startswith("-"):
-        if names_secret(name, value, alone=True):
+    if equals and _NAME.fullmatch(name):
+        if names_secret(name, value, alone=name.startswith("-")):
             return f"{name}={_hide(value, found)}"
-        return f"{name}={_mask(value, found)}"
-    return _mask(argument, found)
+        return f"{name}={_argument(value, '', found)}" if name.startswith("-") else _mask(argument, found)
+    # white space within is part of the address
+    return _mask(_address(argument, found, whole=True) if _START.match(argument) else argument, found)
 
 
 def _spellings(secrets: Sequence[str]) -> set[str]:
@@ -175,9 +177,12 @@ def _mask(text: str, found: list[str]) -> str:
 
 def _once(text: str, found: list[str]) -> str:
     if "://" in text:
-        if _WHOLE.match(text):
+        if _START.match(text):
             text = _address(text, found)
-        text = _ADDRESS.sub(lambda match: _address(match[0], found), text)
+        text = _ADDRESS.sub(
+            lambda match: _address(match[0], found, match.string[max(0, match.start() - 1) : match.start()] in _MARKS),
+            text,
+        )
     if "@" in text:
         text = _BARE.sub(lambda match: f"{match[1]}{_hide(match[2], found)}@", text)
     if "=" in text:
@@ -192,13 +197,18 @@ def _once(text: str, found: list[str]) -> str:
     return _TOKENS.sub(lambda match: _hide(match[0], found), text)
 
 
-def _address(address: str, found: list[str]) -> str:
-    """One address without the password before its host; its query is looked at with other assignments."""
+def _address(address: str, found: list[str], whole: bool = False) -> str:
+    """One address without the password before its host; ``whole`` where it surely ends with the text."""
+    if whole and "?" in address:
+        place, _, query = address.partition("?")
+        query = "&".join(_parameter(entry, found) for entry in query.split("&"))
+        address = f"{place}?{query}"
     scheme, _, rest = address.partition("://")
-    at = rest.rfind("@")
     web = scheme.lower().rpartition("+")[2] in ("http", "https")
     user = re.match(r"[^\s:/?#\[]*", rest)
     end = user.end() if user else 0
+    # after a port, and in a sentence, the address ends at white space
+    at = (rest.split(maxsplit=1)[:1] or [""])[0].rfind("@") if _PORT.match(rest, end) else rest.rfind("@")
     if at >= end and rest[end : end + 1] == ":":
         # a token may stand in either place of a web address
         shown = "" if web else rest[: end + 1]
@@ -214,6 +224,11 @@ def _address(address: str, found: list[str]) -> str:
         if word and not word.isdigit() and word.lower().strip("{$}") != "port":
             return f"{scheme}://{rest[: end + 1]}{_hide(word, found)}{rest[end + 1 + len(word) :]}"
     return address
+
+
+def _parameter(entry: str, found: list[str]) -> str:
+    name, _, value = entry.partition("=")
+    return f"{name}={_hide(value, found)}" if names_secret(name, value, alone=True) else entry
 
 
 def _hide_after(
@@ -233,28 +248,35 @@ def _hide_after(
         if shown[:1] not in _MARKS:
             # a sentence or a list goes on after the value
             shown = shown.rstrip(_CLOSING)
-        if secret(match, _bare(shown)):
+        if secret(match, shown):
             parts += [text[end : match.end()], _hide_quoted(shown, found)]
             end = match.end() + len(shown)
     return "".join([*parts, text[end:]])
 
 
 def _assigned(head: re.Match[str], value: str) -> bool:
-    return names_secret(head[2], value, alone=bool(head[1]) or head[2].startswith("-"))
+    if head[1] or head[2].startswith("-"):
+        return names_secret(head[2], _bare(value), alone=True)
+    return _speaks_of_secret(head[2], value)
 
 
 def _field_name(head: re.Match[str], value: str) -> bool:
-    return value not in _NOTHING and names_secret(head[2], value)
+    return value not in _NOTHING and _speaks_of_secret(head[2], value)
 
 
 def _header(head: re.Match[str], value: str) -> bool:
     """Sentences speak of a token: a text, too; headers have longer names."""
     compound = re.search(r"[-_]", head[1]) is not None or head[1].lower() == "authorization"
-    return names_secret(head[1], 0) or (compound and names_secret(head[1], value))
+    return names_secret(head[1], 0) or (compound and _speaks_of_secret(head[1], value))
+
+
+def _speaks_of_secret(name: str, value: str) -> bool:
+    """In a text, a number without quotes may count tokens."""
+    return names_secret(name, 0 if _NUMBER.fullmatch(value) else _bare(value))
 
 
 def _option(head: re.Match[str], value: str) -> bool:
-    return names_secret(head[0], value, alone=True)
+    return names_secret(head[0], _bare(value), alone=True)
 
 
 def _bare(value: str) -> str:
