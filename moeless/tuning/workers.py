@@ -30,12 +30,14 @@ BEAT_SECONDS = 10.0
 GRACE_SECONDS = 60.0
 
 _PROC = Path("/proc")
+#: Random names of the trials that this process runs now.
+_AT_WORK: set[str] = set()
 
 
 @contextlib.contextmanager
 def working(trial: optuna.Trial) -> Iterator[None]:
     """Say who runs a trial, and keep counting from a thread until the block ends."""
-    me = identity()
+    me = {"id": secrets.token_hex(8), **identity()}
     stop = threading.Event()
 
     def count() -> None:
@@ -46,30 +48,28 @@ def working(trial: optuna.Trial) -> Iterator[None]:
             with contextlib.suppress(Exception):
                 trial.set_user_attr(WORKER, {**me, "beats": beats})
 
-    trial.set_user_attr(WORKER, {**me, "beats": 0})
-    thread = threading.Thread(target=count, name=f"trial {trial.number}", daemon=True)
-    thread.start()
+    _AT_WORK.add(me["id"])
     try:
-        yield
+        trial.set_user_attr(WORKER, {**me, "beats": 0})
+        thread = threading.Thread(target=count, name=f"trial {trial.number}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
     finally:
-        stop.set()
-        thread.join()
+        _AT_WORK.discard(me["id"])
 
 
 def identity() -> dict[str, Any]:
-    """This process: a random name, and what a neighbour on the same kernel can look up."""
+    """This process, as a neighbour on the same kernel can look it up."""
     return _identity(os.getpid())
 
 
 @lru_cache(maxsize=1)
 def _identity(pid: int) -> dict[str, Any]:
-    return {
-        "id": secrets.token_hex(8),
-        "host": socket.gethostname(),
-        "pid": pid,
-        "born": _born(pid),
-        "kernel": _kernel(),
-    }
+    return {"host": socket.gethostname(), "pid": pid, "born": _born(pid), "kernel": _kernel()}
 
 
 def _kernel() -> str | None:
@@ -99,12 +99,15 @@ def _born(pid: int) -> str | None:
 
 
 def lives(worker: Mapping[str, Any]) -> bool | None:
-    """Whether a process is still there; None where that cannot be looked up."""
+    """Whether whoever ran a trial still does; None where that cannot be looked up."""
     me = identity()
-    if worker.get("id") == me["id"]:
+    if worker.get("id") in _AT_WORK:
         return True
     if me["kernel"] is None or worker.get("kernel") != me["kernel"]:
         return None
+    if worker["pid"] == me["pid"]:
+        # an earlier trial of this process, whose end could not be written, or one of an earlier process
+        return False
     try:
         os.kill(worker["pid"], 0)
     except ProcessLookupError:

@@ -46,7 +46,7 @@ def same(study: optuna.Study, where: str) -> optuna.Study:
 
 
 def running(study: optuna.Study, **worker: Any) -> optuna.Trial:
-    """A trial that a process with our name and id runs, but for what is given."""
+    """A trial that a process like this one says to run, but for what is given."""
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
     trial.set_user_attr(workers.WORKER, {**workers.identity(), "id": "another", "beats": 0, **worker})
@@ -66,7 +66,7 @@ def ended_process() -> int:
 def test_a_dead_process_on_this_machine_is_known_at_once(study: optuna.Study):
     watch = workers.Watch(study, Clock())
     gone = running(study, pid=ended_process())
-    successor = running(study, born="1")
+    successor = running(study, pid=os.getppid(), born="1")
     assert watch.reap() == 2
     assert {state(study, gone), state(study, successor)} == {TrialState.FAIL}
     waiting = study.get_trials(states=(TrialState.WAITING,))
@@ -91,7 +91,7 @@ def test_a_live_process_on_this_machine_keeps_its_trial_however_long_it_says_not
 def test_an_equal_host_name_and_process_id_elsewhere_say_nothing(study: optuna.Study, kernel: str | None):
     watch = workers.Watch(study, Clock())
     elsewhere = running(study, pid=2**22 + 1, kernel=kernel)
-    namesake = running(study, kernel=kernel, born="1")
+    namesake = running(study, kernel=kernel)
     assert watch.reap() == 0
     assert {state(study, elsewhere), state(study, namesake)} == {TrialState.RUNNING}
 
@@ -123,6 +123,25 @@ def test_a_process_elsewhere_keeps_its_trial_while_it_counts_and_loses_it_when_i
     assert beats == workers.GRACE_SECONDS // workers.BEAT_SECONDS
     assert state(study, trial) == TrialState.FAIL
     assert len(study.get_trials(states=(TrialState.WAITING,))) == 1
+
+
+@pytest.mark.parametrize("zone", ["Etc/GMT+12", "Etc/GMT-12"])
+def test_clocks_and_time_zones_of_machines_do_not_matter(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch, zone: str
+):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", zone)
+        time.tzset()
+        # nobody has said yet who runs it
+        study.ask()
+    time.tzset()
+    clock = Clock()
+    watch = workers.Watch(study, clock)
+    assert watch.reap() == 0
+    clock.now += workers.GRACE_SECONDS / 2
+    assert watch.reap() == 0
+    clock.now += workers.GRACE_SECONDS / 2
+    assert watch.reap() == 1
 
 
 def test_a_process_that_slept_itself_gives_others_time_to_count_again(study: optuna.Study):
@@ -162,16 +181,12 @@ def test_whoever_runs_a_trial_counts_up_where_others_see_it(
     assert other.trials[0].value == 1.0
 
 
-def test_a_child_process_has_an_identity_of_its_own():
-    mine = workers.identity()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        os.write(writer, workers.identity()["id"].encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 100).decode() != mine["id"]
-    assert workers.identity() == mine
+def test_a_trial_whose_end_this_process_could_not_write_is_tried_again(study: optuna.Study):
+    watch = workers.Watch(study, Clock())
+    trial = study.ask()
+    with workers.working(trial):
+        assert watch.reap() == 0
+    assert watch.reap() == 1
 
 
 def test_a_worker_whose_trial_was_taken_away_goes_on_with_the_next(
