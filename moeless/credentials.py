@@ -17,7 +17,16 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 MASK = "***"
 
 #: Last words of a name whose value is a secret, whatever its type.
-_SECRET = ("password", "passwd", "passphrase", "passcode", "secret", "secrets", "credential", "credentials")
+_SECRET: tuple[str, ...] = (
+    "password",
+    "passwd",
+    "passphrase",
+    "passcode",
+    "secret",
+    "secrets",
+    "credential",
+    "credentials",
+)
 _SECRET += ("apikey", "accesskey", "secretkey", "privatekey", "authtoken", "accesstoken")
 #: Last words whose value is a secret where it is a text; numbers under them mean something else.
 _SECRET_TEXT = ("token", "signature", "sig", "authorization", "auth", "pwd")
@@ -45,7 +54,8 @@ _NUMBER = re.compile(r"[-+]?[\d.,:]+(?:[eE][-+]?\d+)?%?")
 _SCHEME = r"[\w+.-]+://"
 #: Where an address ends: at the closing quote where one opens before it, else at white space.
 _ADDRESS = re.compile(
-    "|".join(rf"(?<={q}){_SCHEME}.{{0,2000}}?(?={q}(?:[\s,;:.)\]}}]|$))" for q in "'\"") + rf"|(?<![\w+.-]){_SCHEME}\S+"
+    "|".join(rf"(?<={q}){_SCHEME}.{{0,2000}}?(?={q}(?:[\s,;:.)\]}}][^\s@]*(?:\s|$)|$))" for q in "'\"")
+    + rf"|(?<![\w+.-]){_SCHEME}\S+"
 )
 _PORT = re.compile(r":(?:\d{1,5}(?=[\s/:,;?])|(?=\s))")
 _BARE = re.compile(r"(?<![^\s'\"=(,])([\w.+-]+:)(?!//)([^\s@]+)@(?=[\w\[])(?!sha256:)")
