@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +56,24 @@ def state(study: optuna.Study, trial: optuna.Trial) -> TrialState:
     return study.trials[trial.number].state
 
 
+@pytest.fixture
+def neighbour() -> Iterator[int]:
+    """A live process."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process.pid
+        process.kill()
+
+
 def ended_process() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
         return process.pid
 
 
-def test_a_dead_process_on_this_machine_is_known_at_once(study: optuna.Study):
+def test_a_dead_process_on_this_machine_is_known_at_once(study: optuna.Study, neighbour: int):
     watch = workers.Watch(study, Clock())
     gone = running(study, pid=ended_process())
-    successor = running(study, pid=os.getppid(), born="1")
+    successor = running(study, pid=neighbour, born="1")
     assert watch.reap() == 2
     assert {state(study, gone), state(study, successor)} == {TrialState.FAIL}
     waiting = study.get_trials(states=(TrialState.WAITING,))
@@ -74,11 +81,12 @@ def test_a_dead_process_on_this_machine_is_known_at_once(study: optuna.Study):
     assert watch.counted() == 0
 
 
-def test_a_live_process_on_this_machine_keeps_its_trial_however_long_it_says_nothing(study: optuna.Study):
+def test_a_live_process_on_this_machine_keeps_its_trial_however_long_it_says_nothing(
+    study: optuna.Study, neighbour: int
+):
     clock = Clock()
     watch = workers.Watch(study, clock)
-    parent = os.getppid()
-    trial = running(study, pid=parent, born=workers._born(parent))
+    trial = running(study, pid=neighbour, born=workers._born(neighbour))
     for _ in range(9):
         assert watch.reap() == 0
         clock.now += workers.GRACE_SECONDS
@@ -97,9 +105,9 @@ def test_an_equal_host_name_and_process_id_elsewhere_say_nothing(study: optuna.S
 
 
 def test_processes_that_the_kernel_hides_are_not_taken_for_dead(
-    study: optuna.Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    study: optuna.Study, neighbour: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    trial = running(study, pid=os.getppid())
+    trial = running(study, pid=neighbour)
     # with `hidepid` other users' processes have no folder
     monkeypatch.setattr(workers, "_PROC", tmp_path)
     assert workers.Watch(study, Clock()).reap() == 0
