@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -216,7 +217,7 @@ class System:
             f"names = {SHOWN!r}\n"
             "print(json.dumps({d.name: d.version for d in m.distributions() if d.name in names}))"
         )
-        done = self.shell(f"~/{step.environment}/bin/python -c '{code}'")
+        done = self.shell(f"~/{step.environment}/bin/python -c {shlex.quote(code)}")
         found = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
         return ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
 
