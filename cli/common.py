@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moeless.credentials import mask_json
 from moeless.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def show(made: Table) -> None:
 
 def dry_run(config: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Print what would be done and stop with exit status 0."""
-    print_json({"config": dict(config), "plan": dict(plan)})
+    print_json(mask_json({"config": dict(config), "plan": dict(plan)}))
     raise typer.Exit(0)
 
 
@@ -125,14 +126,24 @@ def artefact_run(
 ) -> Iterator[Run | None]:
     """A run folder for a command whose result is the artefact itself; None where W&B is not to see it.
 
-    It is kept with ``--wandb`` (offline unless logged in), and without a word where W&B is online anyway.
+    It is kept with ``--wandb`` (offline unless logged in), and without a word where W&B is online anyway, if the
+    working folder can be written.
     """
     from moeless.tracking.wandb import choose_mode
 
     if wandb is False or (wandb is None and choose_mode(None) != "online"):
         yield None
         return
-    from moeless.tracking.run import start_run
+    from moeless.files import check_writable
+    from moeless.tracking.run import RUNS, start_run
+
+    if wandb is None:
+        try:
+            check_writable(RUNS)
+        except UserError as error:
+            remarks.print(f"! no run folder is kept for W&B ({error}); --no-wandb says so without asking")
+            yield None
+            return
 
     with start_run(command, name, config, seed, inputs, None, wandb) as run:
         yield run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from moeless import __version__
 from moeless.allocator import keep_freed_memory
 from moeless.costs.profile_reader import FORMAT, KIND, parse_profile
+from moeless.credentials import command_line
 from moeless.errors import UserError
 from moeless.machine import cores
 from moeless.profiling.busy import check_idle, devices_of, resolve_device
@@ -216,7 +216,7 @@ def _measure(
         "name": f"{device.type}-{spec.name}",
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "program": {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(Path(sys.argv[0]).name, sys.argv[1:]),
             "moeless": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -7,14 +7,15 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import moeless
 from moeless.errors import UserError
-from moeless.files import sha256
-from moeless.machine import cores
+from moeless.files import reading, sha256
+from moeless.machine import cores, memory_bytes, processor_quota
 
 PACKAGES = (
     "torch",
@@ -85,13 +86,12 @@ def _gpu_names() -> list[str]:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU name, usable cores, memory in bytes, GPU names."""
+    """CPU name, usable cores, processor quota in cores (None without one), memory in bytes, GPU names.
+
+    Cores and memory are what this process may use, a container's limits included.
+    """
     facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cpu": _cpu_name()}
-    facts["cores"] = cores()
-    try:
-        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        facts["memory_bytes"] = None
+    facts |= {"cores": cores(), "quota": processor_quota(), "memory_bytes": memory_bytes()}
     facts["gpus"] = _gpu_names()
     return facts
 
@@ -111,14 +111,25 @@ def fingerprint(path: Path) -> dict[str, Any]:
     artefact has one name whether a run makes it or reads it.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or it cannot be read.
     """
-    if path.is_file():
-        return {"kind": kind_of(path), "path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist")
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-    lines = "".join(f"{sha256(entry)}  {entry.relative_to(path).as_posix()}\n" for entry in files)
-    total = sum(entry.stat().st_size for entry in files)
+    with reading(path):
+        if path.is_file():
+            return {"kind": kind_of(path), "path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        if not path.is_dir():
+            raise UserError(f"{path} does not exist")
+        files = sorted(_files(path))
+        lines = "".join(f"{sha256(entry)}  {entry.relative_to(path).as_posix()}\n" for entry in files)
+        total = sum(entry.stat().st_size for entry in files)
     digest = hashlib.sha256(lines.encode()).hexdigest()
     return {"kind": kind_of(path), "path": str(path), "bytes": total, "sha256": digest}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder; one that cannot be listed is an error, not empty."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        yield from (path for path in (Path(parent, name) for name in names) if path.is_file())

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -22,8 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moeless.credentials import command_line, mask, mask_json
 from moeless.errors import RunFailed, UserError
-from moeless.files import check_writable, read_json, write_atomic, write_json
+from moeless.files import check_writable, read_json, refusal, write_atomic, write_json
 from moeless.tracking import environment
 from moeless.tracking.wandb import Mirror
 
@@ -52,13 +52,14 @@ class Run:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row of numbers or short texts to ``metrics.jsonl`` and the mirror."""
+        row = mask_json(row)
         stamped = {"seconds": round(self.elapsed, 6), **row}
         self._metrics.write(json.dumps(stamped, allow_nan=False, ensure_ascii=False, default=_plain) + "\n")
         self.mirror.log(row)
 
     def write_result(self, result: Any) -> Path:
         """Write ``result.json`` from a :class:`moeless.metrics.Result` or a JSON-ready dictionary."""
-        data = result.to_json() if hasattr(result, "to_json") else result
+        data = mask_json(result.to_json() if hasattr(result, "to_json") else result)
         path = self.path / "result.json"
         write_json(path, data)
         self.mirror.summary(data)
@@ -97,6 +98,7 @@ class Run:
 
     def warn(self, sentence: str) -> None:
         """Keep a remark about the run's validity; repeated ones are kept once."""
+        sentence = mask(sentence)
         if sentence not in self.manifest["warnings"]:
             self.manifest["warnings"].append(sentence)
 
@@ -111,10 +113,14 @@ class Run:
 
     def _finish(self, status: str, error: str | None) -> None:
         self._metrics.close()
+        self.manifest |= {"status": status, "error": error, "end": _now(), "seconds": round(self.elapsed, 3)}
+        # before W&B: whoever asked the run to end may not wait for it
+        write_json(self.path / MANIFEST, self.manifest)
+        known = len(self.manifest["warnings"])
         for sentence in self.mirror.finish(status):
             self.warn(sentence)
-        self.manifest |= {"status": status, "error": error, "end": _now(), "seconds": round(self.elapsed, 3)}
-        write_json(self.path / MANIFEST, self.manifest)
+        if len(self.manifest["warnings"]) > known:
+            write_json(self.path / MANIFEST, self.manifest)
 
     def _untouched(self) -> bool:
         """Whether the folder holds nothing beyond what starting the run put there."""
@@ -143,24 +149,29 @@ def start_run(
         wandb: True or False from ``--wandb/--no-wandb``; None mirrors offline, online where logged in.
 
     Raises:
-        UserError: ``out`` exists and is not an empty folder, or cannot be written, or an input is missing.
+        UserError: ``out`` exists and is not an empty folder, or cannot be written, or an input is missing or cannot be
+            read.
         RunFailed: the disk filled up; everything written before stays.
     """
     fingerprints = [environment.fingerprint(Path(path)) for path in inputs]
-    path, existed = _claim(out, command, name)
+    name = mask(name)
+    try:
+        path, existed = _claim(out, command, name)
+    except OSError as error:
+        raise UserError(f"no run folder can be made: {refusal(error) or error.strerror or error}") from error
     manifest: dict[str, Any] = {
         "format": 1,
         "status": "running",
         "error": None,
         "command": command,
         "name": name,
-        "command_line": shlex.join(["moeless", *sys.argv[1:]]),
-        "config": json.loads(json.dumps(config, default=_plain)),
+        "command_line": command_line("moeless", sys.argv[1:]),
+        "config": mask_json(json.loads(json.dumps(config, default=_plain))),
         "seed": seed,
         "git": environment.git_state(),
         "versions": environment.versions(),
         "hardware": environment.hardware(),
-        "inputs": fingerprints,
+        "inputs": mask_json(fingerprints),
         "outputs": [],
         "figures": [],
         "warnings": [],
@@ -168,13 +179,16 @@ def start_run(
         "end": None,
         "seconds": None,
     }
-    try:
-        write_json(path / MANIFEST, manifest)
-        run = Run(path, manifest, Mirror(path, manifest, wandb))
-    except OSError as error:
-        _remove(path, existed)
-        raise RunFailed(f"cannot start the run in {path}: {error.strerror or error}") from error
     with _terminate_as_interrupt():
+        try:
+            write_json(path / MANIFEST, manifest)
+            run = Run(path, manifest, Mirror(path, manifest, wandb))
+        except OSError as error:
+            _remove(path, existed)
+            raise RunFailed(f"cannot start the run in {path}: {error.strerror or error}") from error
+        except BaseException:
+            _remove(path, existed)
+            raise
         try:
             yield run
         except BaseException as error:
@@ -214,9 +228,10 @@ def _disk_full(error: BaseException | None) -> bool:
 
 
 def _record(run: Run, error: BaseException, existed: bool) -> None:
-    if isinstance(error, UserError) and run._untouched():
+    refused = isinstance(error, UserError) or (isinstance(error, OSError) and refusal(error) is not None)
+    if refused and run._untouched():
         run._metrics.close()
-        run.mirror.finish("failed")
+        run.mirror.finish("interrupted")
         _remove(run.path, existed)
         return
     status = "failed"
@@ -226,7 +241,7 @@ def _record(run: Run, error: BaseException, existed: bool) -> None:
         getattr(error, "exit_code", None) or getattr(error, "code", None)
     ):
         status = "ok"
-    message = None if status == "ok" else f"{type(error).__name__}: {error}".removesuffix(": ")
+    message = None if status == "ok" else mask(f"{type(error).__name__}: {error}", sys.argv[1:]).removesuffix(": ")
     try:
         run._finish(status, message)
     except OSError:
@@ -264,7 +279,10 @@ def _remove(path: Path, existed: bool) -> None:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run like Ctrl-C, so that its manifest says so; only the main thread can."""
+    """Let SIGTERM, and a terminal that closes, end the run like Ctrl-C, so that its manifest says so.
+
+    Only the main thread can; under ``nohup`` a closing terminal ends nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -272,11 +290,15 @@ def _terminate_as_interrupt() -> Iterator[None]:
     def stop(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def slug(text: str) -> str:

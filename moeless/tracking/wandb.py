@@ -1,46 +1,116 @@
 """Mirrors a run to Weights & Biases; the run itself never depends on it.
 
-Offline unless logged in or told otherwise by ``WANDB_MODE``. Whatever W&B raises is caught, turned into one
-warning, and ends the mirror, not the run. Lineage is carried by artefact names that hold the content's hash:
-the run that made ``trace-1a2b…`` logs it, a run that reads the same bytes uses the same name.
+Offline unless logged in; what W&B's own settings forbid (``WANDB_MODE``, ``wandb offline``, ...) is not done, and
+where its server cannot be reached the run is kept offline. Whatever W&B raises is caught, turned into one warning, and
+ends the mirror, not the run. Lineage is carried by artefact names that hold the content's hash: the run that made
+``trace-1a2b…`` logs it, a run that reads the same bytes uses the same name.
 """
 
 from __future__ import annotations
 
+import configparser
 import netrc
 import os
+import socket
+import sys
 import threading
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from urllib.parse import urlparse
+
+from moeless.credentials import mask
 
 #: An artefact larger than this is mirrored by name, size and hash, without its bytes.
 MAX_UPLOAD_BYTES = 64 * 2**20
-FINISH_SECONDS = 60.0
+#: Seconds that W&B gets to send what is left, and after an interruption: whoever sends SIGTERM soon kills.
+FINISH_SECONDS, HURRY_SECONDS = 60.0, 3.0
+#: Seconds until a server that does not answer is taken to be out of reach, and until it has to have taken the run.
+REACH_SECONDS, START_SECONDS = 3.0, 10.0
 
 
 Mode = Literal["disabled", "offline", "online"]
+#: Every mode that W&B knows.
+_MODES: dict[str, Mode] = {"disabled": "disabled", "offline": "offline", "dryrun": "offline"}
+_MODES |= {"online": "online", "run": "online", "shared": "online"}
+_NO = ("", "0", "false", "no", "off")
 
 
 def choose_mode(wanted: bool | None) -> Mode:
-    """``disabled``, ``offline`` or ``online``: the flag, then ``WANDB_MODE``, then whether a login is stored."""
+    """``disabled``, ``offline`` or ``online``: the flag, then W&B's own settings, then whether a login is stored.
+
+    Nothing is imported and no network is used. As for W&B itself, the environment goes before the settings files that
+    ``wandb offline`` and ``wandb disabled`` write. Words that W&B does not know mean offline.
+    """
     if wanted is False:
         return "disabled"
-    mode = os.environ.get("WANDB_MODE", "").lower()
-    if mode in ("disabled", "offline", "online"):
-        return "offline" if mode == "disabled" and wanted else cast(Mode, mode)
-    return "online" if _logged_in() else "offline"
+    stored = _stored_settings()
+    told = os.environ.get("WANDB_MODE", "").strip().lower()
+    said = told or stored.get("mode", "").strip().lower()
+    mode = _MODES.get(said, "offline") if said else None
+    if os.environ.get("WANDB_DISABLED", "").lower() not in _NO:
+        mode = "disabled"
+    elif not told and stored.get("disabled", "").lower() not in _NO:
+        # what older versions of `wandb offline` write
+        mode = mode if mode == "disabled" else "offline"
+    if mode == "disabled":
+        return "offline" if wanted else "disabled"
+    if mode == "offline" or (mode == "online" and told):
+        return mode
+    return "online" if _logged_in(stored) else "offline"
 
 
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+def _stored_settings() -> dict[str, str]:
+    """W&B's settings files: the user's, and over it the working folder's."""
+    folders = [Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")]
+    folders += [Path(os.environ.get("WANDB_DIR") or ".", name) for name in ("wandb", ".wandb")]
+    parser = configparser.ConfigParser(interpolation=None)
+    for folder in folders:
+        try:
+            parser.read(folder.expanduser() / "settings", encoding="utf-8")
+        except (OSError, UnicodeDecodeError, configparser.Error, RuntimeError):
+            # without a home there is none of the user's
+            continue
+    return dict(parser["default"]) if parser.has_section("default") else {}
+
+
+def _logged_in(stored: Mapping[str, str]) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return host in netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
+    server = urlparse(os.environ.get("WANDB_BASE_URL") or stored.get("base_url") or "https://api.wandb.ai")
+    named = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in named:
+        try:
+            hosts = netrc.netrc(str(Path(path).expanduser())).hosts
+        except (OSError, UnicodeDecodeError, netrc.NetrcParseError, RuntimeError):
+            continue
+        if server.hostname in hosts or server.netloc in hosts:
+            return True
+    return False
+
+
+def _within_reach(address: str) -> bool:
+    """Whether a server takes connections; where a proxy stands between, only W&B itself can tell."""
+    server = urlparse(address)
+    proxies = urllib.request.getproxies()
+    if not server.hostname or server.scheme in proxies or "all" in proxies:
+        return True
+    port = server.port or (80 if server.scheme == "http" else 443)
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((server.hostname, port), timeout=REACH_SECONDS).close()
+        except OSError:
+            return
+        answered.set()
+
+    # resolving a name knows no timeout of its own
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    return answered.is_set()
 
 
 class Mirror:
@@ -62,20 +132,48 @@ class Mirror:
         if mode == "disabled":
             return
         try:
-            self._run = self._start(manifest, mode)
+            self._run = self._start(manifest, mode, wanted)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
             self._give_up("start", error)
             return
+        if self._run is None:
+            return
         for entry in manifest["inputs"]:
             self._use(entry)
 
-    def _start(self, manifest: Mapping[str, Any], mode: Mode) -> Any:
+    def _start(self, manifest: Mapping[str, Any], mode: Mode, wanted: bool | None) -> Any:
+        import wandb
+
+        own = wandb.setup().settings if mode == "online" and hasattr(wandb, "setup") else None
+        said = _MODES.get(str(getattr(own, "mode", mode)), "offline")
+        if said != "online":
+            # W&B has sources of settings of its own
+            mode = said if said == "offline" or not wanted else "offline"
+        if mode == "disabled":
+            return None
+        if mode == "online":
+            try:
+                if own is not None and not _within_reach(str(own.base_url)):
+                    raise ConnectionError("its server cannot be reached")
+                return self._open(manifest, "online")
+            except Exception as error:
+                begun = f"W&B took no run ({_sentence(error)})"
+            run = self._open(manifest, "offline")
+            self._problems.append(f"{begun}; it is kept offline: `wandb sync {self._offline_folder(run)}` sends it")
+            return run
+        return self._open(manifest, mode)
+
+    def _offline_folder(self, run: Any) -> str:
+        folder = getattr(getattr(run, "settings", None), "sync_dir", None)
+        return os.path.relpath(folder) if folder else f"{self.path}/wandb/offline-run-*"
+
+    def _open(self, manifest: Mapping[str, Any], mode: Mode) -> Any:
         import wandb
 
         settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, disable_code=True, init_timeout=20.0, login_timeout=5
+            silent=True, console="off", disable_git=True, disable_code=True, init_timeout=START_SECONDS, login_timeout=5
         )
         # newer than the oldest supported version: set where they exist
         for name, value in (("x_disable_stats", True), ("x_disable_meta", True), ("finish_timeout", FINISH_SECONDS)):
@@ -153,21 +251,27 @@ class Mirror:
             self._give_up("link an input", error)
 
     def finish(self, status: str) -> list[str]:
-        """End the mirror, waiting at most a minute; returns what went wrong, one sentence each."""
+        """End the mirror, waiting a minute at the most; returns what went wrong, one sentence each.
+
+        An interrupted run waits a few seconds only.
+        """
         run, self._run = self._run, None
         if run is not None:
+            seconds = HURRY_SECONDS if status == "interrupted" else FINISH_SECONDS
+            failed: list[str] = []
 
             def end() -> None:
                 try:
                     run.finish(exit_code=0 if status == "ok" else 1)
                 except Exception as error:
-                    self._problems.append(f"W&B could not finish ({_sentence(error)}); the run folder is complete")
+                    failed.append(f"W&B could not finish ({_sentence(error)}); the run folder is complete")
 
             thread = threading.Thread(target=end, daemon=True)
             thread.start()
-            thread.join(FINISH_SECONDS)
+            thread.join(seconds)
             if thread.is_alive():
-                self._problems.append("W&B did not finish within a minute; the run folder is complete")
+                failed.append(f"W&B did not finish within {seconds:.0f} seconds; the run folder is complete")
+            self._problems += failed
         return self._problems
 
     def _attempt(self, what: str, send: Any) -> None:
@@ -217,7 +321,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _sentence(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return mask((str(error).strip().splitlines() or [type(error).__name__])[0], sys.argv[1:])[:200]
 
 
 def _quietly(call: Any) -> None:
