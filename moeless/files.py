@@ -35,6 +35,11 @@ def check_writable(path: Path) -> None:
         parent = parent.parent
     if parent != path.absolute() and not parent.is_dir():
         raise UserError(f"cannot write {path}: {parent} is a file, not a folder")
+    if parent.is_file() and not may(os.W_OK, parent):
+        raise UserError(f"cannot write {path}: it exists and is not writable")
+    if parent.is_file():
+        # a new file takes its place
+        parent = parent.parent
     if parent.is_dir():
         # access rights alone do not tell (read-only mounts, root): try
         try:
@@ -43,8 +48,6 @@ def check_writable(path: Path) -> None:
             raise UserError(f"cannot write {path}: {parent} is not writable ({error.strerror})") from error
         os.close(handle)
         os.unlink(name)
-    elif not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write {path}: it exists and is not writable")
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -109,15 +112,23 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if path.exists():
+        if not path.exists():
+            raise UserError(f"{path} does not exist") from error
+        # safetensors calls what it may not read missing
+        if may(os.R_OK, path):
             raise
-        raise UserError(f"{path} does not exist") from error
+        raise UserError(f"cannot read {path}: {os.strerror(errno.EACCES).lower()}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, a file is needed") from error
     except OSError as error:
         if error.errno not in _USERS and not isinstance(error, PermissionError):
             raise
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def may(mode: int, path: Path) -> bool:
+    """Whether access rights let this process read (``os.R_OK``) or write (``os.W_OK``) what is there."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def refusal(error: OSError) -> str | None:

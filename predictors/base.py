@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
-from moeless.files import folder_atomic, read_json, write_json
+from moeless.files import folder_atomic, read_json, reading, write_json
 from moeless.predictors.shares import known_share, proportional
 from moeless.spec import MoESpec
 
@@ -235,7 +235,8 @@ def _read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     from safetensors.numpy import load_file
 
     try:
-        tensors: dict[str, NDArray[Any]] = load_file(path)
+        with reading(path):
+            tensors: dict[str, NDArray[Any]] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); fit the predictor again") from None
     for name, array in tensors.items():

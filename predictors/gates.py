@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
-from moeless.files import read_json
+from moeless.files import read_json, reading
 from moeless.predictors.router import RouterRule, rule_of
 from moeless.spec import MoESpec
 
@@ -133,7 +133,7 @@ def _read_keys(files: list[Path]) -> dict[tuple[int, str], Any]:
     found: dict[tuple[int, str], Any] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
+            with reading(path), safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     match = _GATE.search(key) or _CORRECTION.search(key)
                     if match:

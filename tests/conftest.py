@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # before torch is imported anywhere: two workers on two cores, one thread each
@@ -52,3 +54,26 @@ def cli(capsys: pytest.CaptureFixture[str]):
         return int(stopped.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def ordinary_rights() -> Iterator[None]:
+    """Let files' access rights bind this thread as they bind an ordinary user; root's would not, and are put back.
+
+    Processes that it starts as root have all rights again.
+    """
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    # version 3 of the interface; two words each of effective, permitted and inheritable capabilities
+    header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    lowered = (ctypes.c_uint32 * 6)(*before)
+    # not to override access rights, nor to read and search everywhere
+    lowered[0] &= ~(1 << 1 | 1 << 2) & 0xFFFFFFFF
+    assert libc.capset(header, lowered) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moeless.errors import UserError
+from moeless.files import reading
 
 #: How families name one expert's tensors on disk: folder of experts, then gate, up and down projection.
 _SEPARATE = (
@@ -103,7 +104,7 @@ class Checkpoint:
 def _check(path: Path) -> set[str]:
     """Tensor names of a safetensors file whose header and length agree."""
     try:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             size = path.stat().st_size
             if length > size:
@@ -118,8 +119,6 @@ def _check(path: Path) -> set[str]:
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end:,} bytes and has {size:,}")
         return set(header)
-    except FileNotFoundError:
-        raise UserError(f"the checkpoint file {path} does not exist") from None
     except (ValueError, KeyError, TypeError, struct.error, OSError) as error:
         raise UserError(f"{path} is not an intact safetensors file: {error}") from None
 

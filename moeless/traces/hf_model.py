@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from moeless.devices import auto_device
 from moeless.errors import UserError
+from moeless.files import may
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -80,6 +82,9 @@ def _explain(model: str, local: bool, error: Exception) -> UserError:
     if "trust_remote_code" in text:
         return UserError(f"{model} comes with Python code of its own; add --trust-remote-code if you trust its authors")
     if local:
+        for file in sorted(Path(model).expanduser().iterdir()):
+            if not may(os.R_OK, file):
+                return UserError(f"cannot read {file}: permission denied")
         return UserError(f"the model in {model} cannot be loaded: {text[:200]}")
     if not isinstance(error, OSError | ValueError | RuntimeError):
         return UserError(f"{model} cannot be loaded from the hub: {type(error).__name__}: {text[:200]}")

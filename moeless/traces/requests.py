@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
+from moeless.files import reading
 from moeless.traces.schema import REQUESTS_SCHEMA
 
 REQUESTS_FILE = "requests.parquet"
@@ -97,7 +98,8 @@ class RequestTable:
         if not path.exists():
             raise UserError(f"{path} is missing; copy or record the trace again")
         try:
-            table = pq.read_table(path)
+            with reading(path):
+                table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read ({_first_line(error)}); copy or record the trace again") from None
         if not table.schema.equals(REQUESTS_SCHEMA):

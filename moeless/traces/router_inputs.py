@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
-from moeless.files import write_atomic
+from moeless.files import reading, write_atomic
 from moeless.spec import MoESpec
 from moeless.traces.info import Shard
 
@@ -46,7 +46,7 @@ class RouterInputs:
             if low >= high:
                 continue
             try:
-                with safe_open(path, framework="pt") as file:
+                with reading(path), safe_open(path, framework="pt") as file:
                     piece = file.get_slice(NAME)
                     shape = tuple(piece.get_shape())
                     if shape != (int(self._starts[index + 1] - self._starts[index]), *self._shape):

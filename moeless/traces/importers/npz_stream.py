@@ -15,6 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
+from moeless.files import reading
 
 #: Bytes of an array's header at most; a plain array's has about 100.
 _HEADER_BYTES = 10_000
@@ -41,7 +42,8 @@ def open_npz(path: Path, layout: str) -> Iterator[zipfile.ZipFile]:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
-        yield
+        with reading(path):
+            yield
     # zipfile's words for an unknown compression and for a password
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is not a whole NPZ archive ({_line(error)})") from None

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
+from moeless.files import reading
 from moeless.spec import MoESpec
 from moeless.traces.importers.request_rows import ImportedRequest, RequestGroups, write_requests
 from moeless.traces.info import TraceInfo
@@ -78,7 +79,8 @@ def read_requests(path: Path, file: pq.ParquetFile, spec: MoESpec) -> Iterator[I
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
-        yield
+        with reading(path):
+            yield
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole Parquet file ({str(error).splitlines()[0]})") from None
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moeless.contracts import Phase
 from moeless.errors import UserError
-from moeless.files import folder_atomic, sha256
+from moeless.files import folder_atomic, reading, sha256
 from moeless.spec import MoESpec
 from moeless.traces.info import TraceInfo
 from moeless.traces.writers import CountsTraceWriter, IterationTraceWriter
@@ -46,7 +46,9 @@ def load_pt(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; an expert-distribution dump (.pt) or a folder of them is needed")
     try:
         # files of PyTorch before 1.6 are no zip archives and cannot be mapped
-        data = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+        with reading(path):
+            # is_zipfile takes what it may not read for no archive
+            data = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "Weights only" in str(error) or "Unsupported" in str(error):
             raise UserError(f"{path} holds Python objects other than tensors and plain data; it is not read") from None

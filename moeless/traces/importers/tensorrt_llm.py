@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moeless.contracts import Phase
 from moeless.errors import UserError
-from moeless.files import folder_atomic, read_json, sha256
+from moeless.files import folder_atomic, read_json, reading, sha256
 from moeless.spec import MoESpec
 from moeless.traces.info import TraceInfo
 from moeless.traces.writers import CountsTraceWriter
@@ -68,7 +68,8 @@ def _open_rank(file: Path, stack: ExitStack) -> Rank:
     from safetensors import SafetensorError, safe_open
 
     try:
-        opened = stack.enter_context(safe_open(file, framework="numpy"))
+        with reading(file):
+            opened = stack.enter_context(safe_open(file, framework="numpy"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({error})") from None
     layers: dict[int, set[int]] = {}
