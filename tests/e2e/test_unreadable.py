@@ -156,7 +156,8 @@ def test_an_input_that_may_not_be_read_is_named(cli, here: Path, name: str, line
         sentence = _refused(cli, line, name)
     finally:
         path.chmod(before)
-    assert "permission denied" in sentence.lower()
+    # the command line's parser may look before anything is opened
+    assert "permission denied" in sentence.lower() or "is not readable" in sentence
     # nothing is wrong with the file, so nobody is told to make it again
     assert "again" not in sentence
     assert not (here / "out").exists()
