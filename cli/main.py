@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from moeless import __version__, jit
+from moeless.credentials import mask
 from moeless.errors import RunFailed, UserError
 from moeless.files import refusal
 from moeless.machine import limit_threads
@@ -130,5 +131,5 @@ def announce_compiling() -> None:
 
 
 def _fail(sentence: str, status: int) -> None:
-    sys.stderr.write(f"moeless: {sentence}\n")
+    sys.stderr.write(f"moeless: {mask(sentence, sys.argv[1:])}\n")
     sys.exit(status)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeless import jit
-from moeless.machine import cores
+from moeless.machine import affinity, cores, memory_bytes, processor_quota
+from moeless.tracking.wandb import choose_mode
 
 State = Literal["ok", "note", "bad"]
 
@@ -70,10 +71,12 @@ def _megatron() -> Check:
 
 
 def _machine() -> Check:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    usable = cores()
+    memory = memory_bytes() / 2**30
+    usable, quota = cores(), processor_quota()
     state: State = "ok" if memory >= 8 and usable >= 2 else "note"
-    return Check("machine", state, f"{usable} cores, {memory:.0f} GiB memory, load {os.getloadavg()[0]:.1f}")
+    limited = f" (a quota of {quota:g} of {affinity()})" if quota is not None and quota < affinity() else ""
+    found = f"{usable} cores{limited}, {memory:.{0 if memory >= 10 else 1}f} GiB memory"
+    return Check("machine", state, f"{found}, load {os.getloadavg()[0]:.1f}")
 
 
 def _devices() -> Check:
@@ -135,17 +138,12 @@ def _compiled() -> Check:
 
 
 def _wandb() -> Check:
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
-    return Check(
-        "W&B", "ok", "logged in: runs are mirrored online" if logged_in else "not logged in: runs stay offline"
-    )
-
-
-def _netrc() -> str:
-    try:
-        return (Path.home() / ".netrc").read_text(encoding="utf-8")
-    except OSError:
-        return ""
+    found = {
+        "online": "logged in: runs are mirrored online",
+        "offline": "not logged in, or told to stay offline: runs stay offline",
+        "disabled": "disabled by W&B's own settings: runs are not mirrored",
+    }
+    return Check("W&B", "ok", found[choose_mode(None)])
 
 
 def _generate() -> Check:

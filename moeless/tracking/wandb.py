@@ -21,6 +21,8 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from moeless.credentials import mask
+from moeless.errors import UserError
+from moeless.files import check_writable
 
 #: An artefact larger than this is mirrored by name, size and hash, without its bytes.
 MAX_UPLOAD_BYTES = 64 * 2**20
@@ -90,6 +92,21 @@ def _logged_in(stored: Mapping[str, str]) -> bool:
     return False
 
 
+def _give_folders(instead: Path) -> None:
+    """W&B keeps caches, staged files and settings at home; where home cannot be written, beside the run's own."""
+    for kind, variable, usual in (
+        ("CACHE", "XDG_CACHE_HOME", "~/.cache"),
+        ("DATA", "XDG_DATA_HOME", "~/.local/share"),
+        ("CONFIG", "XDG_CONFIG_HOME", "~/.config"),
+    ):
+        if os.environ.get(f"WANDB_{kind}_DIR"):
+            continue
+        try:
+            check_writable(Path(os.environ.get(variable) or usual).expanduser() / "wandb")
+        except (OSError, RuntimeError, UserError):
+            os.environ[f"WANDB_{kind}_DIR"] = str((instead / kind.lower()).absolute())
+
+
 def _within_reach(address: str) -> bool:
     """Whether a server takes connections; where a proxy stands between, only W&B itself can tell."""
     server = urlparse(address)
@@ -144,6 +161,7 @@ class Mirror:
             self._use(entry)
 
     def _start(self, manifest: Mapping[str, Any], mode: Mode, wanted: bool | None) -> Any:
+        _give_folders(self.path / "wandb")
         import wandb
 
         own = wandb.setup().settings if mode == "online" and hasattr(wandb, "setup") else None
@@ -162,6 +180,7 @@ class Mirror:
                 begun = f"W&B took no run ({_sentence(error)})"
             run = self._open(manifest, "offline")
             self._problems.append(f"{begun}; it is kept offline: `wandb sync {self._offline_folder(run)}` sends it")
+            sys.stderr.write(f"moeless: {self._problems[-1]}\n")
             return run
         return self._open(manifest, mode)
 
