@@ -36,8 +36,9 @@ from moeless.metrics.result import Cell
 from moeless.spec import BYTES_PER_WEIGHT, MoESpec
 from moeless.workloads import schedulers
 
-#: Memory of a program with the libraries that ranks need, of a rank that is forked from it, and of one under torchrun.
-PROGRAM_BYTES, FORKED_BYTES, RANK_BYTES = 400 * 10**6, 60 * 10**6, 500 * 10**6
+#: Memory, as measured with the bundled model: of a program with the libraries that ranks need, of a rank that is forked
+#: from it, of a rank under torchrun, and of torchrun itself.
+PROGRAM_BYTES, FORKED_BYTES, RANK_BYTES, AGENT_BYTES = 400 * 10**6, 60 * 10**6, 450 * 10**6, 200 * 10**6
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class LiveBench:
         if config.verify:
             logits = 4 * spec.vocab_size * sum(live.request.output_tokens for live in self.requests)
         separate = self.place is not None or by_torchrun(self.device, config.launcher)
-        programs = here * RANK_BYTES if separate else PROGRAM_BYTES + here * FORKED_BYTES
+        programs = AGENT_BYTES + here * RANK_BYTES if separate else PROGRAM_BYTES + here * FORKED_BYTES
         serving = programs + here * own + logits
         verifying = 0
         if config.verify:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,15 +57,25 @@ def launch(job: Job, launcher: str = "auto", server: ForkServer | None = None) -
             server.run("moeless.engine.start:ranks_of", str(path), job.ranks)
 
 
+def _import_family(model: Path) -> None:
+    """Import what Transformers has of a model's family; where it has nothing, the ranks will say so."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with contextlib.suppress(Exception):
+        config = AutoConfig.from_pretrained(model)
+        for part in (config, config.get_text_config()):
+            with contextlib.suppress(KeyError):
+                AutoModelForCausalLM._model_mapping[type(part)]
+
+
 def ranks_of(path: str) -> Callable[[int], None]:
     """What each forked rank of a job file does; what they need is imported and compiled here, once."""
-    import transformers  # noqa: F401
-
     from moeless.engine import groups, worker
     from moeless.placement.threads import alone
 
     job = Job.read(Path(path))
     HOSTS.get(job.host)
+    _import_family(job.model)
     with alone():
         for policy in worker.policies_of(job):
             policy.warm_up()

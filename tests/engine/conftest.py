@@ -127,9 +127,21 @@ def make_job(tiny: Callable[[str], Path], tmp_path: Path) -> Callable[..., Job]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[ForkServer]:
+def start_server() -> Callable[[], ForkServer]:
+    """Starts a process that forks ranks and finds the work in this folder."""
+
+    def start() -> ForkServer:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(Path(__file__).parent)
+            return ForkServer()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[[], ForkServer]) -> Iterator[ForkServer]:
     """One process that forks the ranks of all tests."""
-    with ForkServer() as started:
+    with start_server() as started:
         yield started
 
 

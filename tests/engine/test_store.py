@@ -179,3 +179,38 @@ def test_where_memory_lacks_room_for_all_slots_there_are_fewer(
     assert store.counts.refused == 1
     with pytest.raises(RunFailed, match="the 4 experts of each layer need"):
         ReplicaStore(host, 2, 5, torch.device("cpu"), torch.float32, least=4)
+
+
+def test_slots_are_as_many_as_the_memory_that_a_rank_may_take(
+    host: HostExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # under a control group's limit, asking for more would end the process
+    asked: list[int] = []
+    zeros = torch.zeros
+
+    def noted(shape: tuple[int, ...], **kwargs: object) -> torch.Tensor:
+        asked.append(shape[0])
+        return zeros(shape, **kwargs)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "zeros", noted)
+    room = 2 * 3 * host.expert_bytes + 1
+    store = ReplicaStore(host, 2, 5, torch.device("cpu"), torch.float32, least=2, room_bytes=room)
+    assert store.num_slots == 3
+    assert set(asked) == {3}
+    asked.clear()
+    with pytest.raises(RunFailed, match="the 4 experts of each layer need"):
+        ReplicaStore(host, 2, 5, torch.device("cpu"), torch.float32, least=4, room_bytes=room)
+    assert asked == []
+
+
+def test_a_machine_s_memory_is_shared_evenly_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeless.engine import worker
+    from moeless.engine.exchange import Exchange
+    from moeless.engine.groups import Ranks
+
+    # two machines of two ranks; the first one's ranks saw 10 and 8 GB
+    monkeypatch.setattr(worker.groups, "from_all", lambda *_: [10 * 10**9, 8 * 10**9, 10**9, 10**9])
+    rooms = [
+        worker.slot_room(Exchange(Ranks(rank, 4, torch.device("cpu"), None, None, rank % 2, 2))) for rank in range(4)
+    ]
+    assert rooms == [4 * 10**9 - worker.WORK_BYTES] * 2 + [5 * 10**8 - worker.WORK_BYTES] * 2

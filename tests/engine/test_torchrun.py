@@ -12,7 +12,7 @@ from moeless.engine.job import Job
 from moeless.engine.launch import raise_failure
 from moeless.engine.results import finished_requests, read_records
 from moeless.engine.start import launch
-from moeless.engine.torchrun import failures, place, report_path
+from moeless.engine.torchrun import command, failures, place, report_path
 from moeless.errors import RunFailed, UserError
 
 SUMMARY = """
@@ -54,6 +54,14 @@ def test_a_report_says_more_than_an_exit_status(tmp_path: Path) -> None:
     report_path(tmp_path, 1).write_text(json.dumps({"kind": "user", "message": "no such expert"}))
     with pytest.raises(UserError, match=r"^no such expert$"):
         raise_failure(failures(tmp_path, SUMMARY.format(first=0, first_code=-15, cause=1, cause_code=1)))
+
+
+def test_torchrun_of_one_machine_looks_up_no_host_name_and_takes_no_fixed_port(tmp_path: Path) -> None:
+    words = command(tmp_path / "job.json", 4)
+    assert "--standalone" not in words
+    assert {"--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--nproc-per-node=4"} <= set(words)
+    # two runs on one machine are two meetings
+    assert words != command(tmp_path / "job.json", 4)
 
 
 def test_a_place_is_read_from_torchrun_s_variables() -> None:
