@@ -13,7 +13,7 @@ import pytest
 
 from moeless.errors import RunFailed, UserError
 from moeless.tracking import find_runs, read_manifest, start_run
-from moeless.tracking.environment import fingerprint
+from moeless.tracking.environment import fingerprint, hardware
 from moeless.tracking.run import slug
 
 
@@ -92,6 +92,80 @@ def test_a_missing_input_is_refused_before_a_folder_is_made(tmp_path: Path) -> N
     with pytest.raises(UserError, match="does not exist"), _open(tmp_path / "run", inputs=[tmp_path / "none"]):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_that_cannot_be_read_is_refused_before_a_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("moeless.tracking.environment.sha256", refuse)
+    for source in (tmp_path / "input", tmp_path / "folder" / "input"):
+        source.parent.mkdir(exist_ok=True)
+        source.write_text("x")
+    for given in ("input", "folder"):
+        with (
+            pytest.raises(UserError, match=f"cannot read .*{given}"),
+            _open(tmp_path / "run", inputs=[tmp_path / given]),
+        ):
+            pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_listed_has_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot read"):
+        fingerprint(tmp_path)
+
+
+def test_a_refusal_of_the_file_system_leaves_a_folder_only_if_work_was_done(tmp_path: Path) -> None:
+    refusal = PermissionError(errno.EACCES, "Permission denied", "/data/trace/shard-0")
+    with pytest.raises(PermissionError), _open(tmp_path / "run"):
+        raise refusal
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(PermissionError):
+        _write_then_raise(tmp_path / "run", refusal)
+    assert read_manifest(tmp_path / "run")["status"] == "failed"
+    with pytest.raises(TimeoutError), _open(tmp_path / "other"):
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+    assert read_manifest(tmp_path / "other")["status"] == "failed"
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "run"))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="no run folder can be made"), _open(tmp_path / "run"):
+        pass
+
+
+def test_cores_and_memory_are_what_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeless.tracking.environment.memory_bytes", lambda: 2**30)
+    monkeypatch.setattr("moeless.tracking.environment.processor_quota", lambda: 1.5)
+    facts = hardware()
+    assert facts["memory_bytes"] == 2**30
+    assert facts["quota"] == 1.5
+
+
+def test_a_closing_terminal_ends_a_run_like_an_interrupt_but_not_under_nohup(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), _open(tmp_path / "run"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with _open(tmp_path / "nohup"):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_manifest(tmp_path / "run")["status"] == "interrupted"
+    assert read_manifest(tmp_path / "nohup")["status"] == "ok"
 
 
 def test_default_folders_are_named_by_time_command_and_name_and_never_shared(

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -16,9 +17,16 @@ from typing import Any
 
 import pytest
 
-from moeless.tracking import read_manifest, start_run
+from moeless.tracking import find_runs, read_manifest, start_run
 
 pytest.importorskip("wandb")
+
+#: One short run in the working folder, under W&B's own settings.
+PROGRAM = """
+from moeless.tracking import start_run
+with start_run("demo", "x", {"rate": 1}, 3) as run:
+    run.log({"layer_ms": 1.25})
+"""
 
 
 class StandInServer(ThreadingHTTPServer):
@@ -135,3 +143,39 @@ def test_an_offline_run_syncs_with_its_config_metrics_table_and_lineage(
     assert b'\\"layer_ms\\":1.25' in streamed
     assert any("media/table/result" in path for path in server.uploads)
     shutil.rmtree(folder)
+
+
+def _run_elsewhere(folder: Path, address: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own: W&B reads its settings once."""
+    given = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
+    given = {name: value for name, value in given.items() if not name.startswith("WANDB_")}
+    given |= {"HOME": str(folder), "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
+    given |= {"WANDB_ERROR_REPORTING": "false", "WANDB_CONFIG_DIR": str(folder / "config")}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, env=given, cwd=folder
+    )
+
+
+def test_nothing_is_sent_where_wandb_was_told_to_stay_offline(tmp_path: Path, server: StandInServer) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    done = _run_elsewhere(tmp_path, f"http://127.0.0.1:{server.server_port}")
+    assert done.returncode == 0, done.stderr
+    assert server.asked == []
+    (run,) = find_runs(tmp_path / "results" / "runs")
+    assert read_manifest(run)["warnings"] == []
+    assert list((run / "wandb").glob("offline-run-*"))
+
+
+def test_a_run_without_network_is_kept_for_wandb_sync(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        # bound, not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        done = _run_elsewhere(tmp_path, f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert done.returncode == 0, done.stderr
+    (run,) = find_runs(tmp_path / "results" / "runs")
+    (folder,) = (run / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    (warning,) = read_manifest(run)["warnings"]
+    assert f"wandb sync {folder.relative_to(tmp_path)}" in warning
+    assert done.stderr.count("wandb sync") == 1
