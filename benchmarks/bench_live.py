@@ -104,9 +104,11 @@ def batches(model: Path, spec: MoESpec, domain: str | None, tokens: int, count: 
     return [[(stream * 2)[a : a + tokens] for a in row] for row in starts.tolist()]
 
 
-def serve(rank: int, model: Path, spec: MoESpec, work: list[list[list[int]]], folder: Path) -> None:
+def serve(
+    rank: int, model: Path, spec: MoESpec, work: list[list[list[int]]], folder: Path, meeting: groups.Meeting
+) -> None:
     """One rank: every batch under every entry, in turning order; leaves its seconds in ``folder``."""
-    ranks = groups.join(rank, RANKS, init_method=f"file://{folder / 'rendezvous'}")
+    ranks = groups.join(rank, RANKS, meeting=meeting)
     exchange = Exchange(ranks)
     host = load_host("transformers", model, spec=spec, device=ranks.device, dtype=torch.float32)
     experts = HostExperts(folder / "experts", spec.L, spec.E, host.ffn.shapes, torch.float32)
@@ -161,8 +163,8 @@ def measure(name: str, model: Path, domain: str | None, tokens: int, count: int)
     """One workload's table, printed and returned."""
     spec = dataclasses.replace(resolve_spec(str(model)), dtype="float32", expert_dtype="float32")
     work = batches(model, spec, domain, tokens, count + WARMUP)
-    with tempfile.TemporaryDirectory() as scratch:
-        run_forked(lambda rank: serve(rank, model, spec, work, Path(scratch)), RANKS)
+    with tempfile.TemporaryDirectory() as scratch, groups.Meeting() as meeting:
+        run_forked(lambda rank: serve(rank, model, spec, work, Path(scratch), meeting), RANKS)
         found = [np.load(Path(scratch) / f"rank-{rank}.npz") for rank in range(RANKS)]
         rows_SPBLC = np.stack([f["rows_PBLC"] for f in found])[:, :, WARMUP:]
         step_PB = np.stack([f["step_BP"] for f in found]).max(0)[WARMUP:].T

@@ -136,4 +136,7 @@ def _size(num_bytes: int, unit: str = "") -> str:
     """Bytes for a reader; ``g`` is whole gigabytes as Docker takes them, rounded up."""
     if unit == "g":
         return f"{-(-num_bytes // 2**30)}g"
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
+    for scale, name in ((1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.{1 if name == 'GB' else 0}f} {name}"
+    return f"{num_bytes / 1e3:,.0f} kB"

@@ -123,7 +123,7 @@ def test_a_live_run_goes_on_in_the_temporary_folder_and_says_whose_times_it_plan
     run = LiveBench(small_config(verify=True))
     assert run.shared == scratch
     assert len(run.remarks) == 1
-    assert "/dev/shm has 0 MB free" in run.remarks[0]
+    assert "/dev/shm has 66 kB free" in run.remarks[0]
     (cell,) = run.run(tmp_path / "out")
     assert cell.settings["verification"]["passed"]
     assert any("this machine has Another 9000" in warning for warning in cell.warnings)
