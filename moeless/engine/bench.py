@@ -161,7 +161,7 @@ class LiveBench:
             ModelPlan(job.spec.name, job.spec.E, job.ranks, policy.label, plans)
 
     def estimate(self) -> dict[str, Any]:
-        """What the run takes: tokens, bytes of expert copies per rank and of host memory."""
+        """What the run takes: tokens, bytes of expert copies per rank and of host memory, and where the experts lie."""
         config, spec = self.config, self.spec
         slots = min(-(-spec.E // config.ranks) + config.extra_slots + config.spare_slots, spec.E)
         positions = sum(live.request.prompt_tokens + live.request.output_tokens - 1 for live in self.requests)
@@ -174,6 +174,8 @@ class LiveBench:
             "host_expert_mb": round(spec.L * spec.E * spec.expert_bytes / 1e6, 1),
             "rank_expert_mb": round(spec.L * slots * spec.expert_bytes / 1e6, 1),
             "rank_other_mb": round(spec.non_expert_bytes / 1e6, 1),
+            "experts_in": str(self.shared),
+            "machine_memory_mb": round((self.needs().experts + self.needs().memory) / 1e6, 1),
         }
 
     def needs(self) -> room.Needs:
