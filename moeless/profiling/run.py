@@ -19,7 +19,7 @@ from moeless.allocator import keep_freed_memory
 from moeless.costs.profile_reader import FORMAT, KIND, parse_profile
 from moeless.credentials import command_line
 from moeless.errors import UserError
-from moeless.machine import cores
+from moeless.machine import cores, processor_name
 from moeless.profiling.busy import check_idle, devices_of, resolve_device
 from moeless.profiling.ceilings import cache_bytes, measure_ceilings
 from moeless.profiling.collectives import measure_exchange
@@ -266,16 +266,7 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return common | {
-        "name": _processor_name(),
+        "name": processor_name(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "cache_bytes": cache_bytes(device),
     }
-
-
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:  # noqa: PTH123
-            names = [line.partition(":")[2].strip() for line in handle if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

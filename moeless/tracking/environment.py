@@ -15,7 +15,7 @@ from typing import Any
 import moeless
 from moeless.errors import UserError
 from moeless.files import reading, sha256
-from moeless.machine import cores, memory_bytes, processor_quota
+from moeless.machine import cores, memory_bytes, processor_name, processor_quota
 
 PACKAGES = (
     "torch",
@@ -62,15 +62,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _gpu_names() -> list[str]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -90,7 +81,7 @@ def hardware() -> dict[str, Any]:
 
     Cores and memory are what this process may use, a container's limits included.
     """
-    facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cpu": _cpu_name()}
+    facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cpu": processor_name()}
     facts |= {"cores": cores(), "quota": processor_quota(), "memory_bytes": memory_bytes()}
     facts["gpus"] = _gpu_names()
     return facts
