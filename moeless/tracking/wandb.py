@@ -199,16 +199,20 @@ class Mirror:
             if hasattr(settings, name):
                 setattr(settings, name, value)
         config = {key: manifest[key] for key in ("command", "config", "seed", "git", "versions", "hardware", "inputs")}
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "moeless"),
-            name=self.path.name,
-            job_type=manifest["command"],
-            dir=str(self.path),
-            mode=mode,
-            config=config,
-            settings=settings,
-            reinit="create_new",
-        )
+        options = {
+            "project": os.environ.get("WANDB_PROJECT", "moeless"),
+            "name": self.path.name,
+            "job_type": manifest["command"],
+            "dir": str(self.path),
+            "mode": mode,
+            "config": config,
+            "settings": settings,
+        }
+        try:
+            return wandb.init(**options, reinit="create_new")
+        except ValueError:
+            # before 0.19.10 a yes or a no
+            return wandb.init(**options, reinit=True)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One row of metrics."""

@@ -314,6 +314,21 @@ def test_a_server_that_takes_no_run_means_offline_and_one_remark(
     assert "wandb sync" in warning
 
 
+def test_the_oldest_wandb_is_told_to_start_anew_in_its_own_words(
+    tmp_path: Path, stand_in: StandInRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*, reinit: object, **_: object) -> StandInRun:
+        if not isinstance(reinit, bool):
+            raise ValueError("Input should be a valid boolean")
+        return stand_in
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    with start_run("demo", "x", {}, 0, [], tmp_path / "run") as run:
+        run.log({"a": 1})
+    assert stand_in.rows == [{"a": 1}]
+    assert read_manifest(tmp_path / "run")["warnings"] == []
+
+
 def test_the_manifest_is_final_before_wandb_ends(
     tmp_path: Path, stand_in: StandInRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
