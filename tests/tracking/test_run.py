@@ -158,6 +158,7 @@ def test_a_closing_terminal_ends_a_run_like_an_interrupt_but_not_under_nohup(tmp
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with pytest.raises(KeyboardInterrupt), _open(tmp_path / "run"):
+            assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
             os.kill(os.getpid(), signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with _open(tmp_path / "nohup"):
