@@ -155,11 +155,15 @@ def test_cores_and_memory_are_what_the_process_may_use(monkeypatch: pytest.Monke
 
 
 def test_a_closing_terminal_ends_a_run_like_an_interrupt_but_not_under_nohup(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        with pytest.raises(KeyboardInterrupt), _open(tmp_path / "run"):
+    def hung_up() -> None:
+        with _open(tmp_path / "run"):
             assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
             os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hung_up()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with _open(tmp_path / "nohup"):
             os.kill(os.getpid(), signal.SIGHUP)
