@@ -14,6 +14,7 @@ Exit status 0: every row is green; 1: one is not; 3: the systems cannot be made 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -106,9 +107,16 @@ def main() -> int:
         print(f"fresh systems are left out: {missing}", flush=True)
         return NOT_HERE
     if os.environ.get("MOELESS_FRESH_INSIDE") != "1":
-        # mounts and processes of their own, which end with the first process
+        # mounts and processes of their own, which end with the first process; this one becomes it
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", sys.executable, *sys.argv]
-        return subprocess.run(command, env={**os.environ, "MOELESS_FRESH_INSIDE": "1"}).returncode
+        os.execvpe(command[0], command, {**os.environ, "MOELESS_FRESH_INSIDE": "1"})
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    lock = (arguments.folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"fresh systems are left out: another run uses {arguments.folder}", flush=True)
+        return NOT_HERE
     wanted = [step for step in STEPS if not arguments.step or step.name in arguments.step]
     rows: list[Row] = []
     for suite in arguments.system or SYSTEMS:
