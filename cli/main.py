@@ -54,7 +54,7 @@ class LazyGroup(TyperGroup):
             return None
         module_name, short_help = COMMANDS[cmd_name]
         module = importlib.import_module(f"moeless.cli.{module_name}")
-        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
         single.command(name=cmd_name, short_help=short_help)(module.command)
         return get_command(single)
 
@@ -63,7 +63,7 @@ class LazyGroup(TyperGroup):
             formatter.write_dl([(name, short_help) for name, (_, short_help) in COMMANDS.items()])
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 
 
 def _version(value: bool) -> None:

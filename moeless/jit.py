@@ -110,11 +110,13 @@ def _candidates() -> list[Path]:
         return [Path(given).absolute() / "moeless"]
     try:
         from platformdirs import user_cache_path
-    except ImportError:
-        # a GPU machine with little else than torch
+
+        path = user_cache_path("moeless")
+    except (ImportError, RuntimeError):
+        # a GPU machine with little else than torch, or a user without a home folder and a password entry
         return []
-    # without a home folder the name of the cache folder may be a relative one
-    return [path / "compiled" for path in [user_cache_path("moeless")] if path.is_absolute()]
+    # without a home folder the name may also be a relative one
+    return [path / "compiled"] if path.is_absolute() else []
 
 
 def _temporary_root() -> Path | None:

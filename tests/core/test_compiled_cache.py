@@ -104,6 +104,22 @@ def test_without_a_home_folder_a_private_temporary_one_serves(package: Path, tmp
     assert _run(package, **nowhere) == ["21", "0"]
 
 
+def test_a_user_without_home_and_password_entry_has_a_temporary_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home(_: str) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_path", no_home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    jit.cache_root.cache_clear()
+    try:
+        assert jit.cache_root() == tmp_path / f"moeless-compiled-{os.getuid()}"
+    finally:
+        jit.cache_root.cache_clear()
+
+
 def test_hash_knows_imports_of_imports_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "_PACKAGE", tmp_path)
     (tmp_path / "part").mkdir()
