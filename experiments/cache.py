@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import secrets
 import shutil
 from functools import cache
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from typing import Any
 
 from moeless.errors import UserError
 from moeless.experiments.base import Job
-from moeless.files import folder_atomic, read_json, sha256, write_text
+from moeless.files import folder_atomic, read_json, sha256, sibling, write_text
 from moeless.fingerprint import code_hash
 from moeless.tracking.environment import hardware
 
@@ -139,7 +138,7 @@ def compute(job: Job, needs: list[Any], folder: Path | None) -> Any:
     function = getattr(importlib.import_module(module), name)
     if folder is None:
         return function(dict(job.params), needs)
-    made = _sibling(folder)
+    made = sibling(folder)
     with folder_atomic(made) as partial:
         function(dict(job.params), needs, partial)
     _settle(made, folder)
@@ -172,13 +171,9 @@ def _same_files(made: Path, folder: Path) -> bool:
 
 def _remove(folder: Path) -> None:
     """Remove a folder in such a way that nobody takes what is left of it for a whole one."""
-    aside = _sibling(folder)
+    aside = sibling(folder)
     try:
         folder.rename(aside)
     except FileNotFoundError:
         return
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sibling(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}-{secrets.token_hex(8)}")

@@ -53,7 +53,7 @@ def check_writable(path: Path) -> None:
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary sibling, flush it to disk, then rename it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _sibling(path, ".partial")
+    partial = sibling(path, ".partial")
     try:
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
@@ -67,7 +67,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _sibling(path: Path, ending: str = "") -> Path:
+def sibling(path: Path, ending: str = "") -> Path:
     """A hidden name beside ``path`` that no other process on any machine chooses."""
     # names have at most 255 bytes
     return path.with_name(f".{path.name[:60]}-{secrets.token_hex(8)}{ending}")
@@ -121,7 +121,7 @@ def reading(path: Path) -> Iterator[None]:
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, a file is needed") from error
     except OSError as error:
-        if error.errno not in _USERS and not isinstance(error, PermissionError):
+        if not _users(error):
             raise
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
 
@@ -133,12 +133,16 @@ def may(mode: int, path: Path) -> bool:
 
 def refusal(error: OSError) -> str | None:
     """A sentence for an error of the file system that whoever runs the command can mend; None for any other error."""
-    if error.errno not in _USERS and not isinstance(error, PermissionError):
+    if not _users(error):
         return None
-    name = error.filename if error.filename is not None else None
-    if name is None:
+    if error.filename is None:
         return f"a file cannot be read or written: {str(error).splitlines()[0]}"
-    return f"cannot read or write {os.fsdecode(name)}: {_reason(error)}"
+    return f"cannot read or write {os.fsdecode(error.filename)}: {_reason(error)}"
+
+
+def _users(error: OSError) -> bool:
+    """Whether whoever runs the command can mend it; libraries raise ``PermissionError`` without a number, too."""
+    return error.errno in _USERS or isinstance(error, PermissionError)
 
 
 def _reason(error: OSError) -> str:
@@ -157,7 +161,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} already exists; choose another --out or remove it first")
     check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _sibling(path)
+    partial = sibling(path)
     partial.mkdir()
     try:
         yield partial
@@ -171,7 +175,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
 
 def _open_to_readers(folder: Path) -> None:
     """Give every file in a folder the rights that a new file gets there."""
-    probe = _sibling(folder / "probe")
+    probe = sibling(folder / "probe")
     probe.touch(exist_ok=False)
     mode = probe.stat().st_mode & 0o7777
     probe.unlink()

@@ -94,29 +94,31 @@ def _age(folder: Path) -> float:
 @lru_cache(maxsize=1)
 def cache_root() -> Path | None:
     """The folder that holds all compiled functions of this package; None where none can be written."""
-    for found in _candidates():
+    chosen = _chosen_root()
+    if chosen is not None:
         try:
-            found.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=found).close()
+            chosen.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=chosen).close()
+            return chosen
         except OSError:
-            continue
-        return found
+            pass
     return _temporary_root()
 
 
-def _candidates() -> list[Path]:
+def _chosen_root() -> Path | None:
+    """The folder that the environment names, otherwise the user's own; None for a user without a home folder."""
     given = os.environ.get("NUMBA_CACHE_DIR")
     if given:
-        return [Path(given).absolute() / "moeless"]
+        return Path(given).absolute() / "moeless"
     try:
         from platformdirs import user_cache_path
 
         path = user_cache_path("moeless")
     except (ImportError, RuntimeError):
         # a GPU machine with little else than torch, or a user without a home folder and a password entry
-        return []
+        return None
     # without a home folder the name may also be a relative one
-    return [path / "compiled"] if path.is_absolute() else []
+    return path / "compiled" if path.is_absolute() else None
 
 
 def _temporary_root() -> Path | None:

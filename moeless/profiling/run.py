@@ -19,7 +19,7 @@ from moeless.allocator import keep_freed_memory
 from moeless.costs.profile_reader import FORMAT, KIND, parse_profile
 from moeless.credentials import command_line
 from moeless.errors import UserError
-from moeless.machine import cores, processor_name
+from moeless.machine import cores, memory_bytes, processor_name
 from moeless.profiling.busy import check_idle, devices_of, resolve_device
 from moeless.profiling.ceilings import cache_bytes, measure_ceilings
 from moeless.profiling.collectives import measure_exchange
@@ -267,6 +267,6 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
         }
     return common | {
         "name": processor_name(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "cache_bytes": cache_bytes(device),
     }
