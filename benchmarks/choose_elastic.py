@@ -46,7 +46,7 @@ from gap_protocol import (
     sample_iterations,
 )
 
-from moeless.contracts import Budget, IntArray, Policy
+from moeless.contracts import Budget, IntArray
 from moeless.placement import PLANNERS
 from moeless.placement.static import static_plan
 from moeless.placement.whole_model import spread_over_sources
@@ -140,7 +140,7 @@ def cell(routing: Routing, regime: Regime, gpus: int, charged: bool, job: Job) -
     told = forecasts("history", regime.tokens, history_share_LE(routing), load_ILE[0], 0)
     budget = Budget.even(spec.E, gpus, 1, spec.expert_bytes)
     plans = plan_iteration(job.planner, told, regime, budget, costs, LONG_HORIZON, params)
-    control, total = costs.control_seconds(Policy(job.planner), 0), 0.0
+    control, total = costs.control_seconds(planner.control, 0), 0.0
     for load_LE in load_ILE:
         for plan, load_E in zip(plans, load_LE, strict=True):
             quota_SR = planner.dispatch(

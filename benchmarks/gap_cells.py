@@ -27,7 +27,7 @@ from gap_protocol import (
     sample_iterations,
 )
 
-from moeless.contracts import Budget, FloatArray, Forecast, IntArray, LayerPlan, PlanInput, Policy
+from moeless.contracts import Budget, FloatArray, Forecast, IntArray, LayerPlan, PlanInput
 from moeless.placement import PLANNERS
 from moeless.placement.base import plan_all_layers
 from moeless.placement.exact import exact_dispatch
@@ -182,7 +182,7 @@ def _run(
     Last the most copies that one GPU has to load for each pair.
     """
     spec, machine, planner = costs.spec, costs.cluster, PLANNERS.get(q.planner)
-    params, control = planner.params(**dict(q.params)), costs.control_seconds(Policy(q.planner), 0)
+    params, control = planner.params(**dict(q.params)), costs.control_seconds(planner.control, 0)
     stays = q.know == "history"
     plans = plan_iteration(q.planner, told(0), q.regime, budget, costs, LONG_HORIZON, params) if stays else []
     time, optimal, extras, moved, most = [], [], 0, 0, []

@@ -16,7 +16,7 @@ import numpy as np
 from gap_protocol import REGIMES, Regime, Routing, gap_closed, history_share_LE, sample_iterations
 from gpu_layers import RANKS, loads_by_source, plan_for, quotas
 
-from moeless.contracts import Budget, FloatArray, LayerPlan, Policy
+from moeless.contracts import Budget, FloatArray, LayerPlan
 from moeless.costs.measured import MeasuredCosts
 from moeless.placement import PLANNERS
 
@@ -89,7 +89,7 @@ def gap_table(
                     plans[layer] = plan_for(planner, regime, layer, share_LE[layer], costs, budget)
                 plan = plans[layer]
                 time_B[i] = costs.layer_seconds(quotas(planner, load_SE, plan, costs), plan).total
-                control_B[i] = costs.control_seconds(Policy(name), layer) if plan.decides else 0.0
+                control_B[i] = costs.control_seconds(planner.control, layer) if plan.decides else 0.0
             if name == "static":
                 static_B = time_B
             cells.append(_cell(regime, name, static_B, time_B, control_B, bound_B))

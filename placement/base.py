@@ -1,14 +1,18 @@
-"""What a planner is: two pure functions and a parameter type."""
+"""What a planner is: a function that plans, a rule that deals tokens to copies, and what both declare of themselves.
+
+Whoever needs to know something of a planner (a cost model that charges for its decisions, the simulator, the live
+engine) asks its declarations, never its name: a copy under another name behaves just the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from moeless.cluster import Cluster
 from moeless.contracts import BoolArray, Budget, Forecast, IntArray, LayerPlan, Phase, PlanInput
-from moeless.costs import CostModel
+from moeless.costs import Control, CostModel
 from moeless.spec import MoESpec
 
 #: When a planner plans: once, every ``replan_seconds``, or before each iteration.
@@ -70,10 +74,48 @@ class PlanLayers(Protocol):
 
 
 @dataclass(frozen=True)
-class Planner:
-    """A named pair of functions.
+class DispatchRule:
+    """How a layer's tokens are dealt to its copies once the gate has chosen experts.
 
     Attributes:
+        quotas: the rule as a function, see :class:`Dispatch`.
+        gathers_counts: True if the ranks must gather their token counts before any of them can send, so that cost
+            models charge the gathering and the decision to every layer that has a choice. False for rules that each
+            rank can follow by itself.
+        timed_as: the entry of a hardware profile's ``control.dispatch_seconds`` that holds this rule's measured time;
+            empty if none does.
+    """
+
+    quotas: Dispatch
+    gathers_counts: bool
+    timed_as: str = ""
+
+    def __call__(
+        self,
+        load_SE: IntArray,
+        plan: LayerPlan,
+        usable_R: BoolArray,
+        *,
+        spec: MoESpec,
+        cluster: Cluster,
+        costs: CostModel,
+        params: Any = None,
+    ) -> IntArray:
+        """Quotas, ``[S, R]`` tokens."""
+        return self.quotas(load_SE, plan, usable_R, spec=spec, cluster=cluster, costs=costs, params=params)
+
+    @property
+    def control(self) -> Control:
+        """What cost models charge for it."""
+        return Control(gathers_counts=self.gathers_counts, dispatch_timed_as=self.timed_as)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A planner by name.
+
+    Attributes:
+        dispatch: the rule that serves its plans. A plain function counts as a rule that gathers counts.
         params: frozen dataclass of the planner's parameters; its defaults are the planner's defaults.
         cadence: when to plan.
         needs_forecast: False where the plan does not depend on a forecast.
@@ -81,11 +123,13 @@ class Planner:
         source: paper or repository that the method comes from.
         share_budget: for planners that give some layers more room than others; None where each has the same.
         plan_layers: for planners that plan all layers faster together; None where one by one is as fast.
+        timed_as: the entry of a hardware profile's ``control.plan_seconds`` that holds the measured time of planning
+            a layer; empty if none does.
     """
 
     name: str
     plan_layer: PlanLayer
-    dispatch: Dispatch
+    dispatch: DispatchRule
     params: type[Any]
     cadence: Cadence
     needs_forecast: bool
@@ -93,6 +137,16 @@ class Planner:
     source: str
     share_budget: ShareBudget | None = None
     plan_layers: PlanLayers | None = None
+    timed_as: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dispatch, DispatchRule):
+            object.__setattr__(self, "dispatch", DispatchRule(self.dispatch, gathers_counts=True))
+
+    @property
+    def control(self) -> Control:
+        """What cost models charge for its decisions while requests are served."""
+        return replace(self.dispatch.control, plans_ahead=self.cadence == "iteration", planning_timed_as=self.timed_as)
 
 
 def plan_all_layers(

@@ -25,7 +25,7 @@ from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import eplb, eplb_kernels
 from moeless.placement.base import Planner
-from moeless.placement.dispatch import even_dispatch
+from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
 from moeless.spec import MoESpec
 
@@ -156,7 +156,7 @@ def plan_layer(
 PLANNER = Planner(
     name="craft",
     plan_layer=plan_layer,
-    dispatch=even_dispatch,
+    dispatch=EVEN,
     params=CraftParams,
     cadence="interval",
     needs_forecast=True,

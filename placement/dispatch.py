@@ -14,6 +14,7 @@ from moeless.contracts import BoolArray, IntArray, LayerPlan
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.jit import njit
+from moeless.placement.base import DispatchRule
 from moeless.spec import MoESpec
 
 
@@ -76,3 +77,7 @@ def even_dispatch(
     serving = serving_R(plan, usable_R, load_SE.shape[1])
     _round_robin(np.ascontiguousarray(load_SE, np.int64), plan.expert_R, serving, quota_SR)
     return quota_SR
+
+
+#: Each rank splits its own tokens: nothing is gathered.
+EVEN = DispatchRule(even_dispatch, gathers_counts=False)

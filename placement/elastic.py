@@ -28,12 +28,11 @@ from moeless.contracts import (
     LayerPlan,
     Phase,
     PlanInput,
-    Policy,
 )
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import dispatch_kernels as kernels
-from moeless.placement.base import Planner
+from moeless.placement.base import DispatchRule, Planner
 from moeless.placement.choose_kernels import ChoiceTerms, choose, choose_layers, sort_plan
 from moeless.placement.dispatch import serving_R
 from moeless.placement.judge_kernels import draw_scenarios
@@ -130,7 +129,6 @@ def _normal_CE(seed: int, scenarios: int, num_experts: int) -> FloatArray:
     return np.ascontiguousarray(np.stack([half, -half], axis=1).reshape(-1, num_experts)[:scenarios])
 
 
-_POLICY = Policy("elastic")
 #: Scenarios on which a plan is checked by the cost model itself: the first mirrored pairs.
 _CHECKED = 4
 
@@ -167,7 +165,7 @@ def _previous(x: PlanInput) -> tuple[Int32Array, Int32Array, BoolArray, BoolArra
 
 def skip_seconds(costs: CostModel, layer: int, params: ElasticParams) -> float:
     """What dispatch must be expected to save, or the layer is left to static EP; negative: any saving is welcome."""
-    return costs.control_seconds(_POLICY, layer) * (1 + params.skip_margin) if params.skip else -1.0
+    return costs.control_seconds(DISPATCH.control, layer) * (1 + params.skip_margin) if params.skip else -1.0
 
 
 def plan_layer(
@@ -309,6 +307,9 @@ def dispatch(
     return quota_SR
 
 
+DISPATCH = DispatchRule(dispatch, gathers_counts=True, timed_as="elastic")
+
+
 class _Memory(threading.local):
     """What each thread's dispatches work in, as large as the largest so far; a forked process has a copy of its own."""
 
@@ -367,11 +368,12 @@ def _dispatch_checked(
 PLANNER = Planner(
     name="elastic",
     plan_layer=plan_layer,
-    dispatch=dispatch,
+    dispatch=DISPATCH,
     plan_layers=plan_layers,
     params=ElasticParams,
     cadence="iteration",
     needs_forecast=True,
     default_predictor="history",
     source="this project: static primaries, extras by scenarios of the forecast, dispatch by chains of copies",
+    timed_as="elastic",
 )

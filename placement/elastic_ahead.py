@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import BoolArray, Budget, FloatArray, IntArray, LayerPlan, Phase, PlanInput, Policy
+from moeless.contracts import BoolArray, Budget, FloatArray, IntArray, LayerPlan, Phase, PlanInput
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import elastic
-from moeless.placement.base import Planner
+from moeless.placement.base import DispatchRule, Planner
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.dispatch import serving_R
 from moeless.placement.elastic import ElasticParams
@@ -67,7 +67,6 @@ class ElasticAheadParams(ElasticParams):
         return float(self.decode_spread if phase == Phase.DECODE else self.spread)
 
 
-_POLICY = Policy("elastic-ahead")
 _NO_SHARES = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0)
 
 
@@ -88,7 +87,7 @@ def _previous(x: PlanInput) -> tuple[Any, ...]:
 def fixed_terms(costs: CostModel, params: ElasticAheadParams) -> tuple[FloatArray, FloatArray, float, float]:
     """For compiled loops: scenarios, each layer's control time, caution and margin."""
     spec = costs.spec
-    control_L = np.array([costs.control_seconds(_POLICY, layer) for layer in range(spec.L)])
+    control_L = np.array([costs.control_seconds(DISPATCH.control, layer) for layer in range(spec.L)])
     normal_CE = elastic._normal_CE(params.seed, 2 * params.share_scenarios, spec.E)
     return np.ascontiguousarray(normal_CE), control_L, float(params.caution), float(params.margin)
 
@@ -97,7 +96,7 @@ def _fixed(
     x: PlanInput, base: LayerPlan, terms: ChoiceTerms, costs: CostModel, params: ElasticAheadParams
 ) -> LayerPlan:
     """A plan with fixed shares where that is expected to beat ``base`` and static EP, otherwise ``base``."""
-    control = costs.control_seconds(_POLICY, x.layer)
+    control = costs.control_seconds(DISPATCH.control, x.layer)
     if terms.extra == 0 or len(terms.room_G) == 1 or control <= 0 or params.share_scenarios == 0:
         return base
     experts, size = len(terms.gpu_E), len(terms.gpu_E) + terms.extra
@@ -195,14 +194,18 @@ def dispatch(
     return quota_SR
 
 
+#: Layers whose shares are fixed ahead gather nothing; the others are dispatched, and charged, as ``elastic``'s.
+DISPATCH = DispatchRule(dispatch, gathers_counts=True, timed_as=elastic.DISPATCH.timed_as)
+
 PLANNER = Planner(
     name="elastic-ahead",
     plan_layer=plan_layer,
-    dispatch=dispatch,
+    dispatch=DISPATCH,
     plan_layers=plan_layers,
     params=ElasticAheadParams,
     cadence="iteration",
     needs_forecast=True,
     default_predictor="history",
     source="this project: elastic, and shares fixed ahead where dispatch does not pay for its control (no guarantee)",
+    timed_as=elastic.PLANNER.timed_as,
 )

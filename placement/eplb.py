@@ -18,7 +18,7 @@ from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import eplb_kernels as kernels
 from moeless.placement.base import Planner
-from moeless.placement.dispatch import even_dispatch
+from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
 from moeless.spec import MoESpec
 
@@ -151,17 +151,18 @@ def plan_layer_hierarchical(
 PLANNER = Planner(
     name="eplb",
     plan_layer=plan_layer,
-    dispatch=even_dispatch,
+    dispatch=EVEN,
     params=EplbParams,
     cadence="interval",
     needs_forecast=True,
     default_predictor="history",
     source="github.com/deepseek-ai/EPLB, global policy; arXiv 2412.19437",
+    timed_as="eplb",
 )
 HIERARCHICAL = Planner(
     name="eplb-hierarchical",
     plan_layer=plan_layer_hierarchical,
-    dispatch=even_dispatch,
+    dispatch=EVEN,
     params=EplbParams,
     cadence="interval",
     needs_forecast=True,

@@ -22,7 +22,7 @@ from moeless.contracts import BoolArray, Budget, FloatArray, IntArray, LayerPlan
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import dispatch_kernels as kernels
-from moeless.placement.base import Planner
+from moeless.placement.base import DispatchRule, Planner
 from moeless.placement.dispatch import serving_R
 from moeless.placement.layout import check_static_fits, room_G, spare_replicas, static_gpu_E
 from moeless.spec import MoESpec
@@ -156,7 +156,7 @@ def dispatch(
 PLANNER = Planner(
     name="llep",
     plan_layer=plan_layer,
-    dispatch=dispatch,
+    dispatch=DispatchRule(dispatch, gathers_counts=True),
     params=LlepParams,
     cadence="interval",
     needs_forecast=True,

@@ -18,7 +18,7 @@ from moeless.cluster import Cluster
 from moeless.contracts import BoolArray, IntArray, LayerPlan
 from moeless.costs import CostModel
 from moeless.jit import njit
-from moeless.placement.base import Planner
+from moeless.placement.base import DispatchRule, Planner
 from moeless.placement.dispatch import serving_R
 from moeless.placement.eplb import EplbParams, plan_layer
 from moeless.spec import MoESpec
@@ -77,7 +77,7 @@ def dispatch(
 PLANNER = Planner(
     name="metro",
     plan_layer=plan_layer,
-    dispatch=dispatch,
+    dispatch=DispatchRule(dispatch, gathers_counts=True),
     params=EplbParams,
     cadence="interval",
     needs_forecast=True,

@@ -17,7 +17,7 @@ from moeless.contracts import Budget, FloatArray, LayerPlan, PlanInput
 from moeless.costs import CostModel
 from moeless.errors import RunFailed, UserError
 from moeless.placement.base import Planner
-from moeless.placement.elastic import dispatch as elastic_dispatch
+from moeless.placement.elastic import DISPATCH
 from moeless.placement.layout import room_G, spare_replicas
 from moeless.spec import MoESpec
 
@@ -123,7 +123,7 @@ def plan_layer(
 PLANNER = Planner(
     name="milp",
     plan_layer=plan_layer,
-    dispatch=elastic_dispatch,
+    dispatch=DISPATCH,
     params=MilpParams,
     cadence="interval",
     needs_forecast=True,

@@ -16,7 +16,7 @@ from moeless.contracts import Budget, FloatArray, InstanceState, IntArray, Layer
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement.base import Planner
-from moeless.placement.dispatch import even_dispatch
+from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
 from moeless.placement.paper_kernels import PaperTerms, place, plan_copies, scale
 from moeless.spec import MoESpec
@@ -129,10 +129,11 @@ def plan_layer(
 PLANNER = Planner(
     name="moeless",
     plan_layer=plan_layer,
-    dispatch=even_dispatch,
+    dispatch=EVEN,
     params=PaperParams,
     cadence="iteration",
     needs_forecast=True,
     default_predictor="layer_aware",
     source="MoEless, arXiv 2603.06350, Algorithms 1 and 2",
+    timed_as="moeless",
 )

@@ -10,7 +10,7 @@ from moeless.cluster import Cluster
 from moeless.contracts import Budget, LayerPlan, PlanInput
 from moeless.costs import CostModel
 from moeless.placement.base import Planner
-from moeless.placement.dispatch import even_dispatch
+from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import check_static_fits, room_G, static_gpu_E
 from moeless.spec import MoESpec
 
@@ -44,7 +44,7 @@ def plan_layer(
 PLANNER = Planner(
     name="static",
     plan_layer=plan_layer,
-    dispatch=even_dispatch,
+    dispatch=EVEN,
     params=StaticParams,
     cadence="once",
     needs_forecast=False,

@@ -61,7 +61,7 @@ def _in_turn(count: int, room: IntArray) -> IntArray:
 
 #: Even shares, as in the paper; and the same plans with our dispatch from true counts.
 EVEN = dataclasses.replace(paper.PLANNER, name="parts", plan_layer=plan_layer, params=PartsParams)
-CHOSEN = dataclasses.replace(EVEN, name="parts-dispatch", dispatch=elastic.dispatch)
+CHOSEN = dataclasses.replace(EVEN, name="parts-dispatch", dispatch=elastic.DISPATCH)
 
 
 def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
+from moeless.contracts import FloatArray, IntArray, LayerPlan
 from moeless.spec import MoESpec
 
 if TYPE_CHECKING:
@@ -33,6 +33,23 @@ class LayerTime:
     def total(self) -> float:
         """Seconds from the gate's output to the combined hidden states."""
         return self.expert + self.all_to_all + self.misc + self.control
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a planner's decisions take while requests are served, for cost models to charge.
+
+    Attributes:
+        gathers_counts: after a layer's gate the ranks gather their token counts and decide which copies serve.
+        plans_ahead: loads are forecast and layers planned beside the model, iteration by iteration.
+        dispatch_timed_as, planning_timed_as: the entries of a hardware profile's ``control`` that hold the measured
+            times of that decision and of planning a layer; empty if there are none.
+    """
+
+    gathers_counts: bool = False
+    plans_ahead: bool = False
+    dispatch_timed_as: str = ""
+    planning_timed_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,10 +101,10 @@ class CostModel(ABC):
         """Bringing weights to a GPU from ``local``, ``peer``, ``host`` or ``storage``."""
 
     @abstractmethod
-    def control_seconds(self, policy: Policy, layer: int) -> float:
-        """Forecast, gathering counts, planning and dispatch of one layer, as far as they are exposed."""
+    def control_seconds(self, control: Control, layer: int) -> float:
+        """Gathering counts and deciding the dispatch of one layer, after its gate; 0 for planners that do neither."""
 
-    def background_seconds(self, policy: Policy) -> float:
+    def background_seconds(self, control: Control) -> float:
         """From a layer's gate input to the plan of the layer ahead: forecast, its copy to the host, planning.
 
         It runs beside the model and is exposed only where the layer ahead starts sooner.

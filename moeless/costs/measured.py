@@ -19,9 +19,9 @@ from functools import cached_property
 import numpy as np
 
 from moeless.cluster import CPU, Cluster
-from moeless.contracts import FloatArray, Int32Array, IntArray, LayerPlan, Policy
+from moeless.contracts import FloatArray, Int32Array, IntArray, LayerPlan
 from moeless.costs import links, roofline
-from moeless.costs.base import CostModel, CostTerms
+from moeless.costs.base import Control, CostModel, CostTerms
 from moeless.costs.exchange import ExchangeTimes
 from moeless.costs.profile import SHAPES, ExpertGrid, HardwareProfile
 from moeless.costs.profile_reader import load_profile, shipped_profiles
@@ -210,24 +210,23 @@ class MeasuredCosts(CostModel):
             self._warn(f"copies from {source_tier} were not measured: the cluster's stated bandwidth is taken")
         return links.transfer_seconds(self.cluster, num_bytes, source_tier)
 
-    def control_seconds(self, policy: Policy, layer: int) -> float:
-        if not self.charge_control or policy.planner not in roofline.DISPATCHING:
+    def control_seconds(self, control: Control, layer: int) -> float:
+        if not self.charge_control or not control.gathers_counts:
             return 0.0
-        # elastic-ahead dispatches as elastic does, where it does
-        dispatch = self.profile.dispatch_seconds.get(policy.planner.removesuffix("-ahead"))
+        dispatch = self.profile.dispatch_seconds.get(control.dispatch_timed_as)
         if dispatch is None:
-            self._warn(f"the dispatch of {policy.planner} was not measured: the roofline model's constant is taken")
+            self._warn("this planner's dispatch was not measured: the roofline model's constant is taken")
             dispatch = roofline.DISPATCH_SECONDS
         # a layer measured as a whole holds its gather, whatever the policy
         gather = 0.0 if self.exchange.engine is not None else self.exchange.gather_seconds()
         return gather + dispatch
 
-    def background_seconds(self, policy: Policy) -> float:
-        if not self.charge_control or policy.planner == "static":
+    def background_seconds(self, control: Control) -> float:
+        if not self.charge_control or not control.plans_ahead:
             return 0.0
-        plan = self.profile.plan_seconds.get(policy.planner.removesuffix("-ahead"))
+        plan = self.profile.plan_seconds.get(control.planning_timed_as)
         if plan is None:
-            self._warn(f"the planning of {policy.planner} was not measured: the roofline model's constant is taken")
+            self._warn("this planner's planning was not measured: the roofline model's constant is taken")
             plan = roofline.PLAN_SECONDS
         # a forecast is one more gate
         return float(self.profile.parts["router"].seconds[0]) + plan

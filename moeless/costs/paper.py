@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
-from moeless.costs.base import CostModel, CostTerms
+from moeless.contracts import FloatArray, IntArray, LayerPlan
+from moeless.costs.base import Control, CostModel, CostTerms
 from moeless.costs.kernels import KernelTerms
 from moeless.costs.links import transfer_seconds
 from moeless.spec import MoESpec
@@ -63,7 +63,7 @@ class PaperCosts(CostModel):
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
         return transfer_seconds(self.cluster, num_bytes, source_tier)
 
-    def control_seconds(self, policy: Policy, layer: int) -> float:
+    def control_seconds(self, control: Control, layer: int) -> float:
         return 0.0
 
     def misc_seconds(self) -> float:

@@ -9,21 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import FloatArray, IntArray, LayerPlan, Policy
+from moeless.contracts import FloatArray, IntArray, LayerPlan
 from moeless.costs import links
-from moeless.costs.base import CostModel, CostTerms
+from moeless.costs.base import Control, CostModel, CostTerms
 from moeless.costs.kernels import KernelTerms
 from moeless.spec import MoESpec
 
-#: Exposed control time of a layer by planner, seconds, for planners that decide after the gate
-#: (gathering the ranks' counts plus the dispatch kernel); planning ahead is off the critical path.
+#: Exposed control time of a layer, seconds, where the ranks decide after the gate: gathering their counts, and the
+#: dispatch kernel. Planning ahead is off the critical path.
 GATHER_SECONDS = 12e-6
 DISPATCH_SECONDS = 8e-6
 #: From a gate's input to the plan of a layer ahead, on its own stream and a CPU thread: one small matrix product and
 #: a copy to the host, then a compiled planner. The paper states under 200 microseconds for the forecast alone.
 FORECAST_SECONDS = 30e-6
 PLAN_SECONDS = 20e-6
-DISPATCHING = frozenset({"elastic", "elastic-ahead", "metro", "llep"})
 
 
 class RooflineCosts(CostModel):
@@ -82,10 +81,8 @@ class RooflineCosts(CostModel):
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
         return links.transfer_seconds(self.cluster, num_bytes, source_tier)
 
-    def control_seconds(self, policy: Policy, layer: int) -> float:
-        if self.charge_control and policy.planner in DISPATCHING:
-            return GATHER_SECONDS + DISPATCH_SECONDS
-        return 0.0
+    def control_seconds(self, control: Control, layer: int) -> float:
+        return GATHER_SECONDS + DISPATCH_SECONDS if self.charge_control and control.gathers_counts else 0.0
 
-    def background_seconds(self, policy: Policy) -> float:
-        return FORECAST_SECONDS + PLAN_SECONDS if self.charge_control else 0.0
+    def background_seconds(self, control: Control) -> float:
+        return FORECAST_SECONDS + PLAN_SECONDS if self.charge_control and control.plans_ahead else 0.0

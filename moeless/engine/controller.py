@@ -117,7 +117,8 @@ class Controller:
         """As the simulator has it: forecast and plan, and a copy from the slowest place it may come from."""
         costs, spec = self.policy.costs, self.spec
         copy = max(costs.load_seconds(spec.expert_bytes, tier, 0) for tier in ("peer", "peer-slow", "host"))
-        return DistanceRule(self.policy.predictor, costs.background_seconds(self.policy.policy) + copy, LONGEST)
+        prepare = costs.background_seconds(self.policy.planner.control) + copy
+        return DistanceRule(self.policy.predictor, prepare, LONGEST)
 
     def begin(self, phase: Phase, tokens: int, now: float, token_T: IntArray | None = None) -> None:
         """Start an iteration; collective where the predictor forecasts the first layers.

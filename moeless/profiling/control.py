@@ -39,13 +39,13 @@ def measure_control(spec: MoESpec, planners: tuple[str, ...] = ("eplb", "moeless
     ahead = PlanInput(0, Phase.PREFILL, Forecast(mean_E, mean_E, TOKENS, "profile"))
     budget = Budget.even(spec.E, RANKS, 1, spec.expert_bytes)
     dispatch, plan = {}, {}
-    for name in planners:
-        planner = PLANNERS.get(name)
+    for planner in map(PLANNERS.get, planners):
         shared: dict[str, Any] = {"spec": spec, "cluster": machine, "costs": costs, "params": planner.params()}
         plan_layer = partial(planner.plan_layer, ahead, budget=budget, **shared)
         made = plan_layer()
-        plan[name] = _median(plan_layer)
-        dispatch[name] = _median(partial(planner.dispatch, load_SE, made, np.ones(made.R, np.bool_), **shared))
+        plan[planner.timed_as] = _median(plan_layer)
+        usable_R = np.ones(made.R, np.bool_)
+        dispatch[planner.timed_as] = _median(partial(planner.dispatch, load_SE, made, usable_R, **shared))
     return {"dispatch_seconds": dispatch, "plan_seconds": plan}
 
 

@@ -74,7 +74,7 @@ class AheadPlans:
         self, runtime: PolicyRuntime, pool: InstancePool, history: LoadHistory, plans: PlansInForce, outage: Outage
     ) -> None:
         self.runtime, self.pool, self.history, self.plans, self.outage = runtime, pool, history, plans, outage
-        self.delay = runtime.costs.background_seconds(runtime.policy)
+        self.delay = runtime.costs.background_seconds(runtime.planner.control)
         self.late = 0
         self.made = 0
         self.keeping = Keeping(runtime)

@@ -40,9 +40,9 @@ LONGEST_RUN = 4096
 def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...]]:
     """Which compiled dispatch is the planner's own, None where there is none, and what it takes."""
     none = (0.0, 0.0, 0.0, 0.0, 0.0)
-    if runtime.planner.dispatch is even_dispatch:
+    if runtime.planner.dispatch.quotas is even_dispatch:
         return EVEN, none
-    if runtime.planner.dispatch in (elastic.dispatch, elastic_ahead.dispatch):
+    if runtime.planner.dispatch.quotas in (elastic.dispatch, elastic_ahead.dispatch):
         rates = elastic.rates_of(runtime.costs)
         fuel = float(elastic.fuel_on(runtime.cluster.num_gpus, runtime.params.fuel))
         return CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), fuel)
@@ -81,7 +81,7 @@ class Stage:
         layers = range(self.spec.L)
         self._wanted = runtime.deployment([history.share(layer) for layer in layers])
         self.ahead = AheadPlans(runtime, pool, history, PlansInForce(self._wanted, 0), self.outage)
-        self.control_L = np.array([self.costs.control_seconds(runtime.policy, layer) for layer in layers])
+        self.control_L = np.array([self.costs.control_seconds(runtime.planner.control, layer) for layer in layers])
         self._misc = self.costs.misc_seconds()
         self._mode, self._rates = _dispatch_mode(runtime)
         self._steps = DecodeSteps(

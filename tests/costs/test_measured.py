@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.cluster import cluster
-from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput, Policy
+from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.costs.measured import MeasuredCosts, linear_terms
 from moeless.costs.profile_reader import FIELDS, load_profile, parse_profile
 from moeless.errors import UserError
-from moeless.placement import elastic
+from moeless.placement import PLANNERS, elastic
 from moeless.profiling.monotone import monotone_grid
 from moeless.spec import preset
 
@@ -174,9 +174,9 @@ def test_exchange_follows_bytes_and_skew():
     hot = costs.all_to_all_seconds(np.array([[9e9, 0.0], [3000.0, 9e9]]))
     between = costs.all_to_all_seconds(np.array([[0, 1500.0], [3000.0, 0]]))
     assert (even, hot, between) == pytest.approx((2 * 3e-5, 2 * 2e-5, 2 * 2.5e-5))
-    assert costs.control_seconds(Policy.parse("elastic"), 0) == pytest.approx(11e-6)
-    assert costs.control_seconds(Policy.parse("static"), 0) == 0.0
-    assert costs.background_seconds(Policy.parse("elastic")) == pytest.approx(10e-6)
+    assert costs.control_seconds(PLANNERS.get("elastic").control, 0) == pytest.approx(11e-6)
+    assert costs.control_seconds(PLANNERS.get("static").control, 0) == 0.0
+    assert costs.background_seconds(PLANNERS.get("elastic").control) == pytest.approx(10e-6)
     assert costs.load_seconds(1500, "host", 0) == pytest.approx(1.5e-6)
     assert costs.load_seconds(1500, "local", 0) == 0.0
 
@@ -205,7 +205,7 @@ def test_a_measured_engine_layer_adds_what_its_parts_do_not_hold():
     assert beyond == pytest.approx([1.5e-6, 0.0])
     assert whole.all_to_all_seconds(bytes_SG) - plain.all_to_all_seconds(bytes_SG) == pytest.approx(1.5e-5)
     # the layer that was measured gathers
-    elastic = Policy.parse("elastic")
+    elastic = PLANNERS.get("elastic").control
     saved = plain.control_seconds(elastic, 0) - whole.control_seconds(elastic, 0)
     assert saved == pytest.approx(EXCHANGE["gather_seconds"])
     # nothing is said of other numbers of ranks
