@@ -44,7 +44,7 @@ def command(
             run.path, "Runs side by side", compare.summary(read), compare.sections(read), manifest=run.snapshot()
         )
     tables = compare.rows(read)
-    columns = [*compare.COLUMNS, *compare.BILL_COLUMNS]
+    columns = list(compare.COLUMNS)
     if as_json:
         common.print_json(
             {

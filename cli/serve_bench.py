@@ -15,24 +15,6 @@ if TYPE_CHECKING:
     from moeless.simulator.bench import BenchConfig
 
 DEFAULT_POLICIES = ["static", "eplb:history", "oracle"]
-COLUMNS = [
-    "policy",
-    "layer mean µs",
-    "p99 µs",
-    "vs static",
-    "imbalance",
-    "replicas",
-    "warm",
-    "TTFT ms",
-    "TPOT ms",
-    "p99 E2E s",
-    "paper GB·s",
-    "vs static",
-    "resident GB·s",
-    "vs static",
-    "GPU·s",
-    "goodput/s",
-]
 
 
 def command(
@@ -167,9 +149,11 @@ def command(
 
     Live: moeless serve-bench --backend live --ranks 8 --host megatron --policy static --policy moeless --verify
     """
+    from moeless.cli.tables import show_cells
     from moeless.contracts import Policy
     from moeless.errors import UserError
     from moeless.metrics import Result
+    from moeless.metrics.catalogue import logged
     from moeless.metrics.requests import parse_goodput
     from moeless.serverless import KeepAlive
     from moeless.simulator.bench import Bench, BenchConfig
@@ -239,11 +223,11 @@ def command(
             predict=predict,
             seed=seed,
         )
-        cells, folder, command_line = run_live(live_config, out=out, wandb=wandb, dry_run=dry_run, row=_row)
+        cells, folder, command_line = run_live(live_config, out=out, wandb=wandb, dry_run=dry_run, row=logged)
         if as_json:
             common.print_json(Result(command_line, tuple(cells)).to_json())
             return
-        _show(cells)
+        show_cells(cells)
         verification_table(cells)
         prediction_table(cells)
         common.remarks.print(f"run folder: {folder}")
@@ -310,7 +294,7 @@ def command(
 
             def keep(cell: Cell) -> None:
                 cells.append(cell)
-                run.log(_row(cell))
+                run.log(logged(cell))
                 for warning in cell.warnings:
                     run.warn(f"{cell.policy} under {cell.costs}: {warning}")
 
@@ -330,69 +314,10 @@ def command(
     if as_json:
         common.print_json(result.to_json())
         return
-    _show(cells)
+    show_cells(cells)
     common.remarks.print(f"run folder: {run.path}")
 
 
 def _plain(config: BenchConfig) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     return plain | {"policies": [str(p) for p in config.policies], "trace": str(config.trace)}
-
-
-def _row(cell: Cell) -> dict[str, Any]:
-    request = cell.request
-    return {
-        "policy": cell.policy,
-        "evidence": cell.evidence,
-        "costs": cell.costs,
-        "layer_mean_ms": cell.layer.mean_ms,
-        "layer_p99_ms": cell.layer.p99_ms,
-        "imbalance": cell.layer.imbalance,
-        "replicas": cell.layer.replicas,
-        "mean_ttft_ms": request.mean_ttft_ms if request else None,
-        "mean_tpot_ms": request.mean_tpot_ms if request else None,
-        "bill_paper": cell.billing.paper,
-        "bill_resident": cell.billing.resident,
-        "bill_gpu_seconds": cell.billing.gpu_seconds,
-    }
-
-
-def _show(cells: list[Cell]) -> None:
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.cluster, cell.costs, cell.settings.get("request_rate")), []).append(cell)
-    for (cluster, costs, rate), mine in groups.items():
-        base = next((cell for cell in mine if cell.policy == "static"), None)
-        runs = f"{mine[0].evidence}, {mine[0].layer.samples:,} layer runs"
-        at = f" at {rate:g} requests/s" if rate else ""
-        title = f"{mine[0].model} on {cluster}{at}, {costs} costs ({runs})"
-        common.show(common.table(title, COLUMNS, [_cells_of(cell, base) for cell in mine]))
-        for warning in dict.fromkeys(warning for cell in mine for warning in cell.warnings):
-            who = [cell.policy for cell in mine if warning in cell.warnings]
-            common.remarks.print(f"! {'all' if len(who) == len(mine) else ', '.join(who)}: {warning}")
-
-
-def _cells_of(cell: Cell, base: Cell | None) -> list[Any]:
-    request, bill, layer = cell.request, cell.billing, cell.layer
-
-    def against(mine: float, theirs: float | None) -> str | None:
-        return f"{100 * (mine / theirs - 1):+.1f} %" if theirs else None
-
-    return [
-        cell.policy + (" (lossy)" if cell.lossy else ""),
-        f"{1e3 * layer.mean_ms:.4g}",
-        f"{1e3 * layer.p99_ms:.4g}",
-        against(layer.mean_ms, base.layer.mean_ms if base else None),
-        f"{layer.imbalance:.3f}",
-        f"{layer.replicas:.1f}",
-        f"{100 * layer.warm_rate:.1f} %",
-        f"{request.mean_ttft_ms:.1f}" if request else None,
-        f"{request.mean_tpot_ms:.2f}" if request and request.mean_tpot_ms is not None else None,
-        f"{request.p99_e2el_ms / 1e3:.2f}" if request else None,
-        bill.paper,
-        against(bill.paper, base.billing.paper if base else None),
-        bill.resident,
-        against(bill.resident, base.billing.resident if base else None),
-        bill.gpu_seconds,
-        request.request_goodput if request else None,
-    ]

@@ -147,7 +147,7 @@ def _figure(tuning: Tuning, outcome: Outcome) -> tuple[str, Any]:
     title = f"Tuning {tuning.policy}, {tuning.bench.spec.name} on {tuning.bench.cluster.name}"
     labels = [objective.label for objective in tuning.objectives]
     if len(labels) == 1:
-        value_N = [trial["values"][tuning.objectives[0].name] for trial in outcome.trials]
+        value_N = [trial["values"][tuning.objectives[0].objective] for trial in outcome.trials]
         found = np.array([np.nan if value is None else value for value in value_N])
         return title, tuning_figures.progress(found, labels[0], maximise=tuning.objectives[0].maximise, title=title)
     row = {number: index for index, number in enumerate(outcome.trial_N)}
@@ -163,7 +163,7 @@ def _figure(tuning: Tuning, outcome: Outcome) -> tuple[str, Any]:
 
 
 def _show(tuning: Tuning, outcome: Outcome) -> None:
-    names = [objective.name for objective in tuning.objectives]
+    names = [objective.objective for objective in tuning.objectives]
     columns = ["", *(axis.name for axis in tuning.axes), *names]
     columns += [column for name in names for column in (f"{name}, held out", "vs default")]
     base = outcome.rows[0].held_out

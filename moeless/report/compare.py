@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moeless.errors import UserError
+from moeless.metrics import catalogue
 from moeless.metrics.result import Cell, Result, read_result
 from moeless.report.page import Section, Table, Text
 from moeless.tracking import read_manifest
 
-COLUMNS = ("policy", "run", "mean layer (ms)", "vs first run (%)", "p99 (ms)", "TTFT mean (ms)", "TPOT mean (ms)")
-BILL_COLUMNS = ("paper bill (GB·s)", "resident bill (GB·s)", "GPU·s", "evidence")
+COLUMNS = ("policy", "run", *catalogue.headings("compare"), "evidence")
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,17 @@ def _key(cell: Cell) -> tuple[str, str, str]:
 
 
 def rows(runs: Sequence[Compared]) -> dict[tuple[str, str], list[list[Any]]]:
-    """Rows of COLUMNS and BILL_COLUMNS by (cost model, model and cluster); a policy's runs stand together."""
+    """Rows of COLUMNS by (cost model, model and cluster); a policy's runs stand together."""
     order = list(dict.fromkeys(_key(cell) for run in runs for cell in run.result.cells))
     found: dict[tuple[str, str], list[list[Any]]] = {}
     for key in order:
-        first: float | None = None
+        first: Cell | None = None
         for run in runs:
             for cell in (cell for cell in run.result.cells if _key(cell) == key):
-                mean = cell.layer.mean_ms
-                change = None if not first else round(100.0 * (mean / first - 1.0), 2)
-                first = mean if first is None else first
-                request, bill = cell.request, cell.billing
+                numbers = catalogue.values("compare", cell, first)
+                first = first or cell
                 found.setdefault(key[:2], []).append(
-                    [
-                        cell.policy + (" †" if cell.lossy else ""),
-                        run.name,
-                        mean,
-                        change,
-                        cell.layer.p99_ms,
-                        None if request is None else request.mean_ttft_ms,
-                        None if request is None else request.mean_tpot_ms,
-                        bill.paper,
-                        bill.resident,
-                        bill.gpu_seconds,
-                        cell.evidence,
-                    ]
+                    [cell.policy + (" †" if cell.lossy else ""), run.name, *numbers, cell.evidence]
                 )
     return found
 
@@ -105,7 +91,7 @@ def _described(manifest: Mapping[str, Any]) -> dict[str, str]:
 def sections(runs: Sequence[Compared]) -> list[Section]:
     """The page's sections: results, then differences."""
     made = [
-        Section(f"{costs} costs: {where}", [Table([*COLUMNS, *BILL_COLUMNS], table, "Each policy in each run.")])
+        Section(f"{costs} costs: {where}", [Table(list(COLUMNS), table, "Each policy in each run.")])
         for (costs, where), table in rows(runs).items()
     ]
     different = differences(runs)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moeless.contracts import FloatArray
+from moeless.metrics import catalogue
 from moeless.metrics.result import Cell
 from moeless.report import style
 from moeless.report.bar_figures import whiskers
@@ -21,10 +22,9 @@ PARTS = {
     "control": ("control", "#e69f00"),
     "stall": ("waiting for weights", "#d55e00"),
 }
+#: Billing rule to the label of its axis: the bills whose difference to static EP is shown.
 BILLS = {
-    "paper": "paper's rule (GB·s)",
-    "resident": "resident experts (GB·s)",
-    "gpu_seconds": "whole GPUs (GPU·s)",
+    metric.key.partition(".")[2]: column.label for metric, column in catalogue.shown("billing page") if column.change
 }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moeless.metrics import catalogue
 from moeless.metrics.result import Cell, Result
 from moeless.report import result_figures
 from moeless.report.page import Figure, Section, Table, Text
-from moeless.report.summary import baseline, change, groups
+from moeless.report.summary import baseline, groups
 from moeless.tracking.run import Run, slug
 
 COST_NOTES = {
@@ -57,80 +58,33 @@ def warnings(result: Result) -> list[str]:
 
 def layer_table(cells: Sequence[Cell]) -> Table:
     """Layer latency, balance and copies, one row per policy."""
-    columns = ["policy", "mean layer (ms)", "vs static (%)", "p50 (ms)", "p99 (ms)", "imbalance", "replicas per layer"]
-    columns += ["warm (%)", "moved (GB)", "n", "evidence"]
-    rows: list[list[Any]] = []
-    for name, cell in zip(result_figures.names(cells), cells, strict=True):
-        layer, static = cell.layer, baseline(cells, cell)
-        rows.append(
-            [
-                name,
-                layer.mean_ms,
-                None if static is None or static is cell else _round(change(layer.mean_ms, static.layer.mean_ms)),
-                layer.p50_ms,
-                layer.p99_ms,
-                layer.imbalance,
-                layer.replicas,
-                100.0 * layer.warm_rate,
-                layer.moved_bytes / 1e9,
-                layer.samples,
-                cell.evidence,
-            ]
-        )
-    return Table(columns, rows, _caption(cells, "MoE-layer time over all iterations and layers"))
+    table = _table("layer page", cells, "MoE-layer time over all iterations and layers")
+    rows = [[*row, cell.evidence] for row, cell in zip(table.rows, cells, strict=True)]
+    return Table([*table.columns, "evidence"], rows, table.caption)
 
 
 def billing_table(cells: Sequence[Cell]) -> Table:
     """The three bills and their difference to static EP."""
-    rules = ("paper", "resident", "gpu_seconds")
-    columns = ["policy"]
-    for rule in rules:
-        columns += [result_figures.BILLS[rule], "vs static (%)"]
-    columns.append("list price ($)")
-    rows: list[list[Any]] = []
-    for name, cell in zip(result_figures.names(cells), cells, strict=True):
-        static = baseline(cells, cell)
-        row: list[Any] = [name]
-        for rule in rules:
-            value = getattr(cell.billing, rule)
-            row += [
-                value,
-                None if static is None or static is cell else _round(change(value, getattr(static.billing, rule))),
-            ]
-        rows.append([*row, cell.billing.gpu_dollars])
     text = (
         "Three bills: an expert while its own layer runs (paper's rule), while it is in memory, and whole GPUs while "
         "they are held"
     )
-    return Table(columns, rows, _caption(cells, text))
+    return _table("billing page", cells, text)
 
 
 def request_table(cells: Sequence[Cell]) -> Table | None:
     """Request latency under the names of vLLM's benchmark; None where no cell has it."""
     if all(cell.request is None for cell in cells):
         return None
-    columns = ["policy", "TTFT mean (ms)", "TTFT p99 (ms)", "TPOT mean (ms)", "TPOT p99 (ms)", "E2E mean (ms)"]
-    columns += ["output tokens/s", "completed", "goodput (req/s)"]
+    return _table("request page", cells, "Request latency")
+
+
+def _table(view: catalogue.View, cells: Sequence[Cell], text: str) -> Table:
     rows: list[list[Any]] = []
     for name, cell in zip(result_figures.names(cells), cells, strict=True):
-        request = cell.request
-        if request is None:
-            rows.append([name, *[None] * (len(columns) - 1)])
-            continue
-        rows.append(
-            [
-                name,
-                request.mean_ttft_ms,
-                request.p99_ttft_ms,
-                request.mean_tpot_ms,
-                request.p99_tpot_ms,
-                request.mean_e2el_ms,
-                request.output_throughput,
-                request.completed,
-                request.request_goodput,
-            ]
-        )
-    return Table(columns, rows, _caption(cells, "Request latency"))
+        static = baseline(cells, cell)
+        rows.append([name, *catalogue.values(view, cell, None if static is cell else static)])
+    return Table(["policy", *catalogue.headings(view)], rows, _caption(cells, text))
 
 
 def _figures(run: Run, cells: Sequence[Cell], stem: str, label: str) -> list[Figure]:
@@ -158,7 +112,3 @@ def _caption(cells: Sequence[Cell], text: str) -> str:
 
 def _lossy_note(cells: Sequence[Cell]) -> str:
     return " † changes the model's outputs; a yardstick, not a policy." if any(cell.lossy for cell in cells) else ""
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)

@@ -80,7 +80,7 @@ def conclude(tuning: Tuning, study: optuna.Study, folder: Path) -> Outcome:
     default = Preset.split(DEFAULT, tuning.policy, tuning.default_values)
     presets = [tuning.preset(trial, "tuned" if trial is knee else f"trial-{trial.number}") for trial in tested]
     cells = tuning.held_out([default, *presets])
-    held = [{o.name: o.value(cell) for o in tuning.objectives} for cell in cells]
+    held = [{o.objective: o.of(cell) for o in tuning.objectives} for cell in cells]
     first = next((t for t in study.trials if t.values is not None and t.params == tuning.default_values), None)
     rows = [Found(DEFAULT, first.number if first else None, tuning.default_values, _values(names, first), held[0])]
     for trial, preset, values in zip(tested, presets, held[1:], strict=True):

@@ -17,11 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from moeless.contracts import Policy
 from moeless.errors import RunFailed, UserError
 from moeless.files import sha256
+from moeless.metrics.catalogue import Metric, objectives
 from moeless.metrics.result import Cell
 from moeless.placement import PLANNERS
 from moeless.simulator.bench import Bench, BenchConfig
 from moeless.tuning import storage, workers
-from moeless.tuning.objectives import Objective, objectives
 from moeless.tuning.presets import Preset, apply_preset, run_presets
 from moeless.tuning.sampler import SeededByTrial
 from moeless.tuning.space import SERVERLESS, Axis, Value, search_space
@@ -74,7 +74,7 @@ class Tuning:
         if self.policy.planner == "oracle":
             raise UserError("the oracle overrides routing and has nothing to tune")
         self.planner = PLANNERS.get(self.policy.planner)
-        self.objectives: tuple[Objective, ...] = objectives(config.objective_names)
+        self.objectives: tuple[Metric, ...] = objectives(config.objective_names)
         self.defaults: dict[str, Value] = {name: getattr(config.bench, name) for name in SERVERLESS}
         self.axes, self.left = search_space(self.planner, self.defaults, config.ranges)
         self._tune, self._test = _split(config.bench)
@@ -92,7 +92,7 @@ class Tuning:
         return {
             "policy": str(self.policy),
             "costs": self.costs,
-            "objectives": [objective.name for objective in self.objectives],
+            "objectives": [objective.objective for objective in self.objectives],
             "space": {axis.name: axis.to_json() for axis in self.axes},
             "trace": sha256(bench.trace / "trace.json"),
             "model": self.bench.spec.name,
@@ -202,7 +202,7 @@ class Tuning:
         """
         found = []
         for objective in self.objectives:
-            value = objective.value(cell)
+            value = objective.of(cell)
             if value is None or not np.isfinite(value):
                 why = cell.warnings[-1] if cell.warnings else "the run leaves it undefined"
                 raise UserError(f"{objective.label} is undefined: {why}")
