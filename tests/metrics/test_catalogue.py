@@ -22,7 +22,7 @@ def test_keys_objectives_and_logged_names_are_unique() -> None:
         assert len(set(names)) == len(names)
 
 
-def test_the_terminal_shows_the_columns_in_their_fixed_order() -> None:
+def test_the_terminals_columns_keep_their_order_whatever_is_added() -> None:
     expected = ["layer mean µs", "p99 µs", "vs static", "imbalance", "replicas", "warm", "TTFT ms", "TPOT ms"]
     expected += ["p99 E2E s", "paper GB·s", "vs static", "resident GB·s", "vs static", "GPU·s", "goodput/s"]
-    assert catalogue.headings("terminal") == expected
+    assert [name for name in catalogue.headings("terminal") if name in expected] == expected
