@@ -26,8 +26,9 @@ WEIGHTS_FILE = "weights.safetensors"
 METRICS_FILE = "metrics.json"
 FORMAT = 1
 
-#: What a predictor reads from its context besides past loads.
-Reads = Literal["nothing", "topk", "router_inputs"]
+#: What a predictor reads of the iteration: nothing but its size, the source layer's expert ids or gate inputs, or the
+#: target layer's true load, which simulations alone can know.
+Reads = Literal["nothing", "topk", "router_inputs", "true_load"]
 
 
 class Wants(NamedTuple):
@@ -40,14 +41,26 @@ class Wants(NamedTuple):
 class LoadPredictor(ABC):
     """Forecasts the load of layer ``layer + distance`` while ``layer`` runs.
 
+    A class declares what it is; whoever uses it asks these declarations, never its name or its class.
+
     Attributes:
         name: the registry's name of the method.
-        reads: what it takes from :class:`~moeless.contracts.Context` besides past loads.
+        reads: what it takes from :class:`~moeless.contracts.Context` besides past loads and the tokens' number.
+        needs_fitting: whether it has to be fitted on a trace before it forecasts.
+        needs_gates: whether it is made from the model's gates.
+        from_history: whether every forecast is ``Context.history_E`` alone, which is known of all layers before an
+            iteration starts, so that no distance has to be chosen.
+        forecasts_first: whether it forecasts the layers that none precedes by the distance (``layer`` below 0) better
+            than history does.
         spec: the model whose loads it forecasts.
     """
 
     name: ClassVar[str]
     reads: Reads = "nothing"
+    needs_fitting: ClassVar[bool] = False
+    needs_gates: ClassVar[bool] = False
+    from_history: ClassVar[bool] = False
+    forecasts_first: ClassVar[bool] = False
 
     def __init__(self, spec: MoESpec) -> None:
         self.spec = spec
@@ -78,7 +91,7 @@ class LoadPredictor(ABC):
     def wants(cls, options: Mapping[str, Any], has_router_inputs: bool) -> Wants:
         """What fitting with those options needs of a trace."""
         del options, has_router_inputs
-        return Wants(cls.reads, bool(getattr(cls, "needs_gates", False)))
+        return Wants(cls.reads, cls.needs_gates)
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
         """How much better than history it did on validation requests, for an iteration of that size.
@@ -87,6 +100,15 @@ class LoadPredictor(ABC):
         """
         del layer, distance, phase, tokens
         return None
+
+    def to(self, device: Any) -> Self:
+        """Keep fitted arrays on a device, where inputs lie that are to be forecast from; the object itself is changed.
+
+        Args:
+            device: a ``torch.device`` or its name.
+        """
+        del device
+        return self
 
     @property
     def token_part(self) -> Any:

@@ -54,6 +54,7 @@ class Blend(LoadPredictor):
     """
 
     name = "blend"
+    needs_fitting = True
     #: Layers that nothing precedes have weights of their own.
     forecasts_first = True
     reads: Reads = "topk"

@@ -127,7 +127,7 @@ class Evaluator:
         pairs = pairs_of(self.rows.spec.L, self.settings.distances)
         part = predictor.token_part
         tokens = None if part is None else TokenLoads(part, self.rows, self.row_T, pairs, with_hits=True)
-        if getattr(predictor, "forecasts_first", False):
+        if predictor.forecasts_first:
             # the first layers, from what is known before any has run
             pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.settings.distances))]]
         made: list[Row] = []

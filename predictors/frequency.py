@@ -21,6 +21,7 @@ class Frequency(LoadPredictor):
     """Each expert's share of the training requests' assignments, ``[L, E]``."""
 
     name = "frequency"
+    needs_fitting = True
 
     def __init__(self, spec: MoESpec, share_LE: NDArray[Any] | None = None) -> None:
         if share_LE is None:

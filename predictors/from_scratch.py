@@ -38,6 +38,7 @@ class FromScratch(TokenLevel):
     """
 
     name = "from_scratch"
+    needs_fitting = True
     reads = "router_inputs"
 
     def __init__(

@@ -10,6 +10,7 @@ class History(LoadPredictor):
     """The target layer's mean load share so far, times this iteration's assignments."""
 
     name = "history"
+    from_history = True
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
         """Mean share of the past; see :class:`LoadPredictor`."""

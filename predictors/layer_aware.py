@@ -33,6 +33,7 @@ class LayerAware(GateReuse):
     """
 
     name = "layer_aware"
+    needs_fitting = True
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ class Oracle(LoadPredictor):
     """The target layer's true load with no variance: only simulations and replays can know it."""
 
     name = "oracle"
+    reads = "true_load"
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
         """Exact at any distance; before the iteration it would be exact as well, which no run can be."""

@@ -11,7 +11,6 @@ import torch
 
 from moeless.contracts import Context, Phase
 from moeless.predictors.base import LoadPredictor
-from moeless.predictors.token_level import TokenLevel
 
 
 def predict_microseconds(
@@ -27,7 +26,7 @@ def predict_microseconds(
     On another device than the CPU a token-level method's weights and gate inputs lie there, as a live layer's do; the
     load's way back to the host is part of the time.
     """
-    if device != "cpu" and isinstance(predictor, TokenLevel):
+    if device != "cpu":
         predictor.to(device)
     rng = np.random.default_rng(seed)
     spec = predictor.spec

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,11 +51,6 @@ class TokenLevel(LoadPredictor):
     @abstractmethod
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
         """Selection scores ``[T, E]`` of the target layer; ``input_TX`` is ``[T, H]`` f32 or ``[T, K]`` i64."""
-
-    def to(self, device: str | torch.device) -> Self:
-        """Keep the weights on a device, where inputs lie that are to be forecast from; the object itself is changed."""
-        del device
-        return self
 
     def temperature(self, layer: int, distance: int) -> float:
         """What scores are divided by before a softmax turns them into probabilities."""

@@ -63,6 +63,7 @@ class Transition(TokenLevel):
     """Fitted tables and small networks, one per (layer, distance)."""
 
     name = "transition"
+    needs_fitting = True
     reads = "topk"
     counting = "probability"
     batch_context = True

@@ -98,10 +98,10 @@ class Controller:
         self.rule = self._distance_rule() if self.ahead and policy.policy.distance == AUTO else None
         self._layer_started, self._carried_exchange = 0.0, 0.0
         # what the predictor reads of the iteration; past loads are known to every rank
-        self._reads = getattr(policy.predictor, "reads", "nothing") if self.ahead else "nothing"
+        self._reads = policy.predictor.reads if self.ahead else "nothing"
         self._carried_targets: list[int] = []
         self.planning, self.forecasting = Planning(policy), Forecasting(exchange.ranks.device)
-        if hasattr(policy.predictor, "to"):
+        if policy.predictor is not None:
             policy.predictor.to(exchange.ranks.device)
         store.deploy([self._own(plan) for plan in self.plans], self.keep_alive, 0.0)
 
@@ -150,7 +150,7 @@ class Controller:
 
     def _forecast_first(self, targets: list[int], token_T: IntArray | None) -> list[Forecast]:
         """Layers that nothing precedes: by the predictor where it knows how, which takes a gather; else history."""
-        if not targets or not getattr(self.policy.predictor, "forecasts_first", False):
+        if not targets or not self.policy.predictor.forecasts_first:
             return [self.policy.from_share(self.history.share(target), self._tokens) for target in targets]
         words = [self._first_words(target, int(self._distance_L[target]), token_T) for target in targets]
         began = time.perf_counter()

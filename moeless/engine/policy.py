@@ -133,10 +133,10 @@ def resolve_live(
 
 
 def _default_predictor(planner: Planner, folders: tuple[Path, ...]) -> str:
-    from moeless.predictors import load_predictor
+    from moeless.predictors import PREDICTORS, load_predictor
 
     name = planner.default_predictor
-    unfitted = name in ("history", "last", "none", "gate_reuse")
+    unfitted = not PREDICTORS.get(name).needs_fitting
     return name if unfitted or any(load_predictor(folder).name == name for folder in folders) else "gate_reuse"
 
 
@@ -144,7 +144,7 @@ def _predictor(name: str, spec: MoESpec, model: Path, folders: tuple[Path, ...])
     from moeless.predictors import PREDICTORS, load_predictor
 
     kind = PREDICTORS.get(name)
-    if name == "oracle":
+    if kind.reads == "true_load":
         raise UserError("the oracle predictor reads the future and exists in the simulator only")
     for folder in folders:
         predictor = load_predictor(folder)
@@ -154,7 +154,7 @@ def _predictor(name: str, spec: MoESpec, model: Path, folders: tuple[Path, ...])
         if mine != its:
             raise UserError(f"{folder} was fitted for {predictor.spec.name}, whose shapes are not those of {spec.name}")
         return predictor
-    if name == "gate_reuse":
+    if kind.needs_gates and not kind.needs_fitting:
         from moeless.predictors.gates import read_gates
 
         return kind(spec, gates=read_gates(model, spec))

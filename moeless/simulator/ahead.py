@@ -111,7 +111,7 @@ class AheadPlans:
 
     def _first(self, target: int, distance: int, work: Work) -> Forecast:
         """From the past alone: history, or what the predictor found best for layers that nothing precedes."""
-        if getattr(self.runtime.predictor, "forecasts_first", False):
+        if self.runtime.predictor.forecasts_first:
             forecast: Forecast = self.runtime.predictor.predict(
                 self._context(target, work), target - distance, distance
             )

@@ -28,7 +28,7 @@ class Keeping:
         spec, gpus = runtime.spec, runtime.cluster.G
         ahead = runtime.planner.plan_layer is elastic_ahead.plan_layer
         active = (ahead or runtime.planner.plan_layer is elastic.plan_layer) and (
-            getattr(runtime.predictor, "name", "") == "history"
+            runtime.predictor is not None and runtime.predictor.from_history
         )
         gpu_E, extra, skip = np.zeros(spec.E, np.int64), 0, -np.ones(spec.L)
         tolerance, doubt, normal_CE, numbers = 0.0, 0.0, np.zeros((0, spec.E)), (0.0, 0.0, 0.0)

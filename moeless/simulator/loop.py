@@ -83,7 +83,7 @@ class Run:
         self.nonexpert = NonExpertCosts(self.spec, self.cluster)
         self._warmup = settings.warmup_iterations
         self._failures = check_failures(settings.failures, self.cluster.G)
-        self._reads = getattr(runtime.predictor, "reads", "topk") if self.stage.cadence == "iteration" else "nothing"
+        self._reads = runtime.predictor.reads if self.stage.cadence == "iteration" else "nothing"
         self._router_inputs = router_inputs
         self._ranks: Any = {}
         self.now, self.busy, self._idle, self._iterations = 0.0, 0.0, 0.0, 0
@@ -147,7 +147,7 @@ class Run:
 
     def _compute(self, spans: SpanColumns, phase: Phase, tokens: int, sums_SX: FloatArray) -> None:
         """Run one iteration and move the clock to its end."""
-        rows = self.replay.rows(spans) if self._reads != "nothing" else None
+        rows = self.replay.rows(spans) if self._reads in ("topk", "router_inputs") else None
         inputs = None
         if rows is not None and self._reads == "router_inputs" and self._router_inputs is not None:
             inputs = self._router_inputs(rows)

@@ -11,7 +11,6 @@ from moeless.placement import elastic, elastic_ahead, paper
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.paper_kernels import PaperTerms
 from moeless.placement.threads import in_parallel
-from moeless.predictors.history import History
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.fixed_plan_kernels import FixedTerms, no_fixed
 from moeless.simulator.plan_rows import Plans, room_for
@@ -96,7 +95,7 @@ class PlannedIterations:
         first = min(self._terms.distance, spec.L)
         horizon_L = np.full(spec.L, self._patience)
         total_L = history.weight_LE.sum(1)
-        if isinstance(self.runtime.predictor, History) and (total_L > 0).all():
+        if self.runtime.predictor.from_history and (total_L > 0).all():
             share_LE = history.weight_LE / total_L[:, None]
             mean_LE = np.empty_like(share_LE)
             mean_LE[:first] = share_LE[:first] * (work.tokens * spec.K)

@@ -14,6 +14,7 @@ from moeless.engine.core import PartTimes
 from moeless.engine.history import WINDOW, LiveHistory
 from moeless.engine.policy import resolve_live
 from moeless.errors import UserError
+from moeless.predictors import LoadPredictor
 from moeless.traces.specs import resolve_spec
 
 TOKENS = np.array([3, 1, 4, 1, 5, 9])
@@ -21,7 +22,7 @@ TOKENS = np.array([3, 1, 4, 1, 5, 9])
 HELD_WORDS = 2
 
 
-class Asked:
+class Asked(LoadPredictor):
     """Forecasts tokens on expert 0 alone with a skill that fades, and notes what it was asked."""
 
     name, reads, forecasts_first = "asked", "topk", True

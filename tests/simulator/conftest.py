@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moeless.cluster import Cluster
 from moeless.contracts import Forecast, Iteration, Phase, Policy, Request, Span
 from moeless.costs import COSTS
+from moeless.predictors import LoadPredictor
 from moeless.simulator import Replay, resolve
 from moeless.simulator.failures import Failure
 from moeless.simulator.runtime import PolicyRuntime
@@ -52,8 +53,13 @@ class OneByOne:
         return self.requests[self.index].arrival if self.index < len(self.requests) else None
 
 
-class LastLoad:
+class LastLoad(LoadPredictor):
     """Forecasts what the target layer had last time, or even shares."""
+
+    name = "last"
+
+    def __init__(self):
+        pass
 
     def predict(self, context, layer, distance):
         load_E = np.ones(8) if context.last_load_E is None else np.asarray(context.last_load_E, np.float64)

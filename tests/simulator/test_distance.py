@@ -6,13 +6,13 @@ from moeless.cluster import cluster
 from moeless.contracts import Policy
 from moeless.costs import COSTS
 from moeless.errors import UserError
-from moeless.predictors import PREDICTORS
+from moeless.predictors import PREDICTORS, LoadPredictor
 from moeless.serverless import PoolSettings
 from moeless.simulator import SimulationSettings, resolve, simulate
 from moeless.workloads.schedulers import Continuous
 
 
-class Asked:
+class Asked(LoadPredictor):
     """History's forecast, with a skill that fades; notes from which distances it was asked."""
 
     name = "asked"

@@ -11,6 +11,7 @@ from moeless.cluster import cluster
 from moeless.contracts import LayerPlan, Policy, Request
 from moeless.costs import COSTS
 from moeless.errors import RunFailed, UserError
+from moeless.predictors import LoadPredictor
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import SimulationSettings, resolve, simulate
 from moeless.simulator.failures import Failure, Outage
@@ -18,10 +19,13 @@ from moeless.simulator.timeline import Timeline
 from moeless.workloads.schedulers import Continuous
 
 
-class Even:
+class Even(LoadPredictor):
     """Forecasts equal shares, except that the first expert is hot in every other call."""
 
-    calls = 0
+    name, calls = "even", 0
+
+    def __init__(self):
+        pass
 
     def predict(self, context, layer, distance):
         from moeless.contracts import Forecast
