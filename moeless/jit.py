@@ -49,43 +49,18 @@ def njit(*signature: Any, **options: Any) -> Callable[..., Any]:
         return compiled
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = numba.njit(*signature, **{**options, "cache": False})(function)  # noqa: TID251
-        if options.get("cache"):
-            _enable_cache(compiled, function)
+        given = numba.config.CACHE_DIR
+        folder = cache_folder(Path(function.__code__.co_filename))
+        # numba looks where its cache is when it decorates
+        numba.config.CACHE_DIR = folder or given
+        wanted = options if folder else {**options, "cache": False}
+        try:
+            compiled: Callable[..., Any] = numba.njit(*signature, **wanted)(function)  # noqa: TID251
+        finally:
+            numba.config.CACHE_DIR = given
         return compiled
 
     return decorate
-
-
-def njit_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As :func:`njit` for a large function of one signature, stated by its annotations; see ``compiled_once``."""
-    if not COMPILED:
-        return function
-    import numba
-
-    if numba.config.DISABLE_JIT:
-        return function
-    from moeless.compiled_once import CompiledOnce
-
-    _listen()
-    compiled = CompiledOnce(function)
-    _enable_cache(compiled, function)
-    return compiled
-
-
-def _enable_cache(compiled: Any, function: Callable[..., Any]) -> None:
-    """Have numba keep what it compiles, where any folder can be written."""
-    import numba
-
-    folder = cache_folder(Path(function.__code__.co_filename))
-    if folder:
-        given = numba.config.CACHE_DIR
-        # numba looks where its cache is when this is called
-        numba.config.CACHE_DIR = folder
-        try:
-            compiled.enable_caching()
-        finally:
-            numba.config.CACHE_DIR = given
 
 
 @cache

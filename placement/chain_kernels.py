@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moeless.contracts import IntArray
 from moeless.jit import njit
@@ -28,11 +27,11 @@ class Copies(NamedTuple):
     """
 
     tokens_M: IntArray
-    gpu_M: NDArray[np.uint32]
-    next_M: NDArray[np.uint32]
+    gpu_M: np.ndarray
+    next_M: np.ndarray
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def copies_in(whole_W, copies):  # type: ignore[no-untyped-def]
     """So many copies, whatever they hold, in the first ``2 * copies`` whole numbers of ``whole_W``."""
     at_2M = whole_W[copies : 2 * copies].view(np.uint32)
@@ -44,7 +43,7 @@ def _busy(n, a, b):  # type: ignore[no-untyped-def]
     return max(a * n, b) if n > 0 else 0.0
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _move(r, q, m, tokens_M, gpu_M, time_G, tokens_G, a, b):  # type: ignore[no-untyped-def]
     g, h, n, k = gpu_M[r], gpu_M[q], tokens_M[r], tokens_M[q]
     time_G[g] += _busy(n - m, a, b) - _busy(n, a, b)
@@ -73,7 +72,7 @@ def gather(state, time_G, tokens_G, a, b):  # type: ignore[no-untyped-def]
             q = next_M[q]
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _serve(first, state, time_G, tokens_G, a, b, c):  # type: ignore[no-untyped-def]
     """All tokens of a gathered expert to its copy on the least busy GPU; ``first`` is the copy that holds them."""
     tokens_M, gpu_M, next_M = state

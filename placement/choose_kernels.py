@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray
-from moeless.jit import njit, njit_once
+from moeless.contracts import FloatArray, IntArray
+from moeless.jit import njit
 from moeless.placement.grow_kernels import BY_EXPERT, BY_GPU, BY_LEVEL, grow
 from moeless.placement.judge_kernels import bound_of, draw_scenarios, mean_seconds, static_totals
 
@@ -173,12 +173,11 @@ def still_chosen(noted_N, expert_X, gpu_X, expert_P, gpu_P, primary_P, live_P, l
     return (noted_N[_GAIN] <= delay) == (noted_N[_WEIGHED] < 0.0)
 
 
-@njit_once
-def choose_noting(
-    mean_E: FloatArray, var_E: FloatArray, doubt: float, expert_P: Int32Array, gpu_P: Int32Array, primary_P: BoolArray,
-    live_P: BoolArray, horizon: int, lead: float, copy_G: FloatArray, skip: float, terms: ChoiceTerms,
-    expert_R: Int32Array, gpu_R: Int32Array, noted_N: FloatArray, expert_X: Int32Array, gpu_X: Int32Array,
-) -> int:  # fmt: skip
+@njit(cache=True, nogil=True)
+def choose_noting(  # type: ignore[no-untyped-def]
+    mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, copy_G, skip, terms, expert_R, gpu_R,
+    noted_N, expert_X, gpu_X,
+):  # fmt: skip
     """:func:`choose`, and what of it hangs on the moment: for :func:`still_chosen`.
 
     ``noted_N`` gets whether a change was weighed against its delay (negative: and was found wanting), its gain, and
@@ -192,7 +191,7 @@ def choose_noting(
     if terms.extra == 0 or num_gpus == 1 or mean_E.max() <= 0.0:
         return experts
     if len(terms.normal_CE) == 0:
-        return int(grow(mean_E, gpu_E, terms.room_G, terms.extra, BY_LEVEL, expert_R, gpu_R))
+        return grow(mean_E, gpu_E, terms.room_G, terms.extra, BY_LEVEL, expert_R, gpu_R)
     load_CE = np.empty(terms.normal_CE.shape, np.int64)
     load_CE = load_CE[: draw_scenarios(mean_E, var_E, doubt, terms.normal_CE, load_CE)]
     scenarios = len(load_CE)
@@ -213,7 +212,6 @@ def choose_noting(
         weight_2E[1, e] = max(a * n, b * -np.expm1(-n)) + c * n
     # an exact forecast is one scenario, judged the more closely
     fuel = terms.fuel * (len(terms.normal_CE) // scenarios)
-    count: int
     count, reached = _fewest(load_CE, time_CG, tokens_CG, rest_C, weight_2E, terms, plain, fuel, expert_R, gpu_R)
     extras, fits = _previous_extras(expert_P, gpu_P, primary_P, terms)
     if fits:

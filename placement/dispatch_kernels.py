@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray
 from moeless.costs.kernels import KernelTerms, quota_time_with
-from moeless.jit import njit, njit_once
+from moeless.jit import njit
 from moeless.placement.chain_kernels import copies_in
 from moeless.placement.dispatch import _round_robin
 from moeless.placement.path_kernels import search
@@ -36,12 +35,10 @@ def choose_copies(load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c
     )  # fmt: skip
 
 
-@njit_once
-def _choose_copies(
-    load_E: IntArray, expert_R: Int32Array, gpu_R: Int32Array, primary_R: BoolArray, serving_R: BoolArray,
-    num_gpus: int, a: float, b: float, c: float, depth: int, fuel: int, tokens_R: IntArray, whole_W: IntArray,
-    real_W: FloatArray,
-) -> tuple[float, float]:  # fmt: skip
+@njit(cache=True, nogil=True)
+def _choose_copies(  # type: ignore[no-untyped-def]
+    load_E, expert_R, gpu_R, primary_R, serving, num_gpus, a, b, c, depth, fuel, tokens_R, whole_W, real_W
+):
     """:func:`choose_copies` in given memory."""
     num_experts, num_replicas = len(load_E), len(expert_R)
     copies_E, start_E = whole_W[:num_experts], whole_W[num_experts : 2 * num_experts]
@@ -58,7 +55,7 @@ def _choose_copies(
     first_G[0] = 0
     for r in range(num_replicas):
         tokens_R[r] = 0
-        if serving_R[r]:
+        if serving[r]:
             e = expert_R[r]
             copies_E[e] += 1
             if start_E[e] < 0 or primary_R[r]:
@@ -66,7 +63,7 @@ def _choose_copies(
     movable = 0
     for r in range(num_replicas):
         e, g = expert_R[r], gpu_R[r]
-        if not serving_R[r] or load_E[e] == 0:
+        if not serving[r] or load_E[e] == 0:
             continue
         if start_E[e] == r:
             tokens_R[r] = load_E[e]
@@ -85,7 +82,7 @@ def _choose_copies(
         first_G[g + 1] += first_G[g]
     for r in range(num_replicas):
         e, g = expert_R[r], gpu_R[r]
-        if serving_R[r] and load_E[e] > 0 and copies_E[e] > 1:
+        if serving[r] and load_E[e] > 0 and copies_E[e] > 1:
             i = fill_G[g]
             fill_G[g] += 1
             tokens_M[i], gpu_M[i], back_M[i] = tokens_R[r], g, r
@@ -95,7 +92,9 @@ def _choose_copies(
                 next_M[tail_E[e]] = i
             tail_E[e] = i
             next_M[i] = head_E[e]
-    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, True, whole_W, real_W)
+    # as a constant it would be compiled into a second search
+    thorough = np.bool_(True)
+    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, thorough, whole_W, real_W)
     for i in range(movable):
         tokens_R[back_M[i]] = tokens_M[i]
     return before, after
@@ -215,8 +214,7 @@ def best_quotas(  # type: ignore[no-untyped-def]
         numbers_K[4], numbers_K[5], numbers_K[6], numbers_K[7] > 0, numbers_K[8], numbers_K[9] > 0,
         int(numbers_K[10]), numbers_K[11], numbers_K[12], numbers_K[13], numbers_K[14],
     )  # fmt: skip
-    serving_R = whole_W[:num_replicas].view(np.bool_)[:num_replicas]
-    alive_E = whole_W[num_replicas : num_replicas + num_experts]
+    serving_R, alive_E = whole_W[:num_replicas], whole_W[num_replicas : num_replicas + num_experts]
     for e in range(num_experts):
         alive_E[e] = 0
     for r in range(num_replicas):
@@ -225,19 +223,18 @@ def best_quotas(  # type: ignore[no-untyped-def]
             alive_E[expert_R[r]] = 1
     for r in range(num_replicas):
         if primary_R[r] and not alive_E[expert_R[r]]:
-            serving_R[r] = True
+            serving_R[r] = 1
     return fastest_quotas(
         load_SE, expert_R, gpu_R, primary_R, serving_R, num_gpus, numbers_K[1], numbers_K[2], numbers_K[3], terms,
         depth, fuel, real_W[:num_gpus], quota_SR, whole_W[num_replicas:], real_W[num_gpus:],
     )  # fmt: skip
 
 
-@njit_once
-def fastest_quotas(
-    load_SE: IntArray, expert_R: Int32Array, gpu_R: Int32Array, primary_R: BoolArray, serving_R: BoolArray,
-    num_gpus: int, a: float, b: float, c: float, terms: KernelTerms, depth: int, fuel: int, load_G: FloatArray,
-    quota_SR: IntArray, whole_W: IntArray, real_W: FloatArray,
-) -> tuple[float, float]:  # fmt: skip
+@njit(cache=True, nogil=True)
+def fastest_quotas(  # type: ignore[no-untyped-def]
+    load_SE, expert_R, gpu_R, primary_R, serving_R, num_gpus, a, b, c, terms, depth, fuel, load_G, quota_SR,
+    whole_W, real_W,
+):  # fmt: skip
     """Static quotas, chosen ones, even ones where they can be best; the fastest wins, ties to the first.
 
     Fills ``quota_SR`` and the tokens of each GPU, ``load_G``; returns expert and exchange seconds under ``terms``.

@@ -43,7 +43,7 @@ def _leaders(value_CG, top_C3, first_C3):  # type: ignore[no-untyped-def]
                     break
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _beside(top_C3, first_C3, i, g, h):  # type: ignore[no-untyped-def]
     """The largest value of a scenario on any GPU but g and h."""
     for k in range(3):
@@ -52,7 +52,7 @@ def _beside(top_C3, first_C3, i, g, h):  # type: ignore[no-untyped-def]
     return 0.0
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _busy(n, a, b):  # type: ignore[no-untyped-def]
     return max(a * n, b) if n > TINY else 0.0
 

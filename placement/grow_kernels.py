@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless.contracts import FloatArray, Int32Array, IntArray
-from moeless.jit import njit, njit_once
+from moeless.jit import njit
 
 #: Which expert is copied next: the hottest on the hottest GPU, the hottest anywhere, or whichever levels most.
 BY_GPU, BY_EXPERT, BY_LEVEL = 0, 1, 2
@@ -23,11 +22,8 @@ def _coolest(expert, holds_EG, total_G, room_G):  # type: ignore[no-untyped-def]
     return best
 
 
-@njit_once
-def grow(
-    weight_E: FloatArray, gpu_E: IntArray, room_G: IntArray, max_extra: int, rule: int, expert_R: Int32Array,
-    gpu_R: Int32Array,
-) -> int:  # fmt: skip
+@njit(cache=True, nogil=True)
+def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ignore[no-untyped-def]
     """Fill ``expert_R`` and ``gpu_R`` after the primaries; returns the number of replicas.
 
     A copy never joins a GPU that already holds its expert. Copies of an expert are taken to share its weight

@@ -9,8 +9,7 @@ from math import erfc, sqrt
 
 import numpy as np
 
-from moeless.contracts import FloatArray, Int32Array, IntArray
-from moeless.jit import njit, njit_once
+from moeless.jit import njit
 from moeless.placement.chain_kernels import Copies, copies_in
 from moeless.placement.path_kernels import search, working_memory
 
@@ -55,10 +54,8 @@ def few_tokens(mean, var, normal_C, count_C, below_W):  # type: ignore[no-untype
         count_C[i] = count
 
 
-@njit_once
-def draw_scenarios(
-    mean_E: FloatArray, var_E: FloatArray, doubt: float, normal_CE: FloatArray, load_CE: IntArray
-) -> int:
+@njit(cache=True, nogil=True)
+def draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE):  # type: ignore[no-untyped-def]
     """Loads that a forecast deems likely; returns how many rows of ``load_CE`` are filled.
 
     The spread is the forecast's own, but never less than counting noise or ``doubt`` of the mean: history states no
@@ -174,12 +171,10 @@ def _movable(load_E, expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state):  # t
     return copies
 
 
-@njit_once
-def mean_seconds(
-    load_CE: IntArray, time_CG: FloatArray, tokens_CG: IntArray, rest_C: FloatArray, expert_X: Int32Array,
-    gpu_X: Int32Array, gpu_E: IntArray, a: float, b: float, c: float, depth: int, fuel: int, worst: float,
-    pace_C: FloatArray, sum_C: FloatArray,
-) -> float:  # fmt: skip
+@njit(cache=True, nogil=True)
+def mean_seconds(  # type: ignore[no-untyped-def]
+    load_CE, time_CG, tokens_CG, rest_C, expert_X, gpu_X, gpu_E, a, b, c, depth, fuel, worst, pace_C, sum_C
+):
     """Mean time over scenarios with these extras; infinite as soon as it is bound to exceed ``worst``.
 
     ``rest_C[i]`` is the least that scenarios i and after add; ``sum_C[i]`` gets what those up to i took. Infinite too

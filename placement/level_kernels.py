@@ -44,7 +44,7 @@ def least_totals(state, first_G, time_G, tokens_G, a, b, root_G):  # type: ignor
     return low_time, low_tokens
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _excess(time_g, time_h, tokens_g, tokens_h, limit, most, c, small):  # type: ignore[no-untyped-def]
     """Squared excess of two GPUs over the limits; ``small`` breaks ties for less time in all."""
     g, h = max(time_g - limit, 0.0), max(time_h - limit, 0.0)
@@ -52,7 +52,7 @@ def _excess(time_g, time_h, tokens_g, tokens_h, limit, most, c, small):  # type:
     return g * g + h * h + m * m + k * k + small * (time_g + time_h)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def level(tokens_M, gpu_M, next_M, time_G, tokens_G, a, b, c, limit, most, sweeps, fuel):  # type: ignore[no-untyped-def]
     """Move tokens between copies where that lowers the squared excess over the limits; returns pairs examined."""
     small, floor, weight = 1e-5 * limit, b / a, 0.5 / (a + c)

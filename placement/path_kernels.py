@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless.contracts import FloatArray, IntArray
-from moeless.jit import njit, njit_once
-from moeless.placement.chain_kernels import Copies, _busy, _move, spread
+from moeless.jit import njit
+from moeless.placement.chain_kernels import _busy, _move, spread
 from moeless.placement.level_kernels import least_totals, level
 
 #: Part of the room over the least time that is not worth a search.
@@ -29,7 +28,7 @@ _EXCESS, _TIME, _LOAD = 0, 1, 2
 _FROM, _TO, _MOVED, _HOPS = 0, 1, 2, 3
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _direct(g, limit, most, tokens_M, gpu_M, next_M, time_G, tokens_G, first_G, a, b, c):  # type: ignore[no-untyped-def]
     """Make the one move off GPU g that helps most for what it wastes; returns whether there was any."""
     per_token = 1.0 / a
@@ -64,7 +63,7 @@ def _direct(g, limit, most, tokens_M, gpu_M, next_M, time_G, tokens_G, first_G, 
     return True
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _chain(  # type: ignore[no-untyped-def]
     root, limit, most, depth, tokens_M, gpu_M, next_M, time_G, tokens_G, first_G, label_3G, way_4G, queue_G, counter,
     a, b, c,
@@ -149,7 +148,7 @@ def _chain(  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _highest(time_G, tokens_G):  # type: ignore[no-untyped-def]
     """Most time and most tokens of any GPU."""
     time, tokens = time_G[0], tokens_G[0]
@@ -164,7 +163,7 @@ def working_memory(copies, num_gpus):  # type: ignore[no-untyped-def]
     return 2 * copies + 7 * num_gpus + 1, 4 * num_gpus
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def shorten(  # type: ignore[no-untyped-def]
     state, first_G, time_G, tokens_G, low_time, low_tokens, least, a, b, c, depth, fuel, levels, whole_W, real_W
 ):
@@ -247,7 +246,7 @@ def shorten(  # type: ignore[no-untyped-def]
     return best_time + c * best_tokens, counter[0]
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _restore(best_M, state, time_G, tokens_G, a, b):  # type: ignore[no-untyped-def]
     """Back to these tokens, totals too."""
     for r in range(len(best_M)):
@@ -259,7 +258,7 @@ def _restore(best_M, state, time_G, tokens_G, a, b):  # type: ignore[no-untyped-
             state.tokens_M[r] = k
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(cache=True, nogil=True, inline="always")
 def _disturb(moved, state, first_G, time_G, tokens_G, a, b, c):  # type: ignore[no-untyped-def]
     """Take all tokens of the busiest GPU's next copy from ``moved`` on to the expert's next one.
 
@@ -277,21 +276,8 @@ def _disturb(moved, state, first_G, time_G, tokens_G, a, b, c):  # type: ignore[
     return -1
 
 
-@njit_once
-def search(
-    state: Copies,
-    first_G: IntArray,
-    time_G: FloatArray,
-    tokens_G: IntArray,
-    a: float,
-    b: float,
-    c: float,
-    depth: int,
-    fuel: int,
-    thorough: bool,
-    whole_W: IntArray,
-    real_W: FloatArray,
-) -> float:
+@njit(cache=True, nogil=True)
+def search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, thorough, whole_W, real_W):  # type: ignore[no-untyped-def]
     """:func:`shorten` from ``state``; a thorough search goes on from elsewhere while fuel is left.
 
     Starts have half of the fuel that is left: ``state``, whole experts spread over copies; then, in turn, the best so
@@ -303,8 +289,7 @@ def search(
     best_M, rest_W = whole_W[:copies], whole_W[copies:]
     time, tokens = _highest(time_G, tokens_G)
     low_time, low_tokens = least_totals(state, first_G, time_G, tokens_G, a, b, rest_W)
-    best: float = time + c * tokens
-    low = low_time + c * low_tokens
+    best, low = time + c * tokens, low_time + c * low_tokens
     least = max(1.001 * low, low + ENOUGH * (best - low))
     for r in range(copies):
         best_M[r] = tokens_M[r]

@@ -93,7 +93,7 @@ def time_some(  # type: ignore[no-untyped-def]
 ):
     """:func:`time_layers` with memory to work in, and where experts with one copy are."""
     tables, experts, layer = load_LSE.shape[0] > 0, load_LE.shape[1], start
-    serving_R = np.ones(plans.expert_LR.shape[1], np.bool_)
+    serving_R = np.ones(plans.expert_LR.shape[1], np.int64)
     while layer < stop:
         single = layer
         while single < stop and plans.count_L[single] == experts and not tables:

@@ -300,7 +300,7 @@ def time_layer(expert_R, gpu_R, primary_R, serving_R, share_R, mode, rates, term
     """Expert seconds, exchange seconds, copies with tokens; tokens of each GPU into ``m.sums_XG[LOAD]``.
 
     Args:
-        serving_R: False where a copy does not serve; every expert with tokens has one that does.
+        serving_R: whole numbers, 0 where a copy does not serve; every expert with tokens has one that does.
         share_R: each copy's part of its expert's tokens where that is fixed ahead; empty: ``mode`` says who serves.
         mode: EVEN, or CHOSEN for the fastest of what ``dispatch_kernels.fastest_quotas`` compares.
         rates: the elastic dispatch's a, b, c, depth, fuel.

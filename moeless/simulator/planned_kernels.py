@@ -278,7 +278,7 @@ def _wait(layer, load_E, clock, expert_R, gpu_R, primary_R, pool, first_E, alive
         alive_E[expert_R[r]] += serving_R[r]
     for r in range(replicas):
         if primary_R[r] and alive_E[expert_R[r]] == 0:
-            serving_R[r] = True
+            serving_R[r] = 1
     return warm, stall
 
 
@@ -312,7 +312,7 @@ def planned_iteration(  # type: ignore[no-untyped-def]
     widest = plans.expert_LR.shape[1]
     tokens = len(row_T) * topk_TLK.shape[2]
     m = memory(num_gpus, experts, widest, num_gpus, terms.island_size, tokens)
-    first_E, alive_E, serving_R = np.empty(experts), np.empty(experts, np.int64), np.empty(widest, np.bool_)
+    first_E, alive_E, serving_R = np.empty(experts), np.empty(experts, np.int64), np.empty(widest, np.int64)
     late, planned = 0, not kept_L.all()
     for layer in range(min(planner.distance, layers)):
         if not kept_L[layer]:

@@ -164,7 +164,7 @@ def test_a_forecast_of_one_iteration_moves_only_what_arrives_in_time_or_pays_at_
 
 def drawn(mean: float, var: float, doubt: float) -> np.ndarray:
     load_CE = np.zeros((8, 32), np.int64)
-    rows = draw_scenarios(np.full(32, float(mean)), np.full(32, float(var)), doubt, _normal_CE(0, 8, 32), load_CE)
+    rows = draw_scenarios(np.full(32, mean), np.full(32, var), doubt, _normal_CE(0, 8, 32), load_CE)
     return load_CE[:rows]
 
 

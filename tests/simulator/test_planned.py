@@ -169,7 +169,7 @@ def test_layers_timed_without_tables_equal_the_planners_own_dispatch(seed, gpus,
                 else:
                     load_tokens(topk_TLK, np.arange(len(rank_T)), rank_T, 0, m)
                 got = time_layer(
-                    plan.expert_R, plan.gpu_R, plan.primary_R, serving,
+                    plan.expert_R, plan.gpu_R, plan.primary_R, serving.astype(np.int64),
                     np.empty(0) if split is plan else share_R, mode, given_rates, terms, gpus, m,
                 )  # fmt: skip
                 assert got == expected
