@@ -126,6 +126,25 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what a library says, or the error's name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextmanager
+def reading_whole(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """As :func:`reading`; a library's ``errors`` over the content become ``PATH is not a whole WHAT (REASON)``.
+
+    Raises:
+        UserError: the file may not be read, or is broken.
+    """
+    try:
+        with reading(path):
+            yield
+    except errors as error:
+        raise UserError(f"{path} is not a whole {what} ({first_line(error)})") from None
+
+
 def may(mode: int, path: Path) -> bool:
     """Whether access rights let this process read (``os.R_OK``) or write (``os.W_OK``) what is there."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)

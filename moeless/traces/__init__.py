@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from moeless.traces.info import TraceInfo
-from moeless.traces.requests import RequestTable
-from moeless.traces.store import AnyTrace, CountsTrace, IterationTrace, TokenTrace, open_trace, require_kind
+from moeless.traces.store import (
+    AnyTrace,
+    CountsTrace,
+    IterationTrace,
+    RequestTable,
+    TokenTrace,
+    open_trace,
+    require_kind,
+)
 from moeless.traces.writers import CountsTraceWriter, IterationTraceWriter, RequestRows, TokenTraceWriter
 
 __all__ = [

@@ -1,20 +1,109 @@
-"""What ``trace.json`` says about a trace folder."""
+"""What a trace folder holds: the columns of its files, ``trace.json``, and its dataset card (``docs/formats.md``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
 
 from moeless import __version__
 from moeless.errors import UserError
-from moeless.files import read_json, write_json
+from moeless.files import read_json, reading, sha256, write_json
 from moeless.spec import MoESpec
-from moeless.traces.schema import FORMAT, KINDS, Kind
 
+FORMAT = 1
 INFO_FILE = "trace.json"
+CARD_FILE = "README.md"
+REQUESTS_FILE = "requests.parquet"
+Kind = Literal["tokens", "iterations", "counts"]
+
+#: Unknown token id or position, in arrays; the files hold nulls.
+UNKNOWN = -1
+#: What mends a trace whose files are broken.
+AGAIN = "copy or record the trace again"
+#: Rows of one Parquet row group, at most: the unit of reading.
+ROW_GROUP_ROWS = 16_384
+#: Bytes of one row group before compression, at most; wide models get fewer rows.
+ROW_GROUP_BYTES = 64 * 2**20
+
+
+def _column(name: str, kind: pa.DataType, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable)
+
+
+class _Layout(NamedTuple):
+    """How the files of one kind of trace look.
+
+    ``columns`` are those before the vectors; ``what`` names the kind in sentences, ``card`` on the dataset card.
+    """
+
+    shards: str
+    columns: tuple[pa.Field, ...]
+    what: str
+    card: str
+
+
+_PHASE_AND_TOKEN = (_column("phase", pa.uint8()), _column("token", pa.int32(), nullable=True))
+KINDS: dict[Kind, _Layout] = {
+    "tokens": _Layout(
+        "tokens",
+        (_column("request", pa.uint32()), _column("position", pa.uint32()), *_PHASE_AND_TOKEN),
+        "tokens (routing per request)",
+        "One row per token whose routing was computed, sorted by request and position; `experts` and `weights` "
+        "are flat vectors, index `layer * top_k + k`, in the gate's order. Phase 0 is prefill, 1 decode.",
+    ),
+    "iterations": _Layout(
+        "tokens",
+        (
+            _column("iteration", pa.uint32()),
+            _column("rank", pa.uint16()),
+            _column("position", pa.uint32(), nullable=True),
+            *_PHASE_AND_TOKEN,
+        ),
+        "iterations (routing per forward pass)",
+        "One row per token, sorted by iteration and rank of the serving engine that recorded it; `experts` "
+        "is a flat vector, index `layer * top_k + k`. Phase 0 is prefill, 1 decode, 255 mixed or unknown.",
+    ),
+    "counts": _Layout(
+        "counts",
+        (
+            _column("iteration", pa.uint32()),
+            _column("phase", pa.uint8()),
+            _column("tokens", pa.uint32(), nullable=True),
+        ),
+        "counts (loads only)",
+        "One row per forward pass; `load` is a flat vector of tokens per expert, index `layer * experts + expert`.",
+    ),
+}
+REQUESTS_SCHEMA = pa.schema(
+    [
+        _column("request", pa.uint32()),
+        _column("first_row", pa.uint64()),
+        _column("prompt_tokens", pa.uint32()),
+        _column("output_tokens", pa.uint32()),
+        _column("category", pa.string(), nullable=True),
+        _column("source_id", pa.string(), nullable=True),
+    ]
+)
+
+
+def row_schema(kind: Kind, spec: MoESpec, *, weights: bool) -> pa.Schema:
+    """Columns of one shard of that kind; vectors are flat, index ``l*K+k`` or ``l*E+e``."""
+    top, all_experts = spec.L * spec.K, spec.L * spec.E
+    vectors = [("load", pa.uint32(), all_experts)] if kind == "counts" else [("experts", pa.uint16(), top)]
+    if weights and kind != "counts":
+        vectors.append(("weights", pa.float16(), top))
+    fields = [_column(name, pa.list_(_column("element", value), length)) for name, value, length in vectors]
+    return pa.schema([*KINDS[kind].columns, *fields])
+
+
+def row_group_rows(bytes_per_row: int) -> int:
+    """Rows per row group for rows of that width."""
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, bytes_per_row)))
 
 
 @dataclass(frozen=True)
@@ -25,6 +114,36 @@ class Shard:
     rows: int
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path, rows: int) -> Shard:
+        """The description of a file of that many rows."""
+        return cls(path.name, rows, path.stat().st_size, sha256(path))
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Shard:
+        """A shard of ``trace.json``; a name that leaves the folder is a :class:`ValueError`."""
+        shard = cls(str(entry["file"]), int(entry["rows"]), int(entry["bytes"]), str(entry["sha256"]))
+        if Path(shard.file).name != shard.file:
+            raise ValueError(f"shard name {shard.file!r} is not a plain file name")
+        return shard
+
+    def check(self, folder: Path, *, digest: bool = False) -> Path:
+        """The file.
+
+        Raises:
+            UserError: it is missing, has another size, or (with ``digest``) another content.
+        """
+        path = folder / self.file
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {AGAIN}")
+        size = path.stat().st_size
+        if size != self.bytes:
+            raise UserError(f"{path} has {size} bytes where trace.json says {self.bytes}; {AGAIN}")
+        with reading(path):
+            if digest and sha256(path) != self.sha256:
+                raise UserError(f"{path} has changed: its SHA-256 is not the one in trace.json; {AGAIN}")
+        return path
 
 
 @dataclass(frozen=True)
@@ -39,8 +158,8 @@ class TraceInfo:
         router_input_dtype: ``float16`` or ``bfloat16`` where gate inputs are kept, None where not.
         settings: how it was recorded (batch size, generation length, sampling ...).
         counts: totals: ``rows``, and ``requests`` or ``iterations``.
-        shards: row files in order; ``files``: other files under checksum.
         notes: remarks that a reader of any figure made from this trace should see.
+        shards: row files in order; ``files``: other files under checksum.
     """
 
     kind: Kind
@@ -54,31 +173,14 @@ class TraceInfo:
     settings: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
     files: tuple[Shard, ...] = ()
-    notes: tuple[str, ...] = ()
     complete: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that ``from_json`` takes back."""
-        return {
-            "format": FORMAT,
-            "kind": self.kind,
-            "spec": self.spec.to_json(),
-            "source": dict(self.source),
-            "prompt_source": None if self.prompt_source is None else dict(self.prompt_source),
-            "seed": self.seed,
-            "synthetic": self.synthetic,
-            "has_weights": self.has_weights,
-            "router_input_dtype": self.router_input_dtype,
-            "settings": dict(self.settings),
-            "counts": dict(self.counts),
-            "versions": dict(self.versions),
-            "notes": list(self.notes),
-            "shards": [asdict(shard) for shard in self.shards],
-            "files": [asdict(entry) for entry in self.files],
-            "complete": self.complete,
-        }
+        return {"format": FORMAT, **asdict(self), "spec": self.spec.to_json()}
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> TraceInfo:
@@ -107,9 +209,9 @@ class TraceInfo:
                 settings=dict(data.get("settings", {})),
                 counts={str(key): int(value) for key, value in data.get("counts", {}).items()},
                 versions=dict(data.get("versions", {})),
-                shards=tuple(_shard(entry) for entry in data["shards"]),
-                files=tuple(_shard(entry) for entry in data.get("files", ())),
                 notes=tuple(str(note) for note in data.get("notes", ())),
+                shards=tuple(Shard.from_json(entry) for entry in data["shards"]),
+                files=tuple(Shard.from_json(entry) for entry in data.get("files", ())),
                 complete=bool(data["complete"]),
             )
         except UserError as error:
@@ -137,17 +239,49 @@ class TraceInfo:
         """Write ``trace.json`` atomically."""
         write_json(folder / INFO_FILE, self.to_json())
 
-    def with_(self, **changes: Any) -> TraceInfo:
-        """A copy with fields replaced."""
-        return replace(self, **changes)
+    def card(self) -> str:
+        """The dataset card, in Markdown, that makes the folder a data set of the Hugging Face hub as it is."""
 
+        def text(values: Mapping[str, Any]) -> str:
+            return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
-def _shard(entry: Mapping[str, Any]) -> Shard:
-    shard = Shard(str(entry["file"]), int(entry["rows"]), int(entry["bytes"]), str(entry["sha256"]))
-    # a name that leaves the folder must not be followed
-    if Path(shard.file).name != shard.file:
-        raise ValueError(f"shard name {shard.file!r} is not a plain file name")
-    return shard
+        spec, (name, _, _, columns) = self.spec, KINDS[self.kind]
+        synthetic = "yes: generated from statistics, not recorded from a model" if self.synthetic else "no"
+        requests = ["- config_name: requests", "  data_files:", "  - split: train", "    path: requests.parquet"]
+        lines = [
+            "---",
+            "configs:",
+            f"- config_name: {name}",
+            "  default: true",
+            "  data_files:",
+            "  - split: train",
+            f"    path: {name}-*.parquet",
+            *(requests if self.kind == "tokens" else ()),
+            "tags:",
+            "- mixture-of-experts",
+            "- expert-routing",
+            "---",
+            "",
+            f"# Expert routing of {spec.name}" + (" (synthetic)" if self.synthetic else ""),
+            "",
+            columns,
+            "",
+            "| | |",
+            "|---|---|",
+            f"| model | {spec.name}: {spec.L} MoE layers, {spec.E} experts, top-{spec.K} |",
+            f"| routing from | {text(self.source)} |",
+            f"| prompts | {text(self.prompt_source) if self.prompt_source else 'unknown'} |",
+            f"| seed | {'–' if self.seed is None else self.seed} |",
+            *(f"| {key} | {value:,} |" for key, value in self.counts.items()),
+            f"| synthetic | {synthetic} |",
+            f"| settings | {text(self.settings) or '–'} |",
+            f"| versions | {text(self.versions)} |",
+            "",
+            *(f"- {note}" for note in self.notes),
+            "",
+            "Written by moeless; `trace.json` holds the full description and the SHA-256 of every file.",
+        ]
+        return "\n".join(lines) + "\n"
 
 
 def library_versions(*packages: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 
 from moeless.errors import UserError
 from moeless.traces import TokenTrace, open_trace
-from moeless.traces.shards import OPEN_SHARDS
+from moeless.traces.store import OPEN_SHARDS
 
 
 @contextmanager

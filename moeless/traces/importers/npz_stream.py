@@ -6,7 +6,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
-from moeless.files import reading
+from moeless.files import first_line, reading_whole
 
 #: Bytes of an array's header at most; a plain array's has about 100.
 _HEADER_BYTES = 10_000
@@ -39,14 +39,10 @@ def open_npz(path: Path, layout: str) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        with reading(path):
-            yield
-    # zipfile's words for an unknown compression and for a password
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is not a whole NPZ archive ({_line(error)})") from None
+def _reading(path: Path) -> AbstractContextManager[None]:
+    # the last two are zipfile's errors for an unknown compression and for a password
+    errors = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError)
+    return reading_whole(path, "NPZ archive", *errors)
 
 
 class ArrayStream:
@@ -79,7 +75,7 @@ class ArrayStream:
             self.shape, self._fortran, self.dtype = read(self._handle, max_header_size=_HEADER_BYTES)
         except ValueError as error:
             raise UserError(
-                f"{self.path} cannot be read as NPZ: {self.name} has no plain header ({_line(error)})"
+                f"{self.path} cannot be read as NPZ: {self.name} has no plain header ({first_line(error)})"
             ) from None
         if self.dtype.hasobject:
             raise UserError(f"{self.path} holds pickled Python objects, which are not read; save plain arrays")
@@ -109,7 +105,3 @@ class ArrayStream:
             self._taken += rows
             return part
         return np.frombuffer(self._read(math.prod(shape) * self.dtype.itemsize), self.dtype).reshape(shape)
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

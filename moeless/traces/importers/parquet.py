@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moeless.errors import UserError
-from moeless.files import reading
+from moeless.files import reading_whole
 from moeless.spec import MoESpec
 from moeless.traces.importers.request_rows import ImportedRequest, RequestGroups, write_requests
-from moeless.traces.info import TraceInfo
-from moeless.traces.schema import row_group_rows
+from moeless.traces.info import TraceInfo, row_group_rows
 
 LAYOUT = (
     "columns request (whole number, rows of a request consecutive), experts (list of layers x top-k ids) "
@@ -76,13 +75,8 @@ def read_requests(path: Path, file: pq.ParquetFile, spec: MoESpec) -> Iterator[I
         yield _request(path, columns)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        with reading(path):
-            yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole Parquet file ({str(error).splitlines()[0]})") from None
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return reading_whole(path, "Parquet file", pa.ArrowException, OSError, ValueError)
 
 
 def _request(path: Path, columns: dict[str, NDArray[Any]]) -> ImportedRequest:
