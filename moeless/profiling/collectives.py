@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -24,10 +22,11 @@ import torch.distributed as dist
 
 from moeless.engine import groups
 from moeless.engine.interfaces import choose_interface
-from moeless.errors import RunFailed
 from moeless.machine import cores
 from moeless.profiling.busy import devices_of
 from moeless.profiling.monotone import monotone_curve
+from moeless.profiling.ranks import run_program
+from moeless.profiling.timing import timed_wall
 
 #: Bytes that the fullest rank receives.
 SIZES = {
@@ -48,14 +47,8 @@ def measure_exchange(ranks: int, device: str, quick: bool) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="moeless-ranks-") as folder:
         out = Path(folder) / "exchange.json"
-        command = [sys.executable, "-m", "moeless.profiling.collectives", str(ranks), device, str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-        ended = subprocess.run(
-            [*command, *(["--quick"] if quick else [])], capture_output=True, text=True, env=environment, check=False
-        )
-        if ended.returncode or not out.exists():
-            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RunFailed(f"measuring the exchange among {ranks} ranks failed: {last}")
+        arguments, what = [str(ranks), device, str(out)], f"the exchange among {ranks} ranks"
+        run_program("moeless.profiling.collectives", arguments, out, quick=quick, what=what)
         entry: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return entry
 
@@ -65,13 +58,7 @@ def _slowest(call: Callable[[], object], device: torch.device, repetitions: int)
     seconds = np.zeros(repetitions + 2)
     for i in range(repetitions + 2):
         dist.barrier()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[i] = time.perf_counter() - start
+        seconds[i] = timed_wall(call, device)
     shared = torch.tensor(seconds[2:], dtype=torch.float64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.cpu().numpy()

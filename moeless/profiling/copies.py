@@ -16,7 +16,7 @@ import torch
 from moeless.engine.room import IN_MEMORY
 from moeless.machine import file_system
 from moeless.profiling.parts import curve_entry
-from moeless.profiling.timing import Effort, Sample, measure, timed_wall
+from moeless.profiling.timing import Effort, measure, sample_of, timed_wall
 
 #: Side of the matrix product that runs beside a copy.
 OVERLAP_SIDE = {"cuda": 4096, "cpu": 384}
@@ -87,8 +87,7 @@ def _disk(sizes: Sequence[int], folder: Path) -> dict[str, Any]:
             for _ in range(5):
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 seconds.append(timed_wall(partial(_read, handle.name, target[:size]), torch.device("cpu")))
-            low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
-            samples.append(Sample(float(middle), float(low), float(high), len(seconds), 0))
+            samples.append(sample_of(np.array(seconds), 0))
     return curve_entry(sizes, samples, "bytes")
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -44,10 +42,10 @@ from moeless.engine.hostmem import shared_experts
 from moeless.engine.launch import ForkedRanks
 from moeless.engine.policy import resolve_live
 from moeless.engine.store import ReplicaStore
-from moeless.errors import RunFailed
 from moeless.placement.static import static_plan
 from moeless.profiling.monotone import monotone_curve
 from moeless.profiling.parts import AttentionBlock, route
+from moeless.profiling.ranks import run_program
 from moeless.spec import MoESpec
 
 #: Tokens of each rank.
@@ -79,17 +77,8 @@ def measure_layers(spec: MoESpec, ranks: int, quick: bool) -> dict[str, np.ndarr
     with tempfile.TemporaryDirectory(prefix="moeless-layers-") as folder:
         out, shapes = Path(folder) / "layers.npz", Path(folder) / "spec.json"
         shapes.write_text(json.dumps(spec.to_json()), encoding="utf-8")
-        command = [sys.executable, "-m", "moeless.profiling.layers", str(ranks), str(shapes), str(out)]
-        ended = subprocess.run(
-            [*command, *(["--quick"] if quick else [])],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-            check=False,
-        )
-        if ended.returncode or not out.exists():
-            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RunFailed(f"measuring the engine's layer among {ranks} ranks failed: {last}")
+        arguments, what = [str(ranks), str(shapes), str(out)], f"the engine's layer among {ranks} ranks"
+        run_program("moeless.profiling.layers", arguments, out, quick=quick, what=what)
         with np.load(out) as arrays:
             return dict(arrays)
 
@@ -109,13 +98,12 @@ def beyond_parts(document: Mapping[str, Any], spec: MoESpec, layers: Mapping[str
     rest_N = layers["layer_N"] - layers["expert_N"] - np.array([part.all_to_all for part in parts])
     tokens = np.unique(layers["tokens_N"])
 
-    def curve(beyond_N: np.ndarray) -> list[float]:
-        middle = [float(np.median(beyond_N[layers["tokens_N"] == count])) for count in tokens]
-        # parts may be dearer alone than together; a curve is of positive times
-        return monotone_curve(np.maximum(middle, 1e-6)).tolist()
-
     def middle(values_N: np.ndarray) -> list[float]:
         return [float(np.median(values_N[layers["tokens_N"] == count])) for count in tokens]
+
+    def curve(beyond_N: np.ndarray) -> list[float]:
+        # parts may be dearer alone than together; a curve is of positive times
+        return monotone_curve(np.maximum(middle(beyond_N), 1e-6)).tolist()
 
     return {
         "tokens": tokens.tolist(),
