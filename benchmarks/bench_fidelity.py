@@ -49,11 +49,11 @@ from moeless.engine.bench import LiveBench, LiveConfig
 from moeless.engine.results import layer_seconds, read_records
 from moeless.engine.workload import WorkloadSettings
 from moeless.files import write_json
+from moeless.policy import ResolvedPolicy, resolve
 from moeless.profiling.run import ProfileOptions, make_plan, profile_model
 from moeless.profiling.timing import Effort
-from moeless.simulator import Replay, SimulationSettings, resolve
+from moeless.simulator import Replay, SimulationSettings
 from moeless.simulator.loop import Run
-from moeless.simulator.runtime import PolicyRuntime
 from moeless.spec import MoESpec, preset
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
@@ -234,7 +234,7 @@ def noise(measured_BX: np.ndarray, splits: int = 50) -> float:
     return float(np.mean(differ)) / 2.0
 
 
-def simulated(live: Live, costs: MeasuredCosts, runtime: PolicyRuntime, rest: Rest) -> tuple[np.ndarray, np.ndarray]:
+def simulated(live: Live, costs: MeasuredCosts, runtime: ResolvedPolicy, rest: Rest) -> tuple[np.ndarray, np.ndarray]:
     """Each request's seconds to its first and last token, ``[N]``, in a simulation of the whole workload."""
     replay = Replay(live.topk_TLK, Workload(live.requests, False, (), live.base_N), live.spec.E, costs.cluster.G)
     scheduler = Continuous(live.requests, costs.cluster.G, token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING)
@@ -252,7 +252,7 @@ def predictions(live: Live, calibration: Live, profile: Path) -> dict[str, np.nd
     if costs.exchange.engine is None:
         print("! the profile holds no layer of the engine: remake it with `moeless profile --ranks 2`")
     runtime = resolve(Policy("static"), spec=live.spec, cluster=where, costs=costs, extra_slots=0, predictors={})
-    plans = runtime.deployment([None] * live.spec.L)
+    plans = runtime.first_plans([None] * live.spec.L)
     expert, layer = predict(live, costs, plans)
     typical_I = calibration.iteration_BI.mean(0)
     typical_I *= np.median(calibration.iteration_BI.sum(1)) / typical_I.sum()

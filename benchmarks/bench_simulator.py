@@ -29,8 +29,9 @@ from moeless.contracts import Forecast, Phase, Policy, Request
 from moeless.costs import COSTS
 from moeless.costs.roofline import RooflineCosts
 from moeless.experiments.cells.scale import some_layers
+from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
-from moeless.simulator import Replay, SimulationSettings, kernels, resolve, simulate
+from moeless.simulator import Replay, SimulationSettings, kernels, simulate
 from moeless.simulator.bench import Bench, BenchConfig
 from moeless.spec import MoESpec, preset
 from moeless.traces.synthetic import SyntheticParams, write_synthetic

@@ -123,6 +123,7 @@ class Planner:
         source: paper or repository that the method comes from.
         share_budget: for planners that give some layers more room than others; None where each has the same.
         plan_layers: for planners that plan all layers faster together; None where one by one is as fast.
+        holds_extras: False for planners that never have a copy beyond the primaries, whatever the budget.
         timed_as: the entry of a hardware profile's ``control.plan_seconds`` that holds the measured time of planning
             a layer; empty if none does.
     """
@@ -137,6 +138,7 @@ class Planner:
     source: str
     share_budget: ShareBudget | None = None
     plan_layers: PlanLayers | None = None
+    holds_extras: bool = True
     timed_as: str = ""
 
     def __post_init__(self) -> None:

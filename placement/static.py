@@ -50,4 +50,5 @@ PLANNER = Planner(
     needs_forecast=False,
     default_predictor="none",
     source="Megatron-LM: expert e of E on rank e * G // E",
+    holds_extras=False,
 )

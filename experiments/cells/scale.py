@@ -12,9 +12,10 @@ from moeless.cluster import cluster
 from moeless.contracts import Policy, Request
 from moeless.costs import COSTS
 from moeless.experiments.cells import intervals
+from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
 from moeless.serverless import KeepAlive, PoolSettings
-from moeless.simulator import Replay, SimulationSettings, resolve, simulate
+from moeless.simulator import Replay, SimulationSettings, simulate
 from moeless.spec import MoESpec, preset
 from moeless.traces.synthetic import SyntheticParams, synthetic_model
 from moeless.workloads.lengths import Workload

@@ -157,8 +157,7 @@ class LiveBench:
         job = self._job(Path(), Path())
         for policy in policies_of(job):
             self._reads_inputs |= policy.predictor is not None and policy.predictor.reads == "router_inputs"
-            plans = tuple(policy.first_plan(layer, None) for layer in range(job.spec.L))
-            ModelPlan(job.spec.name, job.spec.E, job.ranks, policy.label, plans)
+            ModelPlan(job.spec.name, job.spec.E, job.ranks, policy.label, tuple(policy.first_plans()))
 
     def estimate(self) -> dict[str, Any]:
         """What the run takes: tokens, bytes of expert copies per rank and of host memory, and where the experts lie."""

@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeless.contracts import AUTO, BoolArray, Context, Forecast, InstanceState, IntArray, LayerPlan, Phase
+from moeless.contracts import BoolArray, Context, Forecast, InstanceState, IntArray, LayerPlan, Phase
 from moeless.engine.core import PartTimes
 from moeless.engine.exchange import Exchange
 from moeless.engine.forecasting import Forecasting
-from moeless.engine.history import LiveHistory
 from moeless.engine.moves import CopySource, Held, moves_to, num_words, pack
 from moeless.engine.planning import Planning
-from moeless.engine.policy import LONG_HORIZON, LivePolicy
 from moeless.engine.store import ReplicaStore
 from moeless.placement.keep_kernels import hardly_changed
-from moeless.predictors.distance import LONGEST, DistanceRule
+from moeless.policy import LoadHistory, ResolvedPolicy
+from moeless.policy.resolved import INTERVAL_ITERATIONS
+from moeless.predictors.distance import DistanceRule
 from moeless.predictors.life import ForecastLife
 from moeless.serverless import KeepAlive
 
@@ -75,13 +75,15 @@ class Controller:
         store: this rank's copies.
     """
 
-    def __init__(self, policy: LivePolicy, exchange: Exchange, store: ReplicaStore, settings: ControlSettings) -> None:
+    def __init__(
+        self, policy: ResolvedPolicy, exchange: Exchange, store: ReplicaStore, settings: ControlSettings
+    ) -> None:
         self.policy, self.exchange, self.store, self.settings = policy, exchange, store, settings
         self.spec, self.rank, self.world = policy.spec, exchange.ranks.rank, exchange.ranks.world
-        self.history = LiveHistory(self.spec.L, self.spec.E)
+        self.history = LoadHistory(None, self.spec.L, self.spec.E, self.spec.K)
         self.ahead = policy.planner.cadence == "iteration" and policy.predictor is not None
         self.keep_alive = settings.keep_alive if self.ahead else KeepAlive("fixed", 0.0)
-        self.plans = [policy.first_plan(layer, None) for layer in range(self.spec.L)]
+        self.plans = policy.first_plans()
         # as last gathered, equal on all ranks
         self._held_L = [Held.of_plan(plan, self.world, self.spec.E) for plan in self.plans]
         self._next_replan = settings.replan_seconds
@@ -90,12 +92,12 @@ class Controller:
         # what each layer's plan was made for; a forecast that hardly differs leaves it, as in the simulator
         self._planned_LE = np.zeros((self.spec.L, self.spec.E))
         self._tolerance = float(getattr(policy.params, "keep", 0.0))
-        self.life = ForecastLife(np.full((self.spec.L, self.spec.E), 1.0 / self.spec.E))
+        self.life = ForecastLife(self.history.shares_or_even())
         tiers = ("peer", "host") if settings.copy_from == "auto" else (settings.copy_from,)
         self._copy_seconds = min(policy.costs.load_seconds(self.spec.expert_bytes, tier, 0) for tier in tiers)
         # at which distance each target is forecast: given, or chosen anew for every iteration
         self._distance_L = np.full(self.spec.L, policy.policy.distance)
-        self.rule = self._distance_rule() if self.ahead and policy.policy.distance == AUTO else None
+        self.rule = self._distance_rule() if self.ahead else None
         self._layer_started, self._carried_exchange = 0.0, 0.0
         # what the predictor reads of the iteration; past loads are known to every rank
         self._reads = policy.predictor.reads if self.ahead else "nothing"
@@ -113,12 +115,9 @@ class Controller:
     def _own(self, plan: LayerPlan) -> list[int]:
         return np.unique(plan.expert_R[plan.gpu_R == self.rank]).tolist()
 
-    def _distance_rule(self) -> DistanceRule:
-        """As the simulator has it: forecast and plan, and a copy from the slowest place it may come from."""
-        costs, spec = self.policy.costs, self.spec
-        copy = max(costs.load_seconds(spec.expert_bytes, tier, 0) for tier in ("peer", "peer-slow", "host"))
-        prepare = costs.background_seconds(self.policy.planner.control) + copy
-        return DistanceRule(self.policy.predictor, prepare, LONGEST)
+    def _distance_rule(self) -> DistanceRule | None:
+        load_seconds, size = self.policy.costs.load_seconds, self.spec.expert_bytes
+        return self.policy.distance_rule(max(load_seconds(size, tier, 0) for tier in ("peer", "peer-slow", "host")))
 
     def begin(self, phase: Phase, tokens: int, now: float, token_T: IntArray | None = None) -> None:
         """Start an iteration; collective where the predictor forecasts the first layers.
@@ -134,9 +133,9 @@ class Controller:
             self._adopt_planned()
             if now >= self._next_replan:
                 self._next_replan = now + self.settings.replan_seconds
+                mean = max(1, round(self.history.mean_tokens or 1))
                 for layer in range(self.spec.L):
-                    mean = max(1, round(self.history.mean_tokens(layer) or 1))
-                    self._plan(layer, self.policy.from_share(self.history.share(layer), mean), LONG_HORIZON)
+                    self._plan(layer, self.policy.from_share(self.history.share(layer), mean), INTERVAL_ITERATIONS)
         self._plans_now = self.ahead and not self._skip and self._since_plan % self.settings.plan_every == 0
         self._since_plan += 1
         if self._plans_now:
@@ -241,7 +240,7 @@ class Controller:
         usable_R = self._usable(plan)
         quota_SR = self.policy.dispatch(load_SE, plan, usable_R)
         times.dispatch += time.thread_time() - began
-        self.history.add(layer, load_SE.sum(0), self._phase, self._tokens)
+        self.history.add_layer(layer, load_SE.sum(0), self._phase, self._tokens)
         self._carried_targets = [t for t in targets if t > layer + 1]
         if self._carried_targets:
             far = self._carried_targets
@@ -286,14 +285,7 @@ class Controller:
 
     def _context(self, target: int, tokens: int, **inputs: Any) -> Context:
         """What is known of a target, with what this rank sees of the iteration."""
-        return Context(
-            history_E=self.history.share(target),
-            last_load_E=self.history.last(target, self._phase),
-            tokens=tokens,
-            phase=self._phase,
-            recent_E=self.history.recent(target),
-            **({"router_input_TH": None, "topk_TK": None} | inputs),
-        )
+        return self.history.context(target, tokens, self._phase, **inputs)
 
     def _summed(self, words_S: IntArray) -> Forecast:
         """The ranks' parts as one forecast; variances add."""

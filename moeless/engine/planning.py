@@ -8,7 +8,7 @@ from typing import Any
 
 from moeless.contracts import Forecast, LayerPlan, Phase
 from moeless.engine.core import PartTimes
-from moeless.engine.policy import LivePolicy
+from moeless.policy import ResolvedPolicy
 
 
 class Planning:
@@ -18,7 +18,7 @@ class Planning:
     same points on all of them.
     """
 
-    def __init__(self, policy: LivePolicy) -> None:
+    def __init__(self, policy: ResolvedPolicy) -> None:
         self.policy = policy
         self._pool = ThreadPoolExecutor(1, "moeless-planning")
         self._asked: list[Future[tuple[LayerPlan, float]]] = []

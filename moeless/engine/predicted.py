@@ -18,16 +18,15 @@ from moeless.cluster import Cluster
 from moeless.contracts import IntArray
 from moeless.costs import COSTS
 from moeless.engine.job import Job
-from moeless.engine.policy import LivePolicy
 from moeless.engine.recording import Routing
 from moeless.engine.results import measured_elsewhere
 from moeless.errors import UserError
 from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
+from moeless.policy import ResolvedPolicy
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator.core import SimulationSettings, simulate
 from moeless.simulator.routing import Replay
-from moeless.simulator.runtime import PolicyRuntime
 from moeless.spec import MoESpec
 from moeless.workloads import schedulers
 from moeless.workloads.lengths import Workload
@@ -56,7 +55,7 @@ def best_costs(spec: MoESpec, cluster: Cluster, device: str) -> str:
 
 def predict(
     job: Job,
-    policies: Sequence[LivePolicy],
+    policies: Sequence[ResolvedPolicy],
     routing: Routing,
     *,
     warmup: int = 0,
@@ -67,23 +66,11 @@ def predict(
     Args:
         routing: what the live run routed, every request's rows in order of request and position.
     """
-    costs = COSTS.get(job.costs)(job.spec, job.cluster)
     requests = tuple(live.request for live in job.requests)
     workload = Workload(requests, False, (), routing.first_row_N)
     replay = Replay(routing.topk_TLK, workload, job.spec.E, job.ranks)
     cells = []
     for policy in policies:
-        runtime = PolicyRuntime(
-            policy.policy,
-            policy.planner,
-            policy.params,
-            policy.predictor,
-            job.spec,
-            job.cluster,
-            costs,
-            policy.budget,
-            policy.lossy,
-        )
         serverful = policy.planner.cadence != "iteration"
         keep_alive = KeepAlive("fixed", 0.0) if serverful else KeepAlive.parse(job.keep_alive)
         reads_inputs = policy.predictor is not None and policy.predictor.reads == "router_inputs"
@@ -91,7 +78,7 @@ def predict(
             replay,
             requests,
             schedulers.build(job.batching, list(requests), job.ranks, **job.batching_options),
-            runtime,
+            policy,
             settings=SimulationSettings(PoolSettings(keep_alive), job.replan_seconds, job.plan_every, warmup),
             objectives=objectives,
             router_inputs=_Inputs(routing.input_TLH) if reads_inputs and routing.input_TLH is not None else None,

@@ -19,12 +19,12 @@ from moeless.costs import COSTS
 from moeless.costs.measured import MeasuredCosts
 from moeless.engine.elastic import COLUMNS
 from moeless.engine.job import Job
-from moeless.engine.policy import LivePolicy
 from moeless.metrics import balance
 from moeless.metrics.billing import Meter
 from moeless.metrics.latency import MIN_SAMPLES_P99, cdf, summarise
 from moeless.metrics.requests import Objective, RequestTimes, request_metrics
 from moeless.metrics.result import Cell, LayerMetrics
+from moeless.policy import ResolvedPolicy
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def request_times(job: Job, finished: Sequence[dict[str, Any]]) -> RequestTimes:
 
 def make_cell(
     job: Job,
-    policy: LivePolicy,
+    policy: ResolvedPolicy,
     records: CellRecords,
     *,
     warmup: int,
@@ -267,7 +267,7 @@ def _memory(job: Job, facts: list[dict[str, Any]]) -> dict[str, float]:
 
 def _warnings(
     job: Job,
-    policy: LivePolicy,
+    policy: ResolvedPolicy,
     facts: list[dict[str, Any]],
     samples: int,
     finished: int,

@@ -27,11 +27,12 @@ from moeless.engine.hostmem import HostExperts, shared_experts
 from moeless.engine.hosts import Host, load_host
 from moeless.engine.job import Job
 from moeless.engine.launch import describe, die_with
-from moeless.engine.policy import LivePolicy, resolve_live
+from moeless.engine.policy import resolve_live
 from moeless.engine.serving import LoopSettings, Served, ServingLoop
 from moeless.engine.store import ReplicaStore
 from moeless.engine.torchrun import Place, place, report_path
 from moeless.machine import available_bytes, cores, processor_quota
+from moeless.policy import ResolvedPolicy
 from moeless.serverless import KeepAlive
 from moeless.workloads import schedulers
 
@@ -40,7 +41,7 @@ WORK_BYTES = 64 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def policies_of(job: Job) -> list[LivePolicy]:
+def policies_of(job: Job) -> list[ResolvedPolicy]:
     """The job's policies with their parts.
 
     Raises:

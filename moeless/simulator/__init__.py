@@ -2,6 +2,5 @@
 
 from moeless.simulator.core import Simulation, SimulationSettings, simulate
 from moeless.simulator.routing import Replay
-from moeless.simulator.runtime import PolicyRuntime, resolve
 
-__all__ = ["PolicyRuntime", "Replay", "Simulation", "SimulationSettings", "resolve", "simulate"]
+__all__ = ["Replay", "Simulation", "SimulationSettings", "simulate"]

@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.contracts import AUTO, BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
-from moeless.predictors.distance import LONGEST, NEWEST, DistanceRule
+from moeless.contracts import BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
+from moeless.policy import LoadHistory, ResolvedPolicy
+from moeless.predictors.distance import NEWEST
 from moeless.predictors.life import ForecastLife
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Outage
-from moeless.simulator.history import LoadHistory
 from moeless.simulator.in_force import PlansInForce
 from moeless.simulator.keeping import Keeping
 from moeless.simulator.routing import Replay, SpanColumns
-from moeless.simulator.runtime import PolicyRuntime
 
 
 @dataclass
@@ -71,7 +70,7 @@ class AheadPlans:
     """
 
     def __init__(
-        self, runtime: PolicyRuntime, pool: InstancePool, history: LoadHistory, plans: PlansInForce, outage: Outage
+        self, runtime: ResolvedPolicy, pool: InstancePool, history: LoadHistory, plans: PlansInForce, outage: Outage
     ) -> None:
         self.runtime, self.pool, self.history, self.plans, self.outage = runtime, pool, history, plans, outage
         self.delay = runtime.costs.background_seconds(runtime.planner.control)
@@ -80,12 +79,9 @@ class AheadPlans:
         self.keeping = Keeping(runtime)
         self._kept_L = np.zeros(runtime.spec.L, np.bool_)
         self._coming: dict[int, tuple[LayerPlan, float]] = {}
-        self.rule: DistanceRule | None = None
-        if runtime.policy.distance == AUTO and runtime.predictor is not None:
-            prepare = self.delay + float(pool.tier_seconds.max())
-            self.rule = DistanceRule(runtime.predictor, prepare, LONGEST)
+        self.rule = runtime.distance_rule(float(pool.tier_seconds.max()))
         self._distance_L = np.full(runtime.spec.L, runtime.policy.distance)
-        self.life = ForecastLife(np.stack([history.share_or_even(layer) for layer in range(runtime.spec.L)]))
+        self.life = ForecastLife(history.shares_or_even())
         # a copy comes from the next GPU that has one, and every expert is on some
         near = runtime.cluster.num_gpus <= runtime.cluster.island_size
         self.copy_seconds = float(pool.tier_seconds[0 if near else 1]) + pool.settings.start_seconds
@@ -116,8 +112,7 @@ class AheadPlans:
                 self._context(target, work), target - distance, distance
             )
             return forecast
-        mean_E = self.history.share_or_even(target) * (work.tokens * self.runtime.spec.K)
-        return Forecast(mean_E, mean_E.copy(), work.tokens, "history")
+        return self.runtime.from_share(self.history.share(target), work.tokens)
 
     def start_layer(self, layer: int, work: Work, now: float) -> None:
         """Layer ``layer`` starts: the layers that are forecast from it are."""
@@ -129,15 +124,13 @@ class AheadPlans:
     def _context(self, target: int, work: Work, layer: int | None = None) -> Context:
         """What is known of a target, with what ``layer`` sees of the iteration where one is given."""
         inputs, topk = work.router_input_TLH, work.topk_TLK
-        return Context(
+        return self.history.context(
+            target,
+            work.tokens,
+            work.phase,
             router_input_TH=None if inputs is None or layer is None else inputs[:, layer],
             topk_TK=None if topk is None or layer is None else topk[:, layer],
-            history_E=self.history.share(target),
-            last_load_E=self.history.last(target, work.phase),
-            tokens=work.tokens,
-            phase=work.phase,
             true_load_E=work.load_LE[target],
-            recent_E=self.history.recent(target),
             token_T=work.token_T,
         )
 

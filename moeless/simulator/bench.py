@@ -17,12 +17,12 @@ from moeless.costs import COSTS
 from moeless.errors import UserError
 from moeless.metrics.requests import Objective
 from moeless.placement import PLANNERS
+from moeless.policy import ORACLE, ResolvedPolicy, SimulationPredictors, resolve
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator.core import Simulation, SimulationSettings, simulate
 from moeless.simulator.failures import Failure, check_failures
 from moeless.simulator.loop import Run
 from moeless.simulator.routing import Replay
-from moeless.simulator.runtime import ORACLE, PolicyRuntime, resolve
 from moeless.simulator.timeline import Timeline
 from moeless.spec import MoESpec, preset
 from moeless.traces import TokenTrace, open_trace, require_kind
@@ -170,7 +170,7 @@ class Bench:
         for policy in config.policies:
             if policy.planner != ORACLE:
                 PLANNERS.get(policy.planner)
-        self.predictors = self._predictors()
+        self.predictors = SimulationPredictors(trace.spec, config.predictors, trace.has_router_inputs)
         self.served = split_trace(trace, 0, config.part)
         series = arrivals.load(
             config.arrivals,
@@ -217,13 +217,6 @@ class Bench:
     def _borrowed(self) -> bool:
         """Whether one model's routing is played on another's shapes."""
         return self.spec.name != self.trace.spec.name
-
-    def _predictors(self) -> dict[str, Any]:
-        from moeless.simulator.predictors import load_predictors
-
-        return load_predictors(
-            self.config.policies, self.config.predictors, self.trace.spec, self.trace.has_router_inputs
-        )
 
     def _scheduler(self) -> schedulers.Scheduler:
         options: dict[str, Any] = {}
@@ -280,7 +273,7 @@ class Bench:
         share_LE = self.served.history_share_LE
         return Run(self.replay, self.workload.requests, self._scheduler(), runtime, settings, share_LE, inputs, None)
 
-    def _parts(self, costs_name: str, policy: Policy) -> tuple[PolicyRuntime, SimulationSettings]:
+    def _parts(self, costs_name: str, policy: Policy) -> tuple[ResolvedPolicy, SimulationSettings]:
         config = self.config
         runtime = resolve(
             policy,

@@ -12,6 +12,7 @@ from moeless.errors import RunFailed, UserError
 from moeless.metrics.billing import Meter
 from moeless.metrics.requests import Objective, request_metrics
 from moeless.metrics.result import Cell, Evidence
+from moeless.policy import ResolvedPolicy
 from moeless.serverless import InstancePool, PoolSettings
 from moeless.simulator import kernels
 from moeless.simulator.clocks import RequestClocks
@@ -19,7 +20,6 @@ from moeless.simulator.failures import Failure
 from moeless.simulator.loop import Run, SchedulerLike
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay
-from moeless.simulator.runtime import PolicyRuntime
 from moeless.simulator.timeline import Timeline
 from moeless.simulator.validity import check_validity
 
@@ -66,7 +66,7 @@ def simulate(
     replay: Replay,
     requests: Sequence[Request],
     scheduler: SchedulerLike,
-    runtime: PolicyRuntime,
+    runtime: ResolvedPolicy,
     *,
     settings: SimulationSettings,
     prior_share_LE: FloatArray | None = None,

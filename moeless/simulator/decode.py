@@ -14,12 +14,12 @@ from moeless.contracts import FloatArray, IntArray, Phase
 from moeless.costs.nonexpert import NonExpertTerms
 from moeless.placement.keep_kernels import KeepTerms
 from moeless.placement.threads import in_parallel
+from moeless.policy import ResolvedPolicy
+from moeless.policy.history import DECAY, LoadHistory
 from moeless.simulator.decode_kernels import run_steps, time_steps
-from moeless.simulator.history import DECAY, LoadHistory
 from moeless.simulator.layer_kernels import CHOSEN
 from moeless.simulator.plan_rows import Plans
 from moeless.simulator.record import LayerRecord
-from moeless.simulator.runtime import PolicyRuntime
 from moeless.simulator.single_kernels import NUM_PARTS
 
 #: What deciding one layer's dispatch takes, in expert loads looked at (see ``placement.threads``).
@@ -59,7 +59,7 @@ class DecodeSteps:
     """
 
     def __init__(
-        self, runtime: PolicyRuntime, history: LoadHistory, record: LayerRecord, keep: KeepTerms, plan_every: int,
+        self, runtime: ResolvedPolicy, history: LoadHistory, record: LayerRecord, keep: KeepTerms, plan_every: int,
         mode: int, rates: tuple[float, ...], control_L: FloatArray, misc: float,
     ) -> None:  # fmt: skip
         self.runtime, self.history, self.record, self.keep = runtime, history, record, keep
@@ -108,7 +108,9 @@ class DecodeSteps:
                 self._pace = (end_I[done + ran - 1] - now) / ran
                 now = float(end_I[done + ran - 1])
                 if self._learns:
-                    self.history.note_last(self._load_ILE[ran - 1].copy(), Phase.DECODE)
+                    self.history.add_steps(self._load_ILE[:ran], Phase.DECODE, len(rank_T))
+                else:
+                    self.history.count(ran, ran * len(rank_T))
             done += ran
             if ran < ahead:
                 if now < deadline:
@@ -116,7 +118,6 @@ class DecodeSteps:
                 break
             self._kept = max(self._kept, 2 * done)
         self.record.append(time_IL[:done])
-        self.history.count(done, done * len(rank_T))
         return end_I[:done]
 
     def _worth(self, done: int, now: float, deadline: float, since_plan: int) -> int:

@@ -11,7 +11,7 @@ from moeless.contracts import BoolArray, FloatArray, LayerPlan
 from moeless.placement import elastic, elastic_ahead
 from moeless.placement.keep_kernels import KeepTerms, kept_layers
 from moeless.placement.layout import static_layout
-from moeless.simulator.runtime import PolicyRuntime
+from moeless.policy import ResolvedPolicy
 
 
 class Keeping:
@@ -24,7 +24,7 @@ class Keeping:
         terms: for compiled loops; its arrays are updated in place.
     """
 
-    def __init__(self, runtime: PolicyRuntime) -> None:
+    def __init__(self, runtime: ResolvedPolicy) -> None:
         spec, gpus = runtime.spec, runtime.cluster.G
         ahead = runtime.planner.plan_layer is elastic_ahead.plan_layer
         active = (ahead or runtime.planner.plan_layer is elastic.plan_layer) and (

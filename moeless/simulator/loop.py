@@ -12,14 +12,13 @@ import numpy as np
 from moeless.contracts import FloatArray, IntArray, Iteration, Phase, Request
 from moeless.costs.nonexpert import NonExpertCosts
 from moeless.errors import RunFailed
+from moeless.policy import LoadHistory, ResolvedPolicy
 from moeless.serverless import InstancePool
 from moeless.simulator.ahead import Work
 from moeless.simulator.clocks import RequestClocks
 from moeless.simulator.failures import Failure, check_failures
-from moeless.simulator.history import LoadHistory
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
-from moeless.simulator.runtime import PolicyRuntime
 from moeless.simulator.scaling import Member, Scaling
 from moeless.simulator.stage import Stage
 from moeless.simulator.timeline import Timeline
@@ -61,7 +60,7 @@ class Run:
         replay: Replay,
         requests: Sequence[Request],
         scheduler: SchedulerLike,
-        runtime: PolicyRuntime,
+        runtime: ResolvedPolicy,
         settings: SimulationSettings,
         prior_share_LE: FloatArray | None,
         router_inputs: Callable[[Any], Any] | None,

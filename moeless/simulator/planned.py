@@ -11,6 +11,7 @@ from moeless.placement import elastic, elastic_ahead, paper
 from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.paper_kernels import PaperTerms
 from moeless.placement.threads import in_parallel
+from moeless.policy import ResolvedPolicy
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.fixed_plan_kernels import FixedTerms, no_fixed
 from moeless.simulator.plan_rows import Plans, room_for
@@ -24,7 +25,6 @@ from moeless.simulator.planned_kernels import (
     planned_iteration,
 )
 from moeless.simulator.record import LayerRecord
-from moeless.simulator.runtime import PolicyRuntime
 
 #: Planners that are compiled.
 _COMPILED = (paper.plan_layer, elastic.plan_layer, elastic_ahead.plan_layer)
@@ -52,7 +52,7 @@ class PlannedIterations:
     """
 
     def __init__(
-        self, runtime: PolicyRuntime, ahead: AheadPlans, mode: int, rates: tuple[float, ...], control_L: FloatArray
+        self, runtime: ResolvedPolicy, ahead: AheadPlans, mode: int, rates: tuple[float, ...], control_L: FloatArray
     ) -> None:
         self.runtime, self.ahead, self._mode, self._rates, self._control_L = runtime, ahead, mode, rates, control_L
         spec, gpus, planner = runtime.spec, runtime.cluster.G, runtime.planner.plan_layer

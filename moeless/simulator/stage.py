@@ -11,25 +11,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless.contracts import BoolArray, FloatArray, Forecast, Int32Array, IntArray, LayerPlan, Phase
+from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray, LayerPlan, Phase
 from moeless.costs.kernels import quota_time
 from moeless.costs.nonexpert import NonExpertCosts, NonExpertTime
 from moeless.errors import RunFailed
 from moeless.placement import elastic, elastic_ahead
 from moeless.placement.dispatch import even_dispatch
 from moeless.placement.threads import in_parallel
+from moeless.policy import LoadHistory, ResolvedPolicy
+from moeless.policy.resolved import INTERVAL_ITERATIONS
 from moeless.serverless import InstancePool
 from moeless.simulator import kernels
 from moeless.simulator.ahead import AheadPlans, Work
 from moeless.simulator.decode import Batch, DecodeSteps, dispatch_work
 from moeless.simulator.failures import Failure, Outage, without_extras
-from moeless.simulator.history import LoadHistory
 from moeless.simulator.in_force import PlansInForce
 from moeless.simulator.layer_kernels import CHOSEN, EVEN
 from moeless.simulator.planned import NO_ROOM, PlannedIterations
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, balanced_loads, balanced_topk
-from moeless.simulator.runtime import INTERVAL_ITERATIONS, PolicyRuntime
 from moeless.simulator.single_kernels import NUM_PARTS, locate
 from moeless.simulator.timeline import Timeline
 
@@ -37,7 +37,7 @@ from moeless.simulator.timeline import Timeline
 LONGEST_RUN = 4096
 
 
-def _dispatch_mode(runtime: PolicyRuntime) -> tuple[int | None, tuple[float, ...]]:
+def _dispatch_mode(runtime: ResolvedPolicy) -> tuple[int | None, tuple[float, ...]]:
     """Which compiled dispatch is the planner's own, None where there is none, and what it takes."""
     none = (0.0, 0.0, 0.0, 0.0, 0.0)
     if runtime.planner.dispatch.quotas is even_dispatch:
@@ -64,7 +64,7 @@ class Stage:
 
     def __init__(
         self,
-        runtime: PolicyRuntime,
+        runtime: ResolvedPolicy,
         pool: InstancePool,
         history: LoadHistory,
         record: LayerRecord,
@@ -79,7 +79,7 @@ class Stage:
         self.terms = self.costs.kernel_terms()
         self.outage = Outage(self.cluster.G)
         layers = range(self.spec.L)
-        self._wanted = runtime.deployment([history.share(layer) for layer in layers])
+        self._wanted = runtime.first_plans([history.share(layer) for layer in layers])
         self.ahead = AheadPlans(runtime, pool, history, PlansInForce(self._wanted, 0), self.outage)
         self.control_L = np.array([self.costs.control_seconds(runtime.planner.control, layer) for layer in layers])
         self._misc = self.costs.misc_seconds()
@@ -316,8 +316,7 @@ class Stage:
             return
         self._planned_at = now
         tokens = max(1, round(self.history.mean_tokens or 1))
-        mean_LE = [self.history.share_or_even(layer) * (tokens * self.spec.K) for layer in range(self.spec.L)]
-        forecasts = [Forecast(mean_E, mean_E.copy(), tokens, "history") for mean_E in mean_LE]
+        forecasts = [self.runtime.from_share(self.history.share(layer), tokens) for layer in range(self.spec.L)]
         self._pending = self.runtime.plan_all(Phase.MIXED, forecasts, self.plans, INTERVAL_ITERATIONS)
         ready = self.load_beside(self._pending, now)
         if not np.isfinite(ready):

@@ -19,7 +19,6 @@ from moeless.placement.params import make_params
 from moeless.serverless.keep_alive import KeepAlive
 from moeless.simulator import Simulation
 from moeless.simulator.bench import Bench
-from moeless.simulator.predictors import load_predictors
 from moeless.tuning.space import SERVERLESS, Value
 
 FORMAT = 1
@@ -121,10 +120,6 @@ def apply_preset(bench: Bench, preset: Preset) -> Bench:
         planner_params={**bench.config.planner_params, preset.policy.planner: chosen},
         **settings,
     )
-    if preset.policy not in bench.config.policies:
-        made.predictors = load_predictors(
-            (preset.policy,), bench.config.predictors, bench.trace.spec, bench.trace.has_router_inputs
-        )
     return made
 
 

@@ -11,9 +11,10 @@ from moeless.cluster import cluster
 from moeless.contracts import AUTO, Forecast, Phase
 from moeless.engine.controller import Controller, ControlSettings
 from moeless.engine.core import PartTimes
-from moeless.engine.history import WINDOW, LiveHistory
 from moeless.engine.policy import resolve_live
 from moeless.errors import UserError
+from moeless.policy import LoadHistory
+from moeless.policy.history import WINDOW
 from moeless.predictors import LoadPredictor
 from moeless.traces.specs import resolve_spec
 
@@ -172,8 +173,8 @@ def test_auto_needs_a_fitted_skill(tiny):
 
 
 def test_recent_loads_are_those_of_the_last_iterations():
-    history, loads = LiveHistory(2, 3), np.random.default_rng(0).integers(0, 9, (WINDOW + 20, 3))
+    history, loads = LoadHistory(None, 2, 3, 1), np.random.default_rng(0).integers(0, 9, (WINDOW + 20, 3))
     assert history.recent(1) is None
     for count, load_E in enumerate(loads, start=1):
-        history.add(1, load_E, Phase.DECODE, 9)
+        history.add_layer(1, load_E, Phase.DECODE, 9)
         assert history.recent(1).tolist() == loads[max(0, count - WINDOW) : count].sum(0).tolist()

@@ -311,7 +311,7 @@ def test_a_broken_checkpoint_or_plan_is_refused_before_launch(
 
     from moeless.contracts import LayerPlan
     from moeless.engine import bench
-    from moeless.engine.policy import LivePolicy
+    from moeless.policy import ResolvedPolicy
 
     started: list[Any] = []
     monkeypatch.setattr(bench, "launch", started.append)
@@ -320,13 +320,12 @@ def test_a_broken_checkpoint_or_plan_is_refused_before_launch(
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="not an intact safetensors file"):
         bench.LiveBench(bench.LiveConfig(("static",), model=tmp_path / "model"))
-    first = LivePolicy.first_plan
+    first = ResolvedPolicy.first_plans
 
-    def without_a_primary(self: LivePolicy, layer: int, share_E: Any) -> LayerPlan:
-        plan = first(self, layer, share_E)
-        return dataclasses.replace(plan, primary_R=np.zeros(plan.R, np.bool_))
+    def without_primaries(self: ResolvedPolicy) -> list[LayerPlan]:
+        return [dataclasses.replace(plan, primary_R=np.zeros(plan.R, np.bool_)) for plan in first(self)]
 
-    monkeypatch.setattr(LivePolicy, "first_plan", without_a_primary)
+    monkeypatch.setattr(ResolvedPolicy, "first_plans", without_primaries)
     with pytest.raises(UserError, match="expert 0 has 0 primaries"):
         bench.LiveBench(bench.LiveConfig(("static",), WorkloadSettings(requests=2)))
     assert started == []

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from moeless.cluster import Cluster
 from moeless.contracts import Forecast, Iteration, Phase, Policy, Request, Span
 from moeless.costs import COSTS
+from moeless.policy import ResolvedPolicy, resolve
 from moeless.predictors import LoadPredictor
-from moeless.simulator import Replay, resolve
+from moeless.simulator import Replay
 from moeless.simulator.failures import Failure
-from moeless.simulator.runtime import PolicyRuntime
 from moeless.spec import Attention, MoESpec
 from moeless.workloads.lengths import Workload
 
@@ -67,7 +67,7 @@ class LastLoad(LoadPredictor):
         return Forecast(mean_E, mean_E.copy(), context.tokens, "last")
 
 
-def runtime_of(policy: str, spec: MoESpec, where: Cluster) -> PolicyRuntime:
+def runtime_of(policy: str, spec: MoESpec, where: Cluster) -> ResolvedPolicy:
     """A policy under roofline costs with one extra slot; ``last`` forecasts are :class:`LastLoad`'s."""
     return resolve(
         Policy.parse(policy),

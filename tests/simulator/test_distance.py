@@ -6,9 +6,10 @@ from moeless.cluster import cluster
 from moeless.contracts import Policy
 from moeless.costs import COSTS
 from moeless.errors import UserError
+from moeless.policy import resolve
 from moeless.predictors import PREDICTORS, LoadPredictor
 from moeless.serverless import PoolSettings
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.workloads.schedulers import Continuous
 
 

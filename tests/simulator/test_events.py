@@ -11,9 +11,10 @@ from moeless.cluster import cluster
 from moeless.contracts import LayerPlan, Policy, Request
 from moeless.costs import COSTS
 from moeless.errors import RunFailed, UserError
+from moeless.policy import resolve
 from moeless.predictors import LoadPredictor
 from moeless.serverless import KeepAlive, PoolSettings
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.failures import Failure, Outage
 from moeless.simulator.timeline import Timeline
 from moeless.workloads.schedulers import Continuous

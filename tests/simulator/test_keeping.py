@@ -13,9 +13,10 @@ from moeless.cluster import cluster
 from moeless.contracts import Forecast, Phase, Policy
 from moeless.costs import COSTS
 from moeless.placement.keep_kernels import hardly_changed
+from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
 from moeless.serverless import PoolSettings
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.keeping import Keeping
 from moeless.simulator.timeline import Timeline
 from moeless.spec import Attention, MoESpec

@@ -10,8 +10,9 @@ from moeless.cluster import cluster
 from moeless.contracts import Policy
 from moeless.costs import COSTS
 from moeless.errors import RunFailed
+from moeless.policy import resolve
 from moeless.serverless import KeepAlive, PoolSettings
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.failures import Failure
 from moeless.workloads.schedulers import Continuous, OneSecond
 from tests.simulator.conftest import losses, runtime_of

@@ -15,10 +15,11 @@ from moeless.costs import COSTS
 from moeless.costs.kernels import quota_time
 from moeless.placement import elastic, elastic_ahead
 from moeless.placement.dispatch import even_dispatch, serving_R
+from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
 from moeless.serverless import PoolSettings
 from moeless.serverless.keep_alive import KeepAlive
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.ahead import AheadPlans
 from moeless.simulator.layer_kernels import CHOSEN, EVEN, LOAD, load_table, load_tokens, memory, time_layer
 from moeless.simulator.timeline import Timeline

@@ -10,8 +10,9 @@ from moeless.contracts import Policy, Request
 from moeless.costs import COSTS
 from moeless.experiments.cells import parts
 from moeless.placement import PLANNERS
+from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
-from moeless.simulator import Replay, resolve
+from moeless.simulator import Replay
 from moeless.simulator.core import SimulationSettings, simulate
 from moeless.spec import preset
 from moeless.workloads import schedulers

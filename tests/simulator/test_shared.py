@@ -11,8 +11,9 @@ from moeless.cluster import cluster
 from moeless.contracts import Policy, Request
 from moeless.costs import COSTS
 from moeless.errors import RunFailed, UserError
+from moeless.policy import resolve
 from moeless.serverless import PoolSettings
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.loop import Run
 from moeless.simulator.shared import SharedPool
 from moeless.workloads.schedulers import Continuous, OneSecond

@@ -9,8 +9,9 @@ from moeless.costs import COSTS
 from moeless.costs.nonexpert import NonExpertCosts
 from moeless.errors import RunFailed, UserError
 from moeless.metrics.requests import parse_goodput
+from moeless.policy import resolve
 from moeless.serverless import KeepAlive, PoolSettings
-from moeless.simulator import SimulationSettings, resolve, simulate
+from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.routing import balanced_loads, columns, rank_sums
 from moeless.simulator.timeline import Timeline
 from moeless.workloads.schedulers import Continuous, OneSecond
@@ -128,7 +129,7 @@ def test_one_request_alone_takes_the_sum_of_its_iterations(spec, topk, replay_fo
 
 def resolve_static(spec, where, model, layer):
     runtime = resolve(Policy("static"), spec=spec, cluster=where, costs=model, extra_slots=0, predictors={})
-    return runtime.deployment([None] * spec.L)[layer]
+    return runtime.first_plans([None] * spec.L)[layer]
 
 
 def test_one_gpu_takes_the_sum_over_all_experts_and_exchanges_nothing(spec, requests, replay_for):

@@ -9,7 +9,8 @@ from moeless.cluster import cluster
 from moeless.contracts import Policy
 from moeless.costs import COSTS
 from moeless.metrics.requests import RequestTimes, request_metrics
-from moeless.simulator import SimulationSettings, resolve
+from moeless.policy import resolve
+from moeless.simulator import SimulationSettings
 from moeless.simulator.loop import Run
 from moeless.simulator.validity import check_validity
 from moeless.workloads.scheduler import Queueing
