@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from moeless.predictors.job import FitJob, run_fit
+from moeless.predictors.train_evaluate import FitJob, run_fit
 
 METHODS = ("gate_reuse", "layer_aware", "from_scratch")
 

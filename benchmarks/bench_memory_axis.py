@@ -49,7 +49,7 @@ from memory_replay import Life, Replayed, consecutive_rows, outside_seconds, rep
 from moeless.contracts import Budget, Forecast, LayerPlan, PlanInput
 from moeless.placement import PLANNERS
 from moeless.placement.static import static_plan
-from moeless.predictors.life import ForecastLife
+from moeless.predictors.forecast_horizon import ForecastHorizon
 
 GPUS = 8
 HISTORY = "history"
@@ -101,7 +101,7 @@ def _points(job: tuple[Regime, int, int]) -> list[Point]:
     from_nothing: dict[tuple[str, int], list[LayerPlan]] = {}
 
     def plan_for(know: str, life: Life, seconds: float) -> Any:
-        lasting = ForecastLife(share_LE)
+        lasting = ForecastHorizon(share_LE)
 
         def plan(i: int, layer: int, previous: LayerPlan | None, state_R: Any, lead: float) -> LayerPlan:
             if life == "resident":

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from moeless.predictors.data import Rows
-from moeless.predictors.fitting import FitSettings, fit
+from moeless.predictors.fitting import FitInput
+from moeless.predictors.gate_reuse import GateReuse
 from moeless.predictors.gates import Gates
+from moeless.predictors.request_split import split_requests
 from moeless.predictors.router import RouterRule
-from moeless.predictors.split import split_requests
+from moeless.predictors.trace_rows import Rows
 from moeless.spec import MoESpec, preset
 
 HIDDEN = 64
@@ -77,7 +78,7 @@ def measure(tokens: int, distances: int) -> tuple[float, float]:
     watcher.start()
     started = time.perf_counter()
     try:
-        fit("gate_reuse", rows, split, FitSettings(tuple(range(1, distances + 1))), gates=gates)
+        GateReuse.fit(FitInput(rows, split, tuple(range(1, distances + 1)), gates=gates))
     finally:
         done.set()
         watcher.join()

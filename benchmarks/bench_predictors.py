@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from moeless.allocator import keep_freed_memory
-from moeless.predictors.data import Rows
-from moeless.predictors.fitting import FitSettings, fit
+from moeless.predictors.fitting import FitInput
 from moeless.predictors.gates import Gates
+from moeless.predictors.layer_aware import LayerAware
+from moeless.predictors.request_split import split_requests
 from moeless.predictors.router import RouterRule
-from moeless.predictors.split import split_requests
 from moeless.predictors.timing import predict_microseconds
+from moeless.predictors.trace_rows import Rows
 from moeless.spec import MoESpec, preset
 
 #: Different rows of made inputs; a larger trace repeats them, which changes no time.
@@ -74,15 +75,16 @@ def main() -> None:
     split = split_requests([""] * len(trace.requests.first_row), "request", args.seed)
     gates = Gates(trace.gate_LEH, None, None, RouterRule("softmax"), "made gates")
     options = {"threshold": 1.0, "epochs": args.epochs, "patience": args.epochs}
-    settings = FitSettings(
-        tuple(range(1, args.distances + 1)), args.tokens, args.seed, args.device, options
+    given = FitInput(
+        rows, split, tuple(range(1, args.distances + 1)), args.tokens, args.seed, args.device, options, gates
     )  # fmt: skip
     print(f"{spec.name}: {spec.L} layers, {spec.E} experts, hidden size {spec.hidden_size}; d = 1..{args.distances}")
     print(f"{args.tokens:,} tokens, {args.device}, {torch.get_num_threads()} threads")
     started = time.perf_counter()
-    predictor, seconds = fit("layer_aware", rows, split, settings, gates=gates)
+    predictor = LayerAware.fit(given)
+    seconds = time.perf_counter() - started
     print(f"layer_aware, {args.epochs} epochs: {seconds:.1f} s to fit, {seconds / 300:.2f} of the paper's 5 minutes")
-    print(f"  memory {predictor.memory_bytes / 2**20:.2f} MiB ({time.perf_counter() - started:.1f} s in all)")
+    print(f"  memory {predictor.memory_bytes / 2**20:.2f} MiB")
     for tokens, micro in predict_microseconds(predictor, 1, (1, 32, 512), device=args.device).items():
         print(f"  forecast of one layer, {tokens:>4} tokens: {micro:8.1f} us, {micro / 200:.2f} of the paper's 0.2 ms")
 

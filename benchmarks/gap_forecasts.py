@@ -29,7 +29,7 @@ def fitted_predictor(folder: Path | None) -> tuple[LoadPredictor, Path]:
     """The predictor in ``folder``; without one, ``blend`` fitted on the training requests and kept for later."""
     made = folder or CACHE / METHOD
     if folder is None and not made.exists():
-        from moeless.predictors.job import FitJob, run_fit
+        from moeless.predictors.train_evaluate import FitJob, run_fit
         from moeless.spec import preset
         from moeless.traces.importers import IMPORTERS
 

@@ -109,7 +109,7 @@ def synthetic_routing(name: str, layers: int = 12, requests: int = 240) -> Routi
 
 
 def _split(requests: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test requests, 70/30; the same as ``moeless.predictors.split``."""
+    """Training and test requests, 70/30; the same as ``moeless.predictors.request_split``."""
     order = np.random.default_rng(SEED).permutation(requests)
     cut = round(0.7 * requests)
     return np.sort(order[:cut]), np.sort(order[cut:])

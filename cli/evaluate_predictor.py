@@ -34,7 +34,7 @@ def command(
 
     Example: moeless evaluate-predictor predictors/la traces/bundled --distance 1..5 --batch-tokens 32,512,2048
     """
-    from moeless.predictors.job import FitJob, parse_numbers, run_evaluation
+    from moeless.predictors.train_evaluate import FitJob, parse_numbers, run_evaluation
 
     job = FitJob(
         trace=trace,

@@ -52,7 +52,7 @@ def command(
 
     Example: moeless train-predictor traces/bundled --method layer_aware --distance 1..5 --out predictors/la --evaluate
     """
-    from moeless.predictors.job import FitJob, parse_numbers, run_fit
+    from moeless.predictors.train_evaluate import FitJob, parse_numbers, run_fit
 
     options: dict[str, Any] = {"threshold": threshold} if threshold is not None else {}
     job = FitJob(

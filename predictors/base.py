@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
 from moeless.files import folder_atomic, read_json, reading, write_json
-from moeless.predictors.shares import known_share, proportional
+from moeless.predictors.shares import proportional, share_of
 from moeless.spec import MoESpec
+
+if TYPE_CHECKING:
+    from moeless.predictors.fitting import FitInput
+    from moeless.predictors.gates import Gates
+    from moeless.predictors.token_level import TokenLevel
 
 PREDICTOR_FILE = "predictor.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -29,13 +34,6 @@ FORMAT = 1
 #: What a predictor reads of the iteration: nothing but its size, the source layer's expert ids or gate inputs, or the
 #: target layer's true load, which simulations alone can know.
 Reads = Literal["nothing", "topk", "router_inputs", "true_load"]
-
-
-class Wants(NamedTuple):
-    """What fitting a method needs: inputs of every token, and whether the model's gates."""
-
-    reads: Reads
-    gates: bool
 
 
 class LoadPredictor(ABC):
@@ -88,17 +86,40 @@ class LoadPredictor(ABC):
         raise UserError(f"predictor {self.name!r} forecasts loads, not single tokens")
 
     @classmethod
-    def wants(cls, options: Mapping[str, Any], has_router_inputs: bool) -> Wants:
-        """What fitting with those options needs of a trace."""
-        del options, has_router_inputs
-        return Wants(cls.reads, cls.needs_gates)
+    def unfitted(cls, spec: MoESpec, gates: Gates | None = None) -> Self:
+        """The method as it is without a fit, from the model's gates where it is made from them.
+
+        Raises:
+            UserError: it has to be fitted, or has no gates to be made from.
+        """
+        if cls.needs_fitting or (cls.needs_gates and gates is None):
+            raise UserError(
+                f"predictor {cls.name!r} must be fitted first: run `moeless train-predictor TRACE --method {cls.name} "
+                "--out DIR` and pass that folder"
+            )
+        return cls(spec, *([gates] if cls.needs_gates else []))
+
+    @classmethod
+    def fit(cls, given: FitInput) -> Self:
+        """Fit on a trace; a method that learns nothing is as it is without a fit.
+
+        Raises:
+            UserError: an option is unknown or refused, or the trace lacks what the method reads.
+        """
+        if given.options:
+            raise UserError(f"predictor {cls.name!r} has no parameters")
+        return cls.unfitted(given.rows.spec)
+
+    @classmethod
+    def fitting_class(cls, options: Mapping[str, Any], has_router_inputs: bool) -> type[LoadPredictor]:  # noqa: ARG003
+        """The class whose ``reads`` and ``needs_gates`` say what fitting needs: its own, or that of a part inside."""
+        return cls
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
         """How much better than history it did on validation requests, for an iteration of that size.
 
         1 is exact, 0 is as good as history, below 0 is worse; None where it was not measured.
         """
-        del layer, distance, phase, tokens
         return None
 
     def to(self, device: Any) -> Self:
@@ -107,11 +128,10 @@ class LoadPredictor(ABC):
         Args:
             device: a ``torch.device`` or its name.
         """
-        del device
         return self
 
     @property
-    def token_part(self) -> Any:
+    def token_part(self) -> TokenLevel | None:
         """The :class:`~moeless.predictors.token_level.TokenLevel` whose sums :meth:`from_tokens` takes, or None."""
         return None
 
@@ -128,9 +148,13 @@ class LoadPredictor(ABC):
         return {}
 
     @classmethod
-    def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
+    def from_state(
+        cls,
+        spec: MoESpec,
+        settings: Mapping[str, Any],  # noqa: ARG003
+        tensors: Mapping[str, NDArray[Any]],  # noqa: ARG003
+    ) -> Self:
         """Rebuild from :meth:`settings` and :meth:`tensors`, of which a method without a fit has none."""
-        del settings, tensors
         return cls(spec)
 
     @property
@@ -184,44 +208,31 @@ class LoadPredictor(ABC):
         Raises:
             UserError: ``spec`` differs.
         """
-        if fingerprint(spec) != fingerprint(self.spec):
-            mine, other = describe(self.spec), describe(spec)
+        if _routing_of(spec) != _routing_of(self.spec):
+            mine, other = (
+                f"{s.name} ({s.L} MoE layers, {s.E} experts, top-{s.K}, hidden size {s.hidden_size})"
+                for s in (self.spec, spec)
+            )
             raise UserError(f"predictor {self.name!r} was fitted on {mine}; {what} is of {other}")
 
     def fallback(self, context: Context, target: int) -> Forecast:
         """Forecast from past loads alone: history, else the last load, else equal shares."""
         self._check_target(target)
-        share_E, source = known_share(context, self.spec.E)
-        mean_E = proportional(share_E, context.tokens * self.spec.K)
-        return Forecast(mean_E, mean_E.copy(), context.tokens, source)
+        share_E, source = share_of(context.history_E, self.spec.E, "the history"), "history"
+        if share_E is None:
+            share_E, source = share_of(context.last_load_E, self.spec.E, "the last load"), "last"
+        if share_E is None:
+            share_E, source = np.full(self.spec.E, 1.0 / self.spec.E), "uniform"
+        return self.scaled(share_E, context.tokens, source)
+
+    def scaled(self, share_E: FloatArray, tokens: int, source: str, variance: float = 1.0) -> Forecast:
+        """Shares times an iteration's assignments, with a variance in proportion to the mean."""
+        mean_E = proportional(share_E, tokens * self.spec.K)
+        return Forecast(mean_E, variance * mean_E, tokens, source)
 
     def _check_target(self, target: int) -> None:
         if not 0 <= target < self.spec.L:
             raise UserError(f"there is no layer {target} to forecast: {self.spec.name} has {self.spec.L} MoE layers")
-
-
-def not_fitted(name: str) -> UserError:
-    """The error of a method that was made without being fitted."""
-    return UserError(
-        f"predictor {name!r} must be fitted first: run `moeless train-predictor TRACE --method {name} --out DIR` "
-        "and pass that folder"
-    )
-
-
-def fingerprint(spec: MoESpec) -> dict[str, Any]:
-    """What a predictor depends on in a model."""
-    return {
-        "name": spec.name,
-        "moe_layers": list(spec.moe_layers),
-        "num_experts": spec.num_experts,
-        "top_k": spec.top_k,
-        "hidden_size": spec.hidden_size,
-    }
-
-
-def describe(spec: MoESpec) -> str:
-    """A model in half a sentence."""
-    return f"{spec.name} ({spec.L} MoE layers, {spec.E} experts, top-{spec.K}, hidden size {spec.hidden_size})"
 
 
 def read_head(path: Path) -> tuple[str, MoESpec, dict[str, Any]]:
@@ -250,6 +261,11 @@ def load_predictor(path: Path) -> LoadPredictor:
     kind = PREDICTORS.get(read_head(Path(path))[0])
     loaded: LoadPredictor = kind.load(Path(path))
     return loaded
+
+
+def _routing_of(spec: MoESpec) -> tuple[Any, ...]:
+    """What a predictor depends on in a model."""
+    return spec.name, spec.moe_layers, spec.num_experts, spec.top_k, spec.hidden_size
 
 
 def _read_tensors(path: Path) -> dict[str, NDArray[Any]]:

@@ -4,40 +4,64 @@ Each is best somewhere: tokens one layer before a large iteration, history where
 last iteration where the same requests decode on. Weights are per (layer, distance), phase and size of the iteration;
 where validation does not show a gain, history alone remains.
 
-The variance is calibrated on all validation requests, per (layer, distance), phase and size, so that a normal 90 %
-interval holds 90 % of new loads (``fit_blend``).
+Weights and variances are chosen on all validation requests, whatever the token-level part was fitted on: how far whole
+iterations stray depends on their texts, so that few requests make variances too narrow. Variances are such that a
+normal 90 % interval holds 90 % of new loads; what few texts leave unseen in iterations of whole texts (prefill) is
+corrected by 1 + 1/n, n being the iterations' worth of different tokens.
 
 Importing needs torch, NumPy and safetensors only.
 
-Axes: P fitted pairs, H phases (prefill, decode), N sizes, S sources, V variance coefficients, E experts.
+Axes: P fitted pairs, H phases (prefill, decode), N sizes, S sources, V variance coefficients, E experts, I iterations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
-from moeless.predictors import mixing
-from moeless.predictors.base import LoadPredictor, Reads, Wants, not_fitted
-from moeless.predictors.shares import history_share, last_share, proportional, share_of
-from moeless.predictors.token_level import TokenLevel, missing_inputs
+from moeless.predictors import PREDICTORS, blend_weights
+from moeless.predictors.base import LoadPredictor
+from moeless.predictors.fitting import FitInput, pairs_of
+from moeless.predictors.iterations import ComposedIteration, available_phases, iterations_of
+from moeless.predictors.shares import proportional, share_of
+from moeless.predictors.token_level import Pair, TokenLevel
+from moeless.predictors.token_loads import TokenLoads
 from moeless.predictors.token_table import TokenTable
-from moeless.predictors.variance import Variance
+from moeless.predictors.trace_rows import Rows
+from moeless.predictors.variance import Variance, fit_variance, widen
 from moeless.spec import MoESpec
 
-if TYPE_CHECKING:
-    import torch
-
-    from moeless.predictors.fitting import FitInput
-
-Pair = tuple[int, int]
 #: The source "layer" of targets that no layer precedes by the distance.
 BEFORE = -1
+#: Sizes at which weights are chosen, as far as the validation requests reach.
+SIZES = (8, 32, 128, 512, 2048)
+PHASES = (Phase.PREFILL, Phase.DECODE)
+
+
+@dataclass(frozen=True)
+class BlendOptions:
+    """Parameters; every other option goes to the part.
+
+    Attributes:
+        part: the token-level method inside; ``auto`` is layer_aware where gate inputs are recorded, else transition.
+        steps: weights are multiples of ``1 / steps``.
+        windows: iterations of each size and phase that choose them.
+    """
+
+    part: str = "auto"
+    steps: int = 20
+    windows: int = 48
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 100 or self.windows < 4:
+            raise UserError("a blend needs 1 to 100 steps and at least 4 windows")
 
 
 class Blend(LoadPredictor):
@@ -57,47 +81,72 @@ class Blend(LoadPredictor):
     needs_fitting = True
     #: Layers that nothing precedes have weights of their own.
     forecasts_first = True
-    reads: Reads = "topk"
 
     def __init__(
         self,
         spec: MoESpec,
-        part: TokenLevel | None = None,
-        pairs: Sequence[Pair] = (),
-        sizes: Sequence[int] = (),
-        weight_PHNS: NDArray[np.floating[Any]] | None = None,
-        variance_PHNV: NDArray[np.floating[Any]] | None = None,
-        error_PHNX: NDArray[np.floating[Any]] | None = None,
+        part: TokenLevel,
+        pairs: Sequence[Pair],
+        sizes: Sequence[int],
+        weight_PHNS: NDArray[np.floating[Any]],
+        variance_PHNV: NDArray[np.floating[Any]],
+        error_PHNX: NDArray[np.floating[Any]],
         table: TokenTable | None = None,
     ) -> None:
-        if part is None or weight_PHNS is None or variance_PHNV is None or error_PHNX is None:
-            raise not_fitted(self.name)
         super().__init__(spec)
         shape = (len(pairs), 2, len(sizes))
         if weight_PHNS.shape != (*shape, 3) or variance_PHNV.shape != (*shape, 2) or error_PHNX.shape != (*shape, 2):
             raise ValueError(f"weights of shape {weight_PHNS.shape} for {len(pairs)} pairs and {len(sizes)} sizes")
-        self.part, self.pairs, self.sizes = part, tuple(pairs), tuple(sizes)
+        self.part, self.pairs, self.sizes, self.table = part, tuple(pairs), tuple(sizes), table
         self._row = {pair: row for row, pair in enumerate(self.pairs)}
         self._weight_PHNS = weight_PHNS.astype(np.float32)
         self._variance_PHNV, self._error_PHNX = variance_PHNV.astype(np.float32), error_PHNX.astype(np.float32)
-        self.table = table
         self.reads = part.reads
 
     @classmethod
-    def wants(cls, options: Mapping[str, Any], has_router_inputs: bool) -> Wants:
-        """What the part wants that will be inside."""
-        from moeless.predictors.fit_blend import part_of
-
-        kind, inner = part_of(options, has_router_inputs)
-        wanted: Wants = kind.wants(inner, has_router_inputs)
-        return wanted
+    def fitting_class(cls, options: Mapping[str, Any], has_router_inputs: bool) -> type[LoadPredictor]:
+        """The part that will be inside."""
+        return _part_of(options, has_router_inputs)[1]
 
     @classmethod
-    def fit(cls, given: FitInput) -> Blend:
-        """Fit on a trace; see :func:`moeless.predictors.fit_blend.fit_blend`."""
-        from moeless.predictors.fit_blend import fit_blend
-
-        return fit_blend(given)
+    def fit(cls, given: FitInput) -> Self:
+        """Fit the part, then choose weights and variances for every pair, phase and size."""
+        rows = given.rows
+        options, kind, inner = _part_of(given.options, rows.trace.has_router_inputs)
+        part = kind.fit(replace(given, options=inner))
+        sample = given.calibration(part.reads)
+        pairs = pairs_of(rows.spec.L, given.distances)
+        first = [(BEFORE, target + 1) for target in range(max(given.distances))]
+        tokens = TokenLoads(part, rows, sample.row_T, pairs)
+        share_LE = rows.share_LE(given.split.fit)
+        table = _table(given, share_LE[: len(first)])
+        known = _validation_iterations(rows, sample.requests, tokens, options.windows, given.seed)
+        independent_of = {key: _independent(iterations) for key, iterations in known.items()}
+        sizes = sorted({size for _, size in known})
+        shape = len(pairs) + len(first), len(PHASES), len(sizes)
+        weight, error, variance = np.zeros((*shape, 3)), np.zeros((*shape, 2)), np.zeros((*shape, 2))
+        for row, (layer, distance) in enumerate([*pairs, *first]):
+            for column, phase in enumerate(PHASES):
+                sure_S = None
+                for index, size in enumerate(sizes):
+                    iterations = known[phase, size]
+                    independent = independent_of[phase, size]
+                    share_SIE, load_IE = _sources(tokens, table, share_LE, iterations, layer, distance)
+                    true_IE = load_IE / load_IE.sum(1, keepdims=True)
+                    found = blend_weights.choose(share_SIE, true_IE, independent, options.steps)
+                    if independent >= blend_weights.FEWEST:
+                        sure_S = found.weight_S
+                    elif sure_S is not None:
+                        found = blend_weights.borrow(sure_S, share_SIE, true_IE)
+                    mean_IE = np.tensordot(found.weight_S, share_SIE, 1) * load_IE.sum(1, keepdims=True)
+                    # a decode iteration draws from all requests: chance, not which texts it holds, makes it stray
+                    texts = independent if phase == Phase.PREFILL else float("inf")
+                    spread = widen(fit_variance(mean_IE, load_IE), mean_IE, load_IE, texts)
+                    at = row, column, index
+                    weight[at], error[at] = found.weight_S, (found.error, found.history_error)
+                    variance[at] = spread.scale, spread.spread
+            given.report(cls.name, row + 1, {"validation_error": float(error[row, ..., 0].mean())})
+        return cls(rows.spec, part, [*pairs, *first], sizes, weight, variance, error, table)
 
     @property
     def token_part(self) -> TokenLevel:
@@ -106,8 +155,7 @@ class Blend(LoadPredictor):
 
     def predict_topk(self, inputs: NDArray[Any], layer: int, distance: int) -> IntArray:
         """The method inside says which experts single tokens choose."""
-        chosen: IntArray = self.part.predict_topk(inputs, layer, distance)
-        return chosen
+        return self.part.predict_topk(inputs, layer, distance)
 
     def to(self, device: str | torch.device) -> Self:
         """The method inside on a device."""
@@ -116,24 +164,18 @@ class Blend(LoadPredictor):
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
         """Mix what is known; see :class:`LoadPredictor`."""
-        self._check_target(layer + distance)
+        target, mean_E = layer + distance, None
+        self._check_target(target)
         if layer < 0:
-            return self._mix(self._by_tokens(context, layer + distance), context, layer, distance)
-        if context.tokens == 0 or not self.part.covers(layer, distance):
-            return self._mix(None, context, layer, distance)
-        inputs = self.part.inputs_of(context)
-        if inputs is None:
-            raise missing_inputs(self.name, self.reads)
-        if self.weights(layer, distance, context.phase, context.tokens)[mixing.TOKENS] == 0.0:
-            self.part.check_inputs(inputs, layer, distance)
-            return self._mix(None, context, layer, distance)
-        return self._mix(self.part.mean_load(inputs, layer, distance), context, layer, distance)
-
-    def _by_tokens(self, context: Context, target: int) -> FloatArray | None:
-        """Load shares of a first layer from the token ids, where both are known."""
-        if context.token_T is None or self.table is None or not self.table.covers(target):
-            return None
-        return self.table.share(context.token_T, target)
+            if context.token_T is not None and self.table is not None and self.table.covers(target):
+                mean_E = self.table.share(context.token_T, target)
+        elif context.tokens and self.part.covers(layer, distance):
+            inputs = self.part.inputs_of(context, self.name)
+            if self.weights(layer, distance, context.phase, context.tokens)[blend_weights.TOKENS] == 0.0:
+                self.part.check_inputs(inputs, layer, distance)
+            else:
+                mean_E = self.part.mean_load(inputs, layer, distance)
+        return self._mix(mean_E, context, layer, distance)
 
     def from_tokens(self, mean_E: FloatArray, context: Context, layer: int, distance: int) -> Forecast:
         """The mixture, given the sum over the tokens."""
@@ -141,50 +183,54 @@ class Blend(LoadPredictor):
 
     def weights(self, layer: int, distance: int, phase: Phase, tokens: int) -> FloatArray:
         """Weights of tokens, history and the last iteration, ``[S]``; history alone where nothing was fitted."""
-        row = self._row.get(_key(layer, distance))
-        if row is None:
-            return np.array([0.0, 1.0, 0.0])
-        return mixing.at_size(self.sizes, self._weight_PHNS[row, _column(phase)], tokens)
+        weight_S = self._at(self._weight_PHNS, layer, distance, phase, tokens)
+        return np.array([0.0, 1.0, 0.0]) if weight_S is None else weight_S
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
         """1 − error / history's error on validation; see :meth:`LoadPredictor.skill`."""
-        row = self._row.get(_key(layer, distance))
-        if row is None:
+        found = self._at(self._error_PHNX, layer, distance, phase, tokens)
+        if found is None:
             return None
-        error, history = mixing.at_size(self.sizes, self._error_PHNX[row, _column(phase)], tokens).tolist()
+        error, history = found.tolist()
         return 1.0 - error / history if history > 0 else 0.0
 
+    def _at(
+        self, value_PHNX: NDArray[np.float32], layer: int, distance: int, phase: Phase, tokens: int
+    ) -> FloatArray | None:
+        """A pair's values for an iteration, None where none were fitted."""
+        # targets that no layer precedes by the distance are one pair, however far back the source would be
+        row = self._row.get((layer, distance) if layer >= 0 else (BEFORE, layer + distance + 1))
+        if row is None:
+            return None
+        # a mixed iteration is mostly prompts, by tokens
+        return blend_weights.at_size(self.sizes, value_PHNX[row, int(phase == Phase.DECODE)], tokens)
+
     def _mix(self, mean_E: FloatArray | None, context: Context, layer: int, distance: int) -> Forecast:
-        experts = self.spec.E
+        experts, asked = self.spec.E, (layer, distance, context.phase, context.tokens)
         shares = (
-            None if mean_E is None else share_of(mean_E, experts, "the tokens' forecast"),
-            history_share(context, experts),
-            last_share(context, experts),
+            share_of(mean_E, experts, "the tokens' forecast"),
+            share_of(context.history_E, experts, "the history"),
+            share_of(context.last_load_E, experts, "the last load"),
         )
-        wanted_S = self.weights(layer, distance, context.phase, context.tokens)
         known_S = np.array([share_E is not None for share_E in shares])
-        weight_S = np.where(known_S, wanted_S, 0.0)
         if not known_S.any():
             return self.fallback(context, layer + distance)
+        weight_S = np.where(known_S, self.weights(*asked), 0.0)
         if weight_S.sum() <= 0:
             # what was wanted is not known: history stands in for the others, they for it, the last load last
-            weight_S[next(s for s in (mixing.HISTORY, mixing.TOKENS, mixing.LAST) if known_S[s])] = 1.0
+            order = (blend_weights.HISTORY, blend_weights.TOKENS, blend_weights.LAST)
+            weight_S[next(s for s in order if known_S[s])] = 1.0
         share_E = np.zeros(experts)
         for weight, source_E in zip(weight_S / weight_S.sum(), shares, strict=True):
             if source_E is not None:
                 share_E += weight * source_E
         mean_E = proportional(share_E, context.tokens * self.spec.K)
         used = np.flatnonzero(weight_S)
-        source = mixing.SOURCES[int(used[0])] if len(used) == 1 and used[0] != mixing.TOKENS else self.name
-        variance = self._variance(layer, distance, context.phase, context.tokens)
+        alone = len(used) == 1 and used[0] != blend_weights.TOKENS
+        coefficients = self._at(self._variance_PHNV, *asked)
+        variance = Variance() if coefficients is None else Variance(*coefficients.tolist())
+        source = blend_weights.SOURCES[int(used[0])] if alone else self.name
         return Forecast(mean_E, variance.of(mean_E), context.tokens, source)
-
-    def _variance(self, layer: int, distance: int, phase: Phase, tokens: int) -> Variance:
-        row = self._row.get(_key(layer, distance))
-        if row is None:
-            return Variance()
-        scale, spread = mixing.at_size(self.sizes, self._variance_PHNV[row, _column(phase)], tokens).tolist()
-        return Variance(scale, spread)
 
     def settings(self) -> dict[str, Any]:
         """The part, and where weights stand."""
@@ -193,7 +239,7 @@ class Blend(LoadPredictor):
             "part_settings": self.part.settings(),
             "pairs": [list(pair) for pair in self.pairs],
             "sizes": list(self.sizes),
-            "sources": list(mixing.SOURCES),
+            "sources": list(blend_weights.SOURCES),
         }
 
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -205,11 +251,9 @@ class Blend(LoadPredictor):
     @classmethod
     def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
         """Rebuild."""
-        from moeless.predictors import PREDICTORS
-
         inner = {name.removeprefix("part."): array for name, array in tensors.items() if name.startswith("part.")}
         part = PREDICTORS.get(str(settings["part"])).from_state(spec, settings["part_settings"], inner)
-        if not isinstance(part, TokenLevel):
+        if part.token_part is not part:
             raise UserError(f"a blend cannot hold predictor {settings['part']!r}, which forecasts no tokens")
         return cls(
             spec,
@@ -223,11 +267,90 @@ class Blend(LoadPredictor):
         )
 
 
-def _key(layer: int, distance: int) -> Pair:
-    """Targets that no layer precedes by the distance are one pair, however far back the source would be."""
-    return (layer, distance) if layer >= 0 else (BEFORE, layer + distance + 1)
+def _part_of(
+    options: Mapping[str, Any], has_router_inputs: bool
+) -> tuple[BlendOptions, type[TokenLevel], dict[str, Any]]:
+    """A blend's own options, the part's class and the part's options.
+
+    Raises:
+        UserError: an option is refused, the part is unknown or forecasts no tokens.
+    """
+    mine = {entry.name for entry in fields(BlendOptions)}
+    own = BlendOptions(**{key: value for key, value in options.items() if key in mine})
+    name = str(own.part)
+    if name == "auto":
+        name = "layer_aware" if has_router_inputs else "transition"
+    kind = PREDICTORS.get(name)
+    if not issubclass(kind, TokenLevel):
+        raise UserError(f"a blend needs a token-level part, for example transition or layer_aware, not {name!r}")
+    return own, kind, {key: value for key, value in options.items() if key not in mine}
 
 
-def _column(phase: Phase) -> int:
-    """A mixed iteration is mostly prompts, by tokens."""
-    return int(phase == Phase.DECODE)
+def _table(given: FitInput, mean_ME: FloatArray) -> TokenTable | None:
+    """What token ids say of the first layers, from the training sample."""
+    token_T = given.rows.token_T
+    if token_T is None:
+        return None
+    row_T = given.sample("topk").row_T
+    return TokenTable.fit(token_T[row_T], given.rows.topk_TLK[row_T][:, : len(mean_ME)].astype(np.int64), mean_ME)
+
+
+def _validation_iterations(
+    rows: Rows, requests: IntArray, tokens: TokenLoads, count: int, seed: int
+) -> dict[tuple[Phase, int], list[ComposedIteration]]:
+    """Iterations by phase and size, of rows that were forecast; a size that never fills is left out.
+
+    A phase that the trace does not hold has the other's.
+    """
+    phases = available_phases(rows)
+    found: dict[tuple[Phase, int], list[ComposedIteration]] = {}
+    for phase in phases:
+        for size in SIZES:
+            # a few shuffles of the requests, where one does not give enough iterations
+            made = [
+                iteration
+                for turn in range(6)
+                for iteration in iterations_of(rows, requests, phase, size, count, seed + turn)
+                if iteration.tokens == size and tokens.has(iteration.row_T)
+            ][:count]
+            if len(made) >= 2 or size == SIZES[0]:
+                found[phase, size] = made
+    with_all = {size for _, size in found if all((phase, size) in found for phase, _ in found)}
+    known = {}
+    for size in sorted(with_all):
+        filled = [found[phase, size] for phase in phases if found[phase, size]]
+        for phase in PHASES if filled else ():
+            known[phase, size] = found.get((phase, size)) or filled[0]
+    if not known:
+        raise UserError("the validation requests hold too few tokens to choose a blend; record more requests")
+    return known
+
+
+def _independent(iterations: Sequence[ComposedIteration]) -> float:
+    """How many iterations' worth of different tokens they hold: those of several shuffles overlap."""
+    row_T = np.concatenate([each.row_T for each in iterations])
+    return min(float(len(iterations)), len(iterations) * len(np.unique(row_T)) / max(1, len(row_T)))
+
+
+def _sources(
+    tokens: TokenLoads,
+    table: TokenTable | None,
+    share_LE: FloatArray,
+    iterations: Sequence[ComposedIteration],
+    layer: int,
+    distance: int,
+) -> tuple[FloatArray, IntArray]:
+    """Shares by source ``[S, I, E]``, and true loads ``[I, E]``; history stands for a source that knows nothing."""
+    rows, target, row_I = tokens.rows, layer + distance, [each.row_T for each in iterations]
+    load_IE, last_IE = rows.load_IE(row_I, target), rows.load_IE([each.previous_T for each in iterations], target)
+    history_IE = np.broadcast_to(share_LE[target], load_IE.shape)
+    assigned_I1 = last_IE.sum(1, keepdims=True)
+    last_IE = np.where(assigned_I1 > 0, last_IE / np.maximum(assigned_I1, 1), history_IE)
+    from_tokens_IE = history_IE
+    if layer == BEFORE and table is not None and rows.token_T is not None:
+        token_T = rows.token_T
+        from_tokens_IE = np.stack([table.share(token_T[row_T], target) for row_T in row_I])
+    elif tokens.predictor.covers(layer, distance):
+        sum_IE = tokens.sums(row_I, layer, distance)
+        from_tokens_IE = sum_IE / sum_IE.sum(1, keepdims=True)
+    return np.stack([from_tokens_IE, history_IE, last_IE]), load_IE

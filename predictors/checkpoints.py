@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,68 +18,38 @@ import torch
 from moeless.errors import UserError
 from moeless.files import read_json, write_atomic, write_json
 
-REQUEST_FILE = "request.json"
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One stage's file; it appears with the first epoch."""
-
-    path: Path
-
-    def save(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        """Replace the state on disk, whole or not at all."""
-        from safetensors.torch import save_file
-
-        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        write_atomic(self.path, lambda partial: save_file(held, partial, {"notes": json.dumps(dict(notes))}))
-
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors and notes of the last epoch; None where there is none that can be read."""
-        from safetensors import SafetensorError, safe_open
-
-        if not self.path.is_file():
-            return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                return tensors, json.loads((file.metadata() or {})["notes"])
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return None
-
-
-@dataclass(frozen=True)
 class Checkpoints:
-    """All stages of one fit.
+    """All stages of the fit to ``out``.
 
     Args:
-        folder: ``DIR.partial``.
-        request: what is fitted on what; a folder of another request is thrown away.
+        request: what is fitted on what; the state of another request is thrown away.
     """
 
-    folder: Path
-    request: Mapping[str, Any]
-
-    @classmethod
-    def beside(cls, out: Path, request: Mapping[str, Any]) -> Checkpoints:
-        """Those of a fit to ``out``."""
-        made = cls(out.with_name(f"{out.name}.partial"), json.loads(json.dumps(dict(request), default=str)))
-        if made.folder.is_dir() and made._belongs() is False:
-            made.clear()
-        return made
-
-    def _belongs(self) -> bool:
+    def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
+        self._folder = out.with_name(f"{out.name}.partial")
+        self._request = json.loads(json.dumps(dict(request), default=str))
+        self._file = self._folder / "request.json"
         try:
-            return bool(read_json(self.folder / REQUEST_FILE) == self.request)
+            if self._folder.is_dir() and read_json(self._file) != self._request:
+                self.clear()
         except UserError:
-            return False
+            self.clear()
 
-    def stage(self, name: str) -> Checkpoint:
-        """The checkpoint of one stage, by a name that is unique within the fit."""
-        if not (self.folder / REQUEST_FILE).is_file():
-            write_json(self.folder / REQUEST_FILE, self.request)
-        return Checkpoint(self.folder / f"{name}.safetensors")
+    def save(self, stage: str, state: Mapping[str, Any]) -> None:
+        """Replace a stage's state (tensors and plain values), whole or not at all."""
+        if not self._file.is_file():
+            write_json(self._file, self._request)
+        write_atomic(self._folder / f"{stage}.pt", lambda partial: torch.save(dict(state), partial))
+
+    def load(self, stage: str) -> dict[str, Any] | None:
+        """The state of a stage's last epoch; None where there is none that can be read, on the host."""
+        try:
+            state: dict[str, Any] = torch.load(self._folder / f"{stage}.pt", "cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError):
+            return None
+        return state
 
     def clear(self) -> None:
         """Forget everything: the fit is done, or was refused."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)

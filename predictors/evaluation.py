@@ -5,7 +5,7 @@ Axes: I iterations, E experts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +16,12 @@ from moeless.contracts import Context, FloatArray, IntArray, Phase
 from moeless.errors import UserError
 from moeless.predictors import metrics
 from moeless.predictors.base import LoadPredictor
-from moeless.predictors.data import Rows
 from moeless.predictors.fitting import pairs_of
-from moeless.predictors.split import Split
+from moeless.predictors.iterations import ComposedIteration, available_phases, iterations_of, prefill_iterations
+from moeless.predictors.request_split import Split
+from moeless.predictors.token_level import Pair
 from moeless.predictors.token_loads import TokenLoads
-from moeless.predictors.windows import Window, available_phases, prefill_windows, windows_of
+from moeless.predictors.trace_rows import Rows
 
 PHASES = {Phase.PREFILL: "prefill", Phase.DECODE: "decode"}
 
@@ -80,7 +81,7 @@ class EvaluationSettings:
 class Evaluator:
     """Iterations and true loads of a trace's test requests, shared by all predictors that are compared.
 
-    Args:
+    Attributes:
         history_LE: load shares that predictors may know beforehand: those of the training requests.
     """
 
@@ -92,32 +93,27 @@ class Evaluator:
         self.requests = np.sort(order[: max(1, int(np.searchsorted(ends, settings.max_tokens, "right")))])
         self.row_T = rows.of(self.requests)
         self.history_LE = rows.share_LE(split.train)
-        self._sets: dict[tuple[Phase, int], tuple[list[Window], NDArray[np.int64]]] = {}
-        for phase in settings.phases or available_phases(rows):
-            for size in settings.batch_tokens:
-                self._sets[phase, size] = self._compose(phase, size)
+        self._sets = {
+            (phase, size): self._compose(phase, size)
+            for phase in settings.phases or available_phases(rows)
+            for size in settings.batch_tokens
+        }
 
-    def _compose(self, phase: Phase, size: int) -> tuple[list[Window], NDArray[np.int64]]:
+    def _compose(self, phase: Phase, size: int) -> tuple[list[ComposedIteration], NDArray[np.int64]]:
         """Iterations, and which resample each belongs to: -1 for the requests as they are."""
-        settings = self.settings
+        rows, settings = self.rows, self.settings
         if phase == Phase.PREFILL:
-            windows = prefill_windows(self.rows, self.requests, size, settings.max_iterations)
+            made = prefill_iterations(rows, self.requests, size, settings.max_iterations)
         else:
-            windows = windows_of(self.rows, self.requests, phase, size, settings.max_iterations, settings.seed)
-        group = [-1] * len(windows)
+            made = iterations_of(rows, self.requests, phase, size, settings.max_iterations, settings.seed)
+        group = [-1] * len(made)
         for resample in range(settings.resamples):
-            rng = np.random.default_rng([settings.seed, resample])
-            drawn = rng.choice(self.requests, len(self.requests))
-            made = windows_of(self.rows, drawn, phase, size, settings.per_resample, settings.seed + resample)
-            windows += made
-            group += [resample] * len(made)
-        return windows, np.array(group)
+            drawn = np.random.default_rng([settings.seed, resample]).choice(self.requests, len(self.requests))
+            made += iterations_of(rows, drawn, phase, size, settings.per_resample, settings.seed + resample)
+            group += [resample] * (len(made) - len(group))
+        return made, np.array(group)
 
-    def evaluate(
-        self,
-        predictor: LoadPredictor,
-        report: Callable[[int, int], None] | None = None,
-    ) -> list[Row]:
+    def evaluate(self, predictor: LoadPredictor) -> list[Row]:
         """All rows of a predictor.
 
         Raises:
@@ -125,25 +121,27 @@ class Evaluator:
         """
         predictor.check_spec(self.rows.spec, "the trace")
         pairs = pairs_of(self.rows.spec.L, self.settings.distances)
-        part = predictor.token_part
-        tokens = None if part is None else TokenLoads(part, self.rows, self.row_T, pairs, with_hits=True)
+        tokens = self.token_loads(predictor, pairs, with_hits=True)
         if predictor.forecasts_first:
             # the first layers, from what is known before any has run
             pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.settings.distances))]]
         made: list[Row] = []
-        for done, (layer, distance) in enumerate(pairs):
-            usable = tokens if tokens is not None and layer >= 0 and tokens.predictor.covers(layer, distance) else None
-            if usable is not None:
-                made.append(self._recall(usable, layer, distance))
-            for (phase, size), (windows, group) in self._sets.items():
-                if windows:
-                    mean_var_load = self.forecasts(predictor, usable, layer, distance, windows)
-                    history_E = self.history_LE[layer + distance]
-                    for metric, value, low, high, n in self._measure(*mean_var_load, history_E, group):
-                        made.append(Row(layer, distance, PHASES[phase], size, metric, value, low, high, n))
-            if report is not None:
-                report(done + 1, len(pairs))
+        for layer, distance in pairs:
+            if tokens is not None and tokens.predictor.covers(layer, distance):
+                made.append(self._recall(tokens, layer, distance))
+            for (phase, size), (iterations, group) in self._sets.items():
+                if iterations:
+                    mean_var_load = self.forecasts(predictor, tokens, layer, distance, iterations)
+                    for measured in self._measure(*mean_var_load, self.history_LE[layer + distance], group):
+                        made.append(Row(layer, distance, PHASES[phase], size, *measured))
         return made
+
+    def token_loads(
+        self, predictor: LoadPredictor, pairs: Sequence[Pair], *, with_hits: bool = False
+    ) -> TokenLoads | None:
+        """What the test tokens add to a predictor's forecasts, None where it forecasts no tokens."""
+        part = predictor.token_part
+        return None if part is None else TokenLoads(part, self.rows, self.row_T, pairs, with_hits=with_hits)
 
     def forecasts(
         self,
@@ -151,35 +149,36 @@ class Evaluator:
         tokens: TokenLoads | None,
         layer: int,
         distance: int,
-        windows: Sequence[Window],
+        iterations: Sequence[ComposedIteration],
     ) -> tuple[FloatArray, FloatArray, IntArray]:
-        """Means, variances and true loads of iterations, ``[I, E]`` each."""
-        target, experts = layer + distance, self.rows.spec.E
-        chosen_TK = self.rows.topk_TLK[:, target]
-
-        def load(row_T: IntArray) -> IntArray:
-            return np.bincount(chosen_TK[row_T].ravel(), minlength=experts).astype(np.int64)
-
-        summed = None if tokens is None else tokens.sums([w.row_T for w in windows], layer, distance)
-        means, variances, loads = [], [], []
-        for index, window in enumerate(windows):
-            load_E = load(window.row_T)
-            last_E = load(window.previous_T) if len(window.previous_T) else None
-            recent_E = load(window.recent_T) if len(window.recent_T) else None
-            token_T = None if layer >= 0 or self.rows.token_T is None else self.rows.token_T[window.row_T]
+        """Means, variances and true loads of iterations, ``[I, E]`` each, given :meth:`token_loads`."""
+        rows, target = self.rows, layer + distance
+        load_IE, last_IE, recent_IE = (
+            rows.load_IE(row_T, target)
+            for row_T in zip(*((each.row_T, each.previous_T, each.recent_T) for each in iterations), strict=True)
+        )
+        covered = tokens is not None and tokens.predictor.covers(layer, distance)
+        sum_IE = tokens.sums([each.row_T for each in iterations], layer, distance) if tokens and covered else None
+        made = []
+        for i, each in enumerate(iterations):
             context = Context(
-                None, None, self.history_LE[target], last_E, window.tokens, window.phase, load_E, recent_E, token_T
-            )  # fmt: skip
-            if summed is not None:
-                forecast = predictor.from_tokens(summed[index], context, layer, distance)
-            elif predictor.token_part is not None and layer >= 0:
-                forecast = predictor.fallback(context, target)
+                None,
+                None,
+                self.history_LE[target],
+                last_IE[i] if len(each.previous_T) else None,
+                each.tokens,
+                each.phase,
+                load_IE[i],
+                recent_IE[i] if len(each.recent_T) else None,
+                None if layer >= 0 or rows.token_T is None else rows.token_T[each.row_T],
+            )
+            if sum_IE is not None:
+                made.append(predictor.from_tokens(sum_IE[i], context, layer, distance))
+            elif tokens is not None and layer >= 0:
+                made.append(predictor.fallback(context, target))
             else:
-                forecast = predictor.predict(context, layer, distance)
-            means.append(forecast.mean_E)
-            variances.append(forecast.var_E)
-            loads.append(load_E)
-        return np.array(means), np.array(variances), np.array(loads)
+                made.append(predictor.predict(context, layer, distance))
+        return np.array([each.mean_E for each in made]), np.array([each.var_E for each in made]), load_IE
 
     def _measure(
         self,

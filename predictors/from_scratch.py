@@ -1,117 +1,165 @@
 """Networks trained from scratch, one per (layer, distance), as ProMoE has them (arXiv 2410.22134).
 
 The paper's Table 2 fixes their size: H × 512 × E in 16 bits gives its ProMoE column. They see the same gate inputs as
-the fine-tuned gates, on the same tokens, and know nothing of the model's gates.
+the fine-tuned gates, on the same tokens, and know nothing of the model's gates. A search over learning rates and weight
+decays gives them their best chance.
 
 Axes: L MoE layers, D distances, E experts, H hidden size, F hidden units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from moeless.predictors.base import not_fitted
-from moeless.predictors.router import RouterRule
-from moeless.predictors.token_level import TokenLevel
-from moeless.predictors.variance import Variance
-from moeless.spec import MoESpec
+from moeless.errors import UserError
+from moeless.predictors.fitting import FitInput, calibrated
+from moeless.predictors.gradient_fit import HeadFit, TrainOptions
+from moeless.predictors.token_level import PairNetworks
+from moeless.predictors.trace_rows import Sample
 
-if TYPE_CHECKING:
-    from moeless.predictors.fitting import FitInput
-
-#: Hidden units that give the paper's memory.
-TABLE_2_HIDDEN = 512
-NAMES = ("first", "first_bias", "second", "second_bias")
+#: Learning rates and weight decays that the search tries.
+RATES = (1e-3, 3e-3, 1e-2)
+DECAYS = (0.0, 0.1)
+NETWORK = ("first", "first_bias", "second", "second_bias")
 
 
-class FromScratch(TokenLevel):
+@dataclass(frozen=True)
+class ScratchOptions(TrainOptions):
+    """Parameters; ProMoE and the paper state none but the size. Fits are long: nothing is there to start from.
+
+    Attributes:
+        hidden: units of the hidden layer; 512 gives the memory of the paper's Table 2.
+        learning_rate, weight_decay: searched where negative, by validation recall over a part of the sample at the
+            shortest and the longest distance: first the rate, then the decay at the best rate.
+        search_epochs, search_share: length of the search's fits and their share of the training tokens.
+    """
+
+    hidden: int = 512
+    learning_rate: float = -1.0
+    weight_decay: float = -1.0
+    search_epochs: int = 3
+    search_share: float = 0.5
+    epochs: int = 12
+    patience: int = 2
+    batch_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise UserError("the hidden size must be at least 1")
+        if self.search_epochs < 1 or not 0 < self.search_share <= 1:
+            raise UserError("the search needs at least 1 epoch and a share of the tokens between 0 and 1")
+
+
+class FromScratch(PairNetworks):
     """Two-layer networks.
 
     Args:
-        state: ``first [L, D, F, H]``, ``first_bias [L, D, F]``, ``second [L, D, E, F]``, ``second_bias [L, D, E]``.
-        temperature_LD: what scores are divided by before a softmax.
+        arrays: ``first [L, D, F, H]``, ``first_bias [L, D, F]``, ``second [L, D, E, F]``, ``second_bias [L, D, E]``,
+            and ``temperature [L, D]``, which scores are divided by before a softmax.
     """
 
     name = "from_scratch"
-    needs_fitting = True
     reads = "router_inputs"
-
-    def __init__(
-        self,
-        spec: MoESpec,
-        state: Mapping[str, NDArray[Any]] | None = None,
-        distances: Sequence[int] = (),
-        temperature_LD: NDArray[Any] | None = None,
-        variance: Mapping[tuple[int, int], Variance] | None = None,
-    ) -> None:
-        if state is None or temperature_LD is None:
-            raise not_fitted(self.name)
-        super().__init__(spec, RouterRule("softmax"), variance or {})
-        self.distances = tuple(distances)
-        self._column = {d: index for index, d in enumerate(self.distances)}
-        self._state = {name: state[name].astype(np.float16) for name in NAMES}
-        self._temperature_LD = temperature_LD.astype(np.float32)
-        self._tensor = {name: torch.from_numpy(array.astype(np.float32)) for name, array in self._state.items()}
+    dtypes = dict.fromkeys(NETWORK, np.float16) | {"temperature": np.float32}
 
     @classmethod
-    def fit(cls, given: FitInput) -> FromScratch:
-        """Fit on a trace; see :func:`moeless.predictors.fit_scratch.fit_from_scratch`."""
-        from moeless.predictors.fit_scratch import fit_from_scratch
+    def fit(cls, given: FitInput) -> Self:
+        """Search, then fit every (layer, distance) at once."""
+        options, spec = given.parsed(ScratchOptions), given.rows.spec
+        sample, validation = given.sample(cls.reads), given.sample(cls.reads, validation=True)
+        part = given.sample(cls.reads, share=options.search_share)
+        scale_L = _scales(sample).to(given.device)
 
-        return fit_from_scratch(given)
+        def run(what: str, distances: tuple[int, ...], tried: ScratchOptions, data: Sample) -> HeadFit:
+            start = _start(spec.L, len(distances), spec.hidden_size, options.hidden, spec.E, given.seed)
 
-    def to(self, device: str | torch.device) -> Self:
-        """Networks on a device."""
-        self._tensor = {name: tensor.to(device) for name, tensor in self._tensor.items()}
-        return self
+            def logits(parameters: Mapping[str, torch.Tensor], input_LTH: torch.Tensor) -> torch.Tensor:
+                return perceptron_logits(parameters, input_LTH / scale_L[:, None, None], distances)
 
-    def covers(self, layer: int, distance: int) -> bool:
-        """Fitted pairs."""
-        return layer >= 0 and distance in self._column and layer + distance < self.spec.L
+            fit = HeadFit(given, what, start, logits, tried, distances=distances, weight_decay=tried.weight_decay)
+            return fit.run(data, validation)
+
+        ends = tuple(sorted({min(given.distances), max(given.distances)}))
+        recall_of: dict[ScratchOptions, float] = {}
+
+        def best(tried: list[ScratchOptions]) -> ScratchOptions:
+            for entry in tried:
+                if entry not in recall_of:
+                    short = replace(entry, epochs=options.search_epochs, patience=options.search_epochs)
+                    name = f"search-{entry.learning_rate:g}-{entry.weight_decay:g}"
+                    recall_of[entry] = float(np.nanmean(run(name, ends, short, part).best_LD.numpy(force=True)))
+            return max(tried, key=lambda entry: recall_of[entry])
+
+        chosen = replace(
+            options,
+            learning_rate=max(options.learning_rate, 0.0) or RATES[0],
+            weight_decay=max(options.weight_decay, 0.0),
+        )
+        if options.learning_rate < 0:
+            chosen = best([replace(chosen, learning_rate=rate) for rate in RATES])
+        if options.weight_decay < 0:
+            chosen = best([replace(chosen, weight_decay=decay) for decay in DECAYS])
+        fitted = run(cls.name, given.distances, chosen, sample)
+        arrays = {name: tensor.numpy() for name, tensor in fitted.best.items()}
+        arrays["first"] = arrays["first"] / scale_L.cpu().numpy()[:, None, None, None]
+        arrays["temperature"] = fitted.temperature_LD.numpy()
+        return calibrated(cls(spec, arrays, given.distances), given)
 
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
         """Logits ``[T, E]``."""
-        at = layer, self._column[distance]
-        first, first_bias, second, second_bias = (self._tensor[name][at].to(input_TX.device) for name in NAMES)
-        inner = torch.nn.functional.linear(input_TX, first, first_bias).relu()
-        return torch.nn.functional.linear(inner, second, second_bias)
+        part = {name: self._computed[name][self.at(layer, distance)] for name in NETWORK}
+        inner = torch.nn.functional.linear(input_TX, part["first"], part["first_bias"]).relu()
+        return torch.nn.functional.linear(inner, part["second"], part["second_bias"])
 
     def temperature(self, layer: int, distance: int) -> float:
         """Fitted with the network."""
-        return float(self._temperature_LD[layer, self._column[distance]])
+        return float(self._kept["temperature"][self.at(layer, distance)])
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of the pairs that exist: the arrays have a row for every layer, also the last ones that reach none."""
-        pairs = sum(self.spec.L - d for d in self.distances)
-        return sum(int(array[0, 0].nbytes) for array in self._state.values()) * pairs
+        return 2 * self.num_parameters
 
     @property
     def num_parameters(self) -> int:
         """Numbers of the pairs that exist."""
-        pairs = sum(self.spec.L - d for d in self.distances)
-        return sum(int(array[0, 0].size) for array in self._state.values()) * pairs
+        pairs = sum(self.spec.L - d for d in self.distances or ())
+        return sum(int(self._kept[name][0, 0].size) for name in NETWORK) * pairs
 
-    def settings(self) -> dict[str, Any]:
-        """Distances and variances."""
-        return {"distances": list(self.distances), "variance": self.variance_json()}
 
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The networks."""
-        return {**self._state, "temperature": self._temperature_LD}
+def perceptron_logits(
+    parameters: Mapping[str, torch.Tensor], input_LTH: torch.Tensor, distances: tuple[int, ...]
+) -> torch.Tensor:
+    """Logits ``[L, D, T, E]``; those of source layers without a target are zero and count for nothing."""
+    found = []
+    for at, distance in enumerate(distances):
+        here = slice(0, len(input_LTH) - distance)
+        part = {name: tensor[here, at] for name, tensor in parameters.items()}
+        first_bias, second_bias = part["first_bias"].unsqueeze(1), part["second_bias"].unsqueeze(1)
+        inner = torch.baddbmm(first_bias, input_LTH[here], part["first"].transpose(1, 2)).relu()
+        logits = torch.baddbmm(second_bias, inner, part["second"].transpose(1, 2))
+        found.append(torch.nn.functional.pad(logits, (0, 0, 0, 0, 0, distance)))
+    return torch.stack(found, 1)
 
-    @classmethod
-    def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
-        """Rebuild."""
-        return cls(
-            spec,
-            {name: tensors[name] for name in NAMES},
-            settings["distances"],
-            tensors["temperature"],
-            cls.variance_from_json(settings["variance"]),
-        )
+
+def _start(layers: int, distances: int, width: int, hidden: int, experts: int, seed: int) -> dict[str, torch.Tensor]:
+    """Parameters drawn at random."""
+    shape, generator = (layers, distances), torch.Generator().manual_seed(seed)
+    return {
+        "first": torch.randn(*shape, hidden, width, generator=generator) * (2.0 / width) ** 0.5,
+        "second": torch.randn(*shape, experts, hidden, generator=generator) * (1.0 / hidden) ** 0.5,
+        "first_bias": torch.zeros(*shape, hidden),
+        "second_bias": torch.zeros(*shape, experts),
+    }
+
+
+def _scales(sample: Sample) -> torch.Tensor:
+    """Root mean square of each layer's inputs over the first block, ``[L]``: all that a network may know of them."""
+    block = next(iter(sample.blocks()))
+    square_L = (block.input_TLX.astype(np.float64) ** 2).mean((0, 2))
+    return torch.from_numpy(np.sqrt(np.maximum(square_L, 1e-12))).to(torch.float32)

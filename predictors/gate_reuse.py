@@ -7,29 +7,34 @@ Axes: T tokens, L MoE layers, E experts, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeless.predictors.base import not_fitted
+from moeless.errors import UserError
+from moeless.predictors.fitting import FitInput, calibrated
 from moeless.predictors.gates import Gates
 from moeless.predictors.router import RouterRule
-from moeless.predictors.token_level import TokenLevel
+from moeless.predictors.token_level import Pair, TokenLevel
 from moeless.predictors.variance import Variance
 from moeless.spec import MoESpec
 
-if TYPE_CHECKING:
-    from moeless.predictors.fitting import FitInput
+#: A model's own gates reproduce its routing up to rounding of what they see; another checkpoint's do not.
+EXPLAINED = 0.97
+CHECK_TOKENS = 512
 
 
 class GateReuse(TokenLevel):
     """The model's own gates, any distance; held in 16 bits as served models hold them.
 
+    Args:
+        arrays: fitted arrays besides the gates.
+
     Raises:
-        UserError: no gates are given, or they are another model's.
+        UserError: the gates are another model's.
     """
 
     name = "gate_reuse"
@@ -39,80 +44,72 @@ class GateReuse(TokenLevel):
     def __init__(
         self,
         spec: MoESpec,
-        gates: Gates | None = None,
-        variance: Mapping[tuple[int, int], Variance] | None = None,
+        gates: Gates,
+        variance: Mapping[Pair, Variance] | None = None,
+        *,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
+        distances: Sequence[int] | None = None,
     ) -> None:
-        if gates is None:
-            raise not_fitted(self.name)
         gates.check(spec)
-        super().__init__(spec, gates.rule, variance or {})
+        super().__init__(spec, gates.rule, {**gates.arrays(), **(arrays or {})}, distances, variance)
         self.source = gates.source
-        self._gate_LEH = gates.weight_LEH.astype(np.float16)
-        self._bias_LE = gates.bias_LE
-        self._correction_LE = gates.correction_LE
-        self.gate_LEH = torch.from_numpy(self._gate_LEH.astype(np.float32))
-        self.bias_LE = None if gates.bias_LE is None else torch.from_numpy(gates.bias_LE)
-        self.correction_LE = None if gates.correction_LE is None else torch.from_numpy(gates.correction_LE)
 
     @classmethod
-    def fit(cls, given: FitInput) -> GateReuse:
-        """Fit on a trace; see :func:`moeless.predictors.fit_gates.fit_gate_reuse`."""
-        from moeless.predictors.fit_gates import fit_gate_reuse
-
-        return fit_gate_reuse(given)
-
-    def to(self, device: str | torch.device) -> Self:
-        """Gates on a device."""
-        self.gate_LEH = self.gate_LEH.to(device)
-        self.bias_LE = None if self.bias_LE is None else self.bias_LE.to(device)
-        self.correction_LE = None if self.correction_LE is None else self.correction_LE.to(device)
-        return self
-
-    def covers(self, layer: int, distance: int) -> bool:
-        """Any pair of layers of the model; at distance 0 it is the layer's own router."""
-        return layer >= 0 and distance >= 0 and layer + distance < self.spec.L
+    def fit(cls, given: FitInput) -> Self:
+        """The raw gates, with variances calibrated on validation requests."""
+        if given.options:
+            raise UserError(f"predictor {cls.name!r} has no parameters")
+        return calibrated(cls(given.rows.spec, checked_gates(given, cls.name)), given)
 
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        """The target gate's selection scores."""
-        return self._score(input_TX, self.gate_LEH[layer + distance], self._bias(layer, distance), layer + distance)
-
-    def _bias(self, layer: int, distance: int) -> torch.Tensor | None:
-        return None if self.bias_LE is None else self.bias_LE[layer + distance]
+        """The target gate's selection scores; at distance 0 the layer's own router's."""
+        target, bias_LE = layer + distance, self._computed.get("bias")
+        return self._score(
+            input_TX, self._computed["gate"][target], None if bias_LE is None else bias_LE[target], target
+        )
 
     def _score(
         self, input_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None, target: int
     ) -> torch.Tensor:
-        device = input_TH.device
-        logits = torch.nn.functional.linear(
-            input_TH, weight_EH.to(device), None if bias_E is None else bias_E.to(device)
-        )
-        correction_E = None if self.correction_LE is None else self.correction_LE[target].to(device)
-        return self.rule.scores(logits, correction_E)
+        correction_LE = self._computed.get("correction")
+        logits = torch.nn.functional.linear(input_TH, weight_EH, bias_E)
+        return self.rule.scores(logits, None if correction_LE is None else correction_LE[target])
 
     def settings(self) -> dict[str, Any]:
-        """The router's rule and the variance."""
-        return {"rule": self.rule.to_json(), "source": self.source, "variance": self.variance_json()}
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The gates."""
-        arrays: dict[str, NDArray[Any]] = {"gate": self._gate_LEH}
-        if self._bias_LE is not None:
-            arrays["bias"] = self._bias_LE
-        if self._correction_LE is not None:
-            arrays["correction"] = self._correction_LE
-        return arrays
+        """The router's rule, where the gates were read, and the variance."""
+        return {"rule": self.rule.to_json(), "source": self.source, "variance": super().settings()["variance"]}
 
     @classmethod
     def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
         """Rebuild."""
-        return cls(spec, _gates(settings, tensors), cls.variance_from_json(settings["variance"]))
+        return cls(spec, gates_from(settings, tensors), cls.variance_from(settings))
 
 
-def _gates(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Gates:
-    return Gates(
-        tensors["gate"].astype(np.float32),
-        tensors.get("bias"),
-        tensors.get("correction"),
-        RouterRule.from_json(settings["rule"]),
-        str(settings["source"]),
-    )
+def gates_from(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Gates:
+    """The gates that a predictor's folder holds."""
+    return Gates.of(tensors, RouterRule.from_json(settings["rule"]), str(settings["source"]))
+
+
+def checked_gates(given: FitInput, name: str) -> Gates:
+    """The gates that a fit starts from.
+
+    Raises:
+        UserError: there are none, or they do not explain the trace's routing.
+    """
+    rows = given.rows
+    if given.gates is None:
+        raise UserError(f"predictor {name!r} starts from the model's gates; name the model with --model")
+    raw = GateReuse(rows.spec, given.gates)
+    row_T = rows.of(given.split.fit)[:CHECK_TOKENS]
+    input_TLH = rows.inputs(row_T)
+    found = [
+        float(rows.found(raw.predict_topk(input_TLH[:, layer], layer, 0), row_T, layer).mean())
+        for layer in range(rows.spec.L)
+    ]
+    if min(found) < EXPLAINED:
+        raise UserError(
+            f"the gates of {given.gates.source} are not those that made {rows.trace.path}: at layer "
+            f"{int(np.argmin(found))} they explain {100 * min(found):.0f} % of its routing; name its model, or record "
+            "the trace again"
+        )
+    return given.gates

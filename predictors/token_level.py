@@ -2,14 +2,14 @@
 
 Needs torch, NumPy and safetensors only: the live engine runs these on its hidden states.
 
-Axes: T tokens, E experts, K experts per token, H hidden size.
+Axes: T tokens, L MoE layers, D distances, E experts, K experts per token, H hidden size.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -17,40 +17,62 @@ from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
-from moeless.predictors.base import LoadPredictor, Reads
+from moeless.predictors.base import LoadPredictor
 from moeless.predictors.router import RouterRule
 from moeless.predictors.shares import proportional
 from moeless.predictors.variance import Variance
 from moeless.spec import MoESpec
 
-#: How tokens are summed: each counts fully for the experts forecast (the paper), or by their probabilities.
-Counting = Literal["topk", "probability"]
+Pair = tuple[int, int]
 
 
 class TokenLevel(LoadPredictor):
     """Scores every expert for every token of layer ``l`` and counts.
 
     Attributes:
-        counting: how tokens become a load.
+        counting: each token counts fully for the experts forecast (``topk``, the paper), or by their probabilities.
         batch_context: whether a token's forecast depends on the iteration's other tokens.
         variance: calibrated coefficients per (layer, distance); Poisson where there are none.
+
+    Args:
+        rule: how scores become chosen experts.
+        arrays: the fitted arrays as they are kept; those computed with, ``_computed``, are their float32 tensors.
+        distances: the distances that it can forecast at, None for any.
     """
 
-    counting: Counting = "topk"
-    batch_context: bool = False
+    counting: ClassVar[Literal["topk", "probability"]] = "topk"
+    batch_context: ClassVar[bool] = False
 
-    def __init__(self, spec: MoESpec, rule: RouterRule, variance: Mapping[tuple[int, int], Variance]) -> None:
+    def __init__(
+        self,
+        spec: MoESpec,
+        rule: RouterRule,
+        arrays: Mapping[str, NDArray[Any]],
+        distances: Sequence[int] | None = None,
+        variance: Mapping[Pair, Variance] | None = None,
+    ) -> None:
         super().__init__(spec)
-        self.rule = rule
-        self.variance = dict(variance)
-
-    @abstractmethod
-    def covers(self, layer: int, distance: int) -> bool:
-        """Whether the method can forecast ``layer + distance`` from ``layer``."""
+        self.rule, self.variance = rule, dict(variance or {})
+        self.distances = None if distances is None else tuple(distances)
+        self._kept = dict(arrays)
+        self._computed = {name: torch.from_numpy(array.astype(np.float32)) for name, array in self._kept.items()}
+        self._device = torch.device("cpu")
 
     @abstractmethod
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
         """Selection scores ``[T, E]`` of the target layer; ``input_TX`` is ``[T, H]`` f32 or ``[T, K]`` i64."""
+
+    def covers(self, layer: int, distance: int) -> bool:
+        """Whether the method can forecast ``layer + distance`` from ``layer``."""
+        known = distance >= 0 if self.distances is None else distance in self.distances
+        return layer >= 0 and known and layer + distance < self.spec.L
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights to where gate inputs lie; expert ids are read on the host, and so are their weights."""
+        if self.reads == "router_inputs":
+            self._device = torch.device(device)
+            self._computed = {name: tensor.to(device) for name, tensor in self._computed.items()}
+        return self
 
     def temperature(self, layer: int, distance: int) -> float:
         """What scores are divided by before a softmax turns them into probabilities."""
@@ -63,29 +85,28 @@ class TokenLevel(LoadPredictor):
         return torch.softmax(scores / self.temperature(layer, distance), -1) * self.spec.K
 
     @torch.inference_mode()
+    def chosen(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
+        """Forecast expert ids ``[T, K]`` on the weights' device."""
+        return self.rule.select(self.scores(self.check_inputs(inputs, layer, distance), layer, distance), self.spec.K)
+
     def predict_topk(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> IntArray:
         """Forecast expert ids ``[T, K]``; see :class:`LoadPredictor`."""
-        chosen: IntArray = self._select(inputs, layer, distance).numpy(force=True).astype(np.int64)
-        return chosen
+        return np.asarray(self.chosen(inputs, layer, distance).numpy(force=True), np.int64)
 
-    @torch.inference_mode()
     def token_loads(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> NDArray[np.float32]:
         """What each token adds to the forecast, f32 ``[T, E]``; every row sums to K."""
         if self.counting == "probability":
-            summed: NDArray[np.float32] = self.probabilities(inputs, layer, distance).numpy(force=True)
-            return summed
-        chosen = self._select(inputs, layer, distance)
-        marked = torch.zeros(len(chosen), self.spec.E, device=chosen.device).scatter_(1, chosen, 1.0)
-        counted: NDArray[np.float32] = marked.numpy(force=True)
-        return counted
+            load_TE = self.probabilities(inputs, layer, distance)
+        else:
+            chosen = self.chosen(inputs, layer, distance)
+            load_TE = torch.zeros(len(chosen), self.spec.E, device=chosen.device).scatter_(1, chosen, 1.0)
+        return np.asarray(load_TE.numpy(force=True))
 
-    @torch.inference_mode()
     def mean_load(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> FloatArray:
         """Forecast load ``[E]`` of those tokens, which sums to ``T * K``."""
         if self.counting == "topk":
-            chosen = self._select(inputs, layer, distance)
-            counts: FloatArray = torch.bincount(chosen.flatten(), minlength=self.spec.E).numpy(force=True)
-            return counts.astype(np.float64)
+            chosen = self.chosen(inputs, layer, distance)
+            return np.asarray(torch.bincount(chosen.flatten(), minlength=self.spec.E).numpy(force=True), np.float64)
         summed = self.probabilities(inputs, layer, distance).sum(0, dtype=torch.float64).numpy(force=True)
         return proportional(summed, len(inputs) * self.spec.K)
 
@@ -102,28 +123,29 @@ class TokenLevel(LoadPredictor):
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
         """Forecast from the tokens; from past loads where there is no source layer; see :class:`LoadPredictor`."""
-        target = layer + distance
-        self._check_target(target)
-        inputs = self.inputs_of(context)
+        self._check_target(layer + distance)
         if layer < 0 or context.tokens == 0 or not self.covers(layer, distance):
-            return self.fallback(context, target)
-        if inputs is None:
-            raise missing_inputs(self.name, self.reads)
+            return self.fallback(context, layer + distance)
         # a rank that sees a part of the iteration's tokens speaks for all of them
-        return self.from_tokens(self.mean_load(inputs, layer, distance), context, layer, distance)
+        mean_E = self.mean_load(self.inputs_of(context, self.name), layer, distance)
+        return self.from_tokens(mean_E, context, layer, distance)
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
         """As calibrated, over sizes and phases; see :meth:`LoadPredictor.skill`."""
-        del phase, tokens
-        known = self.variance.get((layer, distance))
-        return None if known is None else known.skill
+        return self.variance.get((layer, distance), Variance()).skill
 
-    def inputs_of(self, context: Context) -> NDArray[Any] | None:
-        """What the method reads of a context, None where it is not there."""
-        return context.router_input_TH if self.reads == "router_inputs" else context.topk_TK
+    def inputs_of(self, context: Context, asked: str) -> NDArray[Any]:
+        """What the method reads of a context.
 
-    def _select(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        return self.rule.select(self.scores(self.check_inputs(inputs, layer, distance), layer, distance), self.spec.K)
+        Raises:
+            UserError: it is not there; ``asked`` names the predictor that was asked.
+        """
+        by_gates = self.reads == "router_inputs"
+        inputs: NDArray[Any] | None = context.router_input_TH if by_gates else context.topk_TK
+        if inputs is None:
+            what = "gate inputs" if by_gates else "expert ids"
+            raise UserError(f"predictor {asked!r} needs {what}, which this trace or engine has not")
+        return inputs
 
     def check_inputs(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
         """The inputs as a tensor to compute with.
@@ -145,30 +167,63 @@ class TokenLevel(LoadPredictor):
             # a sum is not finite where a value is not, and takes a fifth of the time of looking at each
             if looked_at and not torch.isfinite(given.sum()) and not torch.isfinite(given).all():
                 raise UserError(f"the gate inputs of layer {layer} hold values that are not finite")
-            return given
+            return given.to(self._device)
         if given.is_floating_point():
             raise UserError(f"predictor {self.name!r} needs whole numbers as expert ids")
-        given = given.to(torch.int64)
+        given = given.to(self._device, torch.int64)
         if len(given) and (int(given.min()) < 0 or int(given.max()) >= self.spec.E):
             raise UserError(f"the expert ids of layer {layer} must lie in 0..{self.spec.E - 1}")
         return given
 
-    def variance_json(self) -> list[list[float | None]]:
-        """The variance coefficients as ``predictor.json`` keeps them."""
-        return [[layer, d, v.scale, v.spread, v.skill] for (layer, d), v in sorted(self.variance.items())]
+    def settings(self) -> dict[str, Any]:
+        """The distances, unless it is any, and the variance: rows of layer, distance, scale, spread and skill."""
+        known = {} if self.distances is None else {"distances": list(self.distances)}
+        return known | {
+            "variance": [[layer, d, v.scale, v.spread, v.skill] for (layer, d), v in sorted(self.variance.items())]
+        }
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The fitted arrays."""
+        return dict(self._kept)
 
     @staticmethod
-    def variance_from_json(rows: list[list[Any]]) -> dict[tuple[int, int], Variance]:
+    def variance_from(settings: Mapping[str, Any]) -> dict[Pair, Variance]:
         """The coefficients back."""
-        return {(int(row[0]), int(row[1])): Variance(float(row[2]), float(row[3]), *row[4:5]) for row in rows}
+        return {
+            (int(row[0]), int(row[1])): Variance(float(row[2]), float(row[3]), *row[4:5])
+            for row in settings["variance"]
+        }
 
 
-def missing_inputs(name: str, reads: Reads) -> UserError:
-    """The error of a method whose inputs are not there."""
-    return UserError(f"predictor {name!r} needs {_WHAT[reads]}, which this trace or engine has not")
+class PairNetworks(TokenLevel):
+    """Networks that were fitted for every (layer, distance): arrays whose first axes are these, ``[L, D, ...]``.
 
+    Attributes:
+        dtypes: the arrays' names, and as what they are kept.
+    """
 
-_WHAT = {"router_inputs": "gate inputs", "topk": "expert ids", "nothing": "nothing"}
+    needs_fitting = True
+    dtypes: ClassVar[Mapping[str, type[np.floating[Any]]]]
+
+    def __init__(
+        self,
+        spec: MoESpec,
+        arrays: Mapping[str, NDArray[Any]],
+        distances: Sequence[int],
+        variance: Mapping[Pair, Variance] | None = None,
+    ) -> None:
+        kept = {name: arrays[name].astype(dtype) for name, dtype in self.dtypes.items()}
+        super().__init__(spec, RouterRule("softmax"), kept, distances, variance)
+        self._column = {d: index for index, d in enumerate(distances)}
+
+    def at(self, layer: int, distance: int) -> tuple[int, int]:
+        """Where a pair stands on the arrays' first two axes."""
+        return layer, self._column[distance]
+
+    @classmethod
+    def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
+        """Rebuild."""
+        return cls(spec, tensors, settings["distances"], cls.variance_from(settings))
 
 
 def _signed(inputs: NDArray[Any]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """Per-token forecasts of many rows, computed once, summed over any iteration composed of them.
 
-Axes: T tokens, E experts, I iterations.
+Axes: T tokens, E experts, K experts per token, I iterations.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray, IntArray
-from moeless.predictors.data import BLOCK_TOKENS, Rows, scratch_array
-from moeless.predictors.token_level import TokenLevel
-
-Pair = tuple[int, int]
-
+from moeless.predictors.token_level import Pair, TokenLevel
+from moeless.predictors.trace_rows import BLOCK_TOKENS, Rows, scratch_array
 
 #: Bytes of loads that are kept in memory; those of more pairs or tokens go through a scratch file.
 LOADS_BYTES = 2**28
 #: Bytes of gate inputs that are read at once.
 BLOCK_BYTES = 2**28
+#: Expert ids that are forecast from at once.
+IDS_TOKENS = 16_384
 
 
 class TokenLoads:
@@ -38,88 +37,67 @@ class TokenLoads:
     def __init__(
         self, predictor: TokenLevel, rows: Rows, row_T: IntArray, pairs: Sequence[Pair], *, with_hits: bool = False
     ) -> None:
-        self.predictor, self.rows = predictor, rows
-        self.row_T = np.sort(row_T)
+        self.predictor, self.rows, self.row_T = predictor, rows, np.sort(row_T)
+        # where a token adds one to each expert forecast, ids say all, in a fraction of the memory
+        self._ids = predictor.counting == "topk"
+        self._kept: dict[Pair, NDArray[Any]] = {}
         self._hits: dict[Pair, NDArray[np.float32]] = {}
-        #: where each pair's ids or loads stand
-        self._at: dict[Pair, int] = {}
         if predictor.reads != "router_inputs":
             return
-        self._at = {pair: index for index, pair in enumerate(pair for pair in pairs if predictor.covers(*pair))}
-        self._kept = self._room((len(self._at), len(self.row_T), rows.spec.K if self._marks else rows.spec.E))
-        if with_hits and not self._marks:
-            self._hits = {pair: np.empty(len(self.row_T), np.float32) for pair in self._at}
+        covered = [pair for pair in pairs if predictor.covers(*pair)]
+        kind = np.dtype(np.uint16 if self._ids else np.float32)
+        shape = len(covered), len(self.row_T), rows.spec.K if self._ids else rows.spec.E
+        few = kind.itemsize * int(np.prod(shape)) <= LOADS_BYTES
+        self._kept = dict(zip(covered, np.empty(shape, kind) if few else scratch_array(shape, kind), strict=True))
+        if with_hits and not self._ids:
+            self._hits = {pair: np.empty(len(self.row_T), np.float32) for pair in covered}
         size = max(16, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * rows.spec.L * rows.spec.hidden_size)))
         for start in range(0, len(self.row_T), size):
-            part_T = self.row_T[start : start + size]
-            input_TLH = torch.from_numpy(rows.inputs(part_T))
-            for pair, at in self._at.items():
+            here = slice(start, start + size)
+            input_TLH = torch.from_numpy(rows.inputs(self.row_T[here]))
+            for pair, kept in self._kept.items():
                 input_TH = input_TLH[:, pair[0]]
-                if self._marks:
-                    self._kept[at, start : start + size] = predictor.predict_topk(input_TH, *pair)
-                else:
-                    self._kept[at, start : start + size] = predictor.token_loads(input_TH, *pair)
+                forecast = predictor.predict_topk if self._ids else predictor.token_loads
+                kept[here] = forecast(input_TH, *pair)
                 if pair in self._hits:
-                    self._hits[pair][start : start + size] = self._found(input_TH, part_T, *pair)
-
-    @property
-    def _marks(self) -> bool:
-        """Whether a token adds one to each expert forecast: the ids then say all, in a fraction of the memory."""
-        return self.predictor.counting == "topk"
-
-    def _room(self, shape: tuple[int, int, int]) -> NDArray[Any]:
-        """Ids or loads of all pairs; in a scratch file, gone with the process, where they are many."""
-        kind = np.dtype(np.uint16 if self._marks else np.float32)
-        if kind.itemsize * int(np.prod(shape)) <= LOADS_BYTES:
-            return np.empty(shape, kind)
-        return scratch_array(shape, kind)
+                    self._hits[pair][here] = self._found(input_TH, self.row_T[here], *pair)
 
     def has(self, row_T: IntArray) -> bool:
         """Whether all those rows are among the ones forecast."""
-        at = np.searchsorted(self.row_T, row_T)
-        return bool((at < len(self.row_T)).all() and (self.row_T[at] == row_T).all())
+        return bool(np.isin(row_T, self.row_T).all())
 
     def of(self, layer: int, distance: int) -> NDArray[np.float32]:
         """All rows' loads of a pair, f32 ``[T, E]``, in the order of :attr:`row_T`."""
-        if (layer, distance) in self._at:
-            kept: NDArray[Any] = self._kept[self._at[layer, distance]]
-            if not self._marks:
-                return kept
-            marked_TE = np.zeros((len(kept), self.rows.spec.E), np.float32)
-            np.put_along_axis(marked_TE, kept.astype(np.int64), 1.0, 1)
-            return marked_TE
-        parts = [
-            self.predictor.token_loads(self.rows.topk_TLK[self.row_T[start : start + 16384], layer], layer, distance)
-            for start in range(0, len(self.row_T), 16384)
-        ]
-        return np.concatenate(parts)
+        kept = self._kept.get((layer, distance))
+        if kept is None:
+            topk_TK = self.rows.topk_TLK[self.row_T, layer]
+            parts = [topk_TK[start : start + IDS_TOKENS] for start in range(0, len(topk_TK), IDS_TOKENS)]
+            return np.concatenate([self.predictor.token_loads(part, layer, distance) for part in parts])
+        if not self._ids:
+            return kept
+        marked_TE = np.zeros((len(kept), self.rows.spec.E), np.float32)
+        np.put_along_axis(marked_TE, kept.astype(np.int64), 1.0, 1)
+        return marked_TE
 
     def hits(self, layer: int, distance: int) -> FloatArray:
         """Share of each row's experts that were forecast, ``[T]``, in the order of :attr:`row_T`."""
-        if (layer, distance) in self._hits:
-            return self._hits[layer, distance].astype(np.float64)
-        if (layer, distance) in self._at:
-            ids_TK = self._kept[self._at[layer, distance]].astype(np.int64)
-            return self._share_found(ids_TK, self.row_T, layer + distance)
-        parts = []
+        pair = layer, distance
+        if pair in self._hits:
+            return self._hits[pair].astype(np.float64)
+        if pair in self._kept:
+            return self.rows.found(self._kept[pair].astype(np.int64), self.row_T, layer + distance)
         # consecutive rows as one iteration, where a token's forecast depends on its neighbours
-        size = 512 if self.predictor.batch_context else 16384
-        for start in range(0, len(self.row_T), size):
-            row_T = self.row_T[start : start + size]
-            parts.append(self._found(self.rows.topk_TLK[row_T, layer], row_T, layer, distance))
-        return np.concatenate(parts)
+        size = 512 if self.predictor.batch_context else IDS_TOKENS
+        parts = [self.row_T[start : start + size] for start in range(0, len(self.row_T), size)]
+        return np.concatenate([self._found(self.rows.topk_TLK[row_T, layer], row_T, *pair) for row_T in parts])
 
     def _found(self, inputs: Any, row_T: IntArray, layer: int, distance: int) -> FloatArray:
-        return self._share_found(self.predictor.predict_topk(inputs, layer, distance), row_T, layer + distance)
+        return self.rows.found(self.predictor.predict_topk(inputs, layer, distance), row_T, layer + distance)
 
-    def _share_found(self, chosen_TK: IntArray, row_T: IntArray, target: int) -> FloatArray:
-        true_TK = self.rows.topk_TLK[row_T, target].astype(np.int64)
-        return np.asarray((true_TK[:, :, None] == chosen_TK[:, None, :]).any(2).mean(1))
-
-    def sums(self, windows: Sequence[IntArray], layer: int, distance: int) -> FloatArray:
+    def sums(self, rows_I: Sequence[IntArray], layer: int, distance: int) -> FloatArray:
         """Forecast load of each iteration, ``[I, E]``."""
         if self.predictor.batch_context:
             topk_TK = self.rows.topk_TLK[:, layer]
-            return np.stack([self.predictor.mean_load(topk_TK[row_T], layer, distance) for row_T in windows])
+            return np.stack([self.predictor.mean_load(topk_TK[row_T], layer, distance) for row_T in rows_I])
         load_TE = self.of(layer, distance)
-        return np.stack([load_TE[np.searchsorted(self.row_T, row_T)].sum(0, dtype=np.float64) for row_T in windows])
+        return np.stack([load_TE[np.searchsorted(self.row_T, row_T)].sum(0, dtype=np.float64) for row_T in rows_I])

@@ -6,34 +6,93 @@ about, which single tokens do not show. The logits of a token are
     b + W x + U relu(c + V x + S m) + A relu(a + B m)
 
 with x the token's ids (one mark per expert among its best 1, its best half and all its K) and m the iteration's mean
-marks less the training mean, shrunk by T / (T + 64) so that small iterations are not led by chance.
+marks less the training mean, shrunk by T / (T + 64) so that small iterations are not led by chance. They are fitted on
+iterations of many sizes and kinds.
 
 Axes: T tokens, E experts, K experts per token, X marks, F hidden units, L layers, D distances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from moeless.predictors.base import not_fitted
-from moeless.predictors.router import RouterRule
-from moeless.predictors.token_level import TokenLevel
-from moeless.predictors.variance import Variance
+from moeless.contracts import IntArray
+from moeless.errors import UserError
+from moeless.predictors.fitting import FitInput, calibrated
+from moeless.predictors.gradient_fit import HeadFit, TrainOptions
+from moeless.predictors.token_level import PairNetworks
+from moeless.predictors.trace_rows import Block, Sample
 from moeless.spec import MoESpec
-
-if TYPE_CHECKING:
-    from moeless.predictors.fitting import FitInput
 
 #: Tokens at which an iteration's mean is trusted half.
 SHRINK_TOKENS = 64.0
 #: Scale of the mean's deviations, so that they are of the size of a mark.
 MEAN_SCALE = 4.0
-NAMES = ("direct", "bias", "inner", "inner_bias", "mean_inner", "outer", "mean_first", "mean_bias", "mean_second")
+NETWORK = ("direct", "bias", "inner", "inner_bias", "mean_inner", "outer", "mean_first", "mean_bias", "mean_second")
+
+
+@dataclass(frozen=True)
+class TransitionOptions(TrainOptions):
+    """Parameters.
+
+    Attributes:
+        hidden: units of the token's network; ``mean_hidden``: of the iteration's.
+        learning_rate, epochs: 5e-3 over 10 epochs was best of {3e-3, 5e-3} x {4, 8, 10} on validation requests.
+        batch_tokens: tokens of a training iteration; a quarter of them are composed like decode steps, and some are
+            cut short, so that small and mixed iterations are met too.
+    """
+
+    hidden: int = 64
+    mean_hidden: int = 32
+    learning_rate: float = 5e-3
+    epochs: int = 10
+    patience: int = 3
+    batch_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.mean_hidden < 1:
+            raise UserError("hidden sizes must be at least 1")
+
+
+class Transition(PairNetworks):
+    """Fitted tables and small networks, one per (layer, distance), and the training mean of the marks ``[L, E]``."""
+
+    name = "transition"
+    reads = "topk"
+    counting = "probability"
+    batch_context = True
+    dtypes = dict.fromkeys((*NETWORK, "mean"), np.float16)
+
+    @classmethod
+    def fit(cls, given: FitInput) -> Self:
+        """Fit every (layer, distance) at once."""
+        options, spec, rows = given.parsed(TransitionOptions), given.rows.spec, given.rows
+        sample = given.sample(cls.reads, kind=MixedSample)
+        share_LE = torch.from_numpy(rows.share_LE(sample.requests)).to(torch.float32)
+        target_LD = np.minimum(np.arange(spec.L)[:, None] + given.distances, spec.L - 1)
+        mean_LE = share_LE * spec.K
+
+        def logits(parameters: Mapping[str, torch.Tensor], input_LTK: torch.Tensor) -> torch.Tensor:
+            mark = marks(input_LTK, spec.E)
+            mean = iteration_mean(mark, mean_LE.to(mark.device)).unsqueeze(1)
+            return network_logits(parameters, mark.unsqueeze(1), mean)
+
+        fitted = HeadFit(
+            given, cls.name, _start(share_LE[target_LD], spec, options, given.seed), logits, options, temperature=None
+        ).run(sample, given.sample(cls.reads, validation=True, kind=MixedSample))
+        arrays = {name: tensor.numpy() for name, tensor in fitted.best.items()}
+        return calibrated(cls(spec, arrays | {"mean": mean_LE.numpy()}, given.distances), given)
+
+    def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
+        """Logits ``[T, E]``; they depend on all tokens given."""
+        part = {name: self._computed[name][self.at(layer, distance)] for name in NETWORK}
+        mark_TX = marks(input_TX, self.spec.E)
+        return network_logits(part, mark_TX, iteration_mean(mark_TX, self._computed["mean"][layer]))
 
 
 def cuts(top_k: int) -> tuple[int, ...]:
@@ -43,78 +102,64 @@ def cuts(top_k: int) -> tuple[int, ...]:
 
 def marks(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Marks ``[..., X]`` of expert ids ``[..., K]`` in the gate's order; the last E cover all K."""
-    top_k = ids.shape[-1]
-    blocks = []
-    for cut in cuts(top_k):
-        block = torch.zeros(*ids.shape[:-1], num_experts, device=ids.device)
-        blocks.append(block.scatter_(-1, ids[..., :cut], 1.0))
-    return torch.cat(blocks, -1)
+    none = torch.zeros(*ids.shape[:-1], num_experts, device=ids.device)
+    return torch.cat([none.scatter(-1, ids[..., :cut], 1.0) for cut in cuts(ids.shape[-1])], -1)
 
 
 def iteration_mean(mark_TX: torch.Tensor, mean_E: torch.Tensor) -> torch.Tensor:
     """Shrunk deviation ``[..., 1, E]`` of an iteration's mean marks from the training mean ``[..., E]``."""
-    experts = mean_E.shape[-1]
     tokens = mark_TX.shape[-2]
-    deviation = mark_TX[..., -experts:].mean(-2) - mean_E
+    deviation = mark_TX[..., -mean_E.shape[-1] :].mean(-2) - mean_E
     return (deviation * (MEAN_SCALE * tokens / (tokens + SHRINK_TOKENS))).unsqueeze(-2)
 
 
-class Transition(TokenLevel):
-    """Fitted tables and small networks, one per (layer, distance)."""
+def network_logits(parameters: Mapping[str, torch.Tensor], mark: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Logits ``[..., T, E]`` of marks ``[..., T, X]`` and the iteration's mean ``[..., 1, E]``; see the module."""
+    p = parameters
+    inner = (p["inner_bias"] + mean @ p["mean_inner"] + mark @ p["inner"]).relu()
+    shared = (p["mean_bias"] + mean @ p["mean_first"]).relu() @ p["mean_second"]
+    return p["bias"] + mark @ p["direct"] + inner @ p["outer"] + shared
 
-    name = "transition"
-    needs_fitting = True
-    reads = "topk"
-    counting = "probability"
-    batch_context = True
 
-    def __init__(
-        self,
-        spec: MoESpec,
-        state: Mapping[str, NDArray[Any]] | None = None,
-        distances: Sequence[int] = (),
-        variance: Mapping[tuple[int, int], Variance] | None = None,
-    ) -> None:
-        if state is None:
-            raise not_fitted(self.name)
-        super().__init__(spec, RouterRule("softmax"), variance or {})
-        self.distances = tuple(distances)
-        self._column = {d: index for index, d in enumerate(self.distances)}
-        self._state = {name: array.astype(np.float16) for name, array in state.items()}
-        self._tensor = {name: torch.from_numpy(array.astype(np.float32)) for name, array in self._state.items()}
+def _start(share_LDE: torch.Tensor, spec: MoESpec, options: TransitionOptions, seed: int) -> dict[str, torch.Tensor]:
+    """Parameters before the first step: the targets' training shares, and hidden layers drawn at random."""
+    pairs, experts, generator = share_LDE.shape[:2], spec.E, torch.Generator().manual_seed(seed)
+    width, hidden, mean_hidden = len(cuts(spec.K)) * experts, options.hidden, options.mean_hidden
 
-    @classmethod
-    def fit(cls, given: FitInput) -> Transition:
-        """Fit on a trace; see :func:`moeless.predictors.fit_transition.fit_transition`."""
-        from moeless.predictors.fit_transition import fit_transition
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*pairs, *shape, generator=generator)
 
-        return fit_transition(given)
+    return {
+        "bias": share_LDE.clamp_min(1e-6).log().unsqueeze(2),
+        "direct": torch.zeros(*pairs, width, experts),
+        "inner": normal(width, hidden) * width**-0.5,
+        "inner_bias": torch.zeros(*pairs, 1, hidden),
+        "mean_inner": normal(experts, hidden) * 0.1,
+        "outer": torch.zeros(*pairs, hidden, experts),
+        "mean_first": normal(experts, mean_hidden),
+        "mean_bias": torch.zeros(*pairs, 1, mean_hidden),
+        "mean_second": torch.zeros(*pairs, mean_hidden, experts),
+    }
 
-    def covers(self, layer: int, distance: int) -> bool:
-        """Fitted pairs."""
-        return layer >= 0 and distance in self._column and layer + distance < self.spec.L
 
-    def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        """Logits ``[T, E]``; they depend on all tokens given."""
-        at = layer, self._column[distance]
-        part = {name: self._tensor[name][at].to(input_TX.device) for name in NAMES}
-        mark_TX = marks(input_TX, self.spec.E)
-        mean = iteration_mean(mark_TX, self._tensor["mean"][layer].to(input_TX.device))
-        inner = (part["inner_bias"] + mean @ part["mean_inner"] + mark_TX @ part["inner"]).relu()
-        shared = (part["mean_bias"] + mean @ part["mean_first"]).relu() @ part["mean_second"]
-        return part["bias"] + mark_TX @ part["direct"] + inner @ part["outer"] + shared
+class MixedSample(Sample):
+    """A sample whose training iterations are recomposed every epoch."""
 
-    def settings(self) -> dict[str, Any]:
-        """Distances and variances."""
-        return {"distances": list(self.distances), "variance": self.variance_json()}
+    def blocks(self, rng: np.random.Generator | None = None, size: int = 512) -> Iterator[Block]:
+        """Iterations of ``size`` tokens; with ``rng`` shuffled requests, a quarter scattered, a quarter shorter."""
+        if rng is None:
+            yield from self._cut(self.row_T, size)
+            return
+        row_T = self.rows.of(rng.permutation(self.requests))[: self.tokens]
+        starts = rng.permutation(np.arange(int(rng.integers(size)), max(1, len(row_T) - size // 2), size))
+        for start in starts.tolist() or [0]:
+            kind, part_T = rng.random(), row_T[start : start + size]
+            if kind < 0.25:
+                part_T = rng.choice(row_T, size)
+            elif kind < 0.5:
+                part_T = row_T[start : start + max(8, int(size * 2 ** -rng.uniform(0, 4)))]
+            yield from self._cut(part_T, size)
 
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The fitted arrays."""
-        return dict(self._state)
-
-    @classmethod
-    def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
-        """Rebuild."""
-        if missing := {*NAMES, "mean"} - set(tensors):
-            raise KeyError(missing.pop())
-        return cls(spec, tensors, settings["distances"], cls.variance_from_json(settings["variance"]))
+    def _cut(self, row_T: IntArray, size: int) -> Iterator[Block]:
+        for start in range(0, len(row_T), size):
+            yield self.block(row_T[start : start + size])

@@ -24,7 +24,7 @@ def fit(params: dict[str, Any], needs: list[Any], folder: Path) -> None:
     Params: ``method``, ``distances``, ``max_tokens``, ``batch_tokens``, ``evaluate``, ``seed``.
     """
     import moeless
-    from moeless.predictors.job import FitJob, run_fit
+    from moeless.predictors.train_evaluate import FitJob, run_fit
     from moeless.traces import open_trace
 
     bundled = open_trace(Path(needs[0])).spec.name == "bundled"
@@ -108,12 +108,11 @@ def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     """
     from moeless.contracts import Phase
     from moeless.predictors import load_predictor
-    from moeless.predictors.data import Rows
     from moeless.predictors.evaluation import EvaluationSettings, Evaluator
     from moeless.predictors.fitting import pairs_of
-    from moeless.predictors.split import split_requests
-    from moeless.predictors.token_loads import TokenLoads
-    from moeless.predictors.windows import windows_of
+    from moeless.predictors.iterations import iterations_of
+    from moeless.predictors.request_split import split_requests
+    from moeless.predictors.trace_rows import Rows
     from moeless.traces import TokenTrace, open_trace
 
     trace = open_trace(Path(needs[0]))
@@ -125,13 +124,11 @@ def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     settings = EvaluationSettings(distances=(distance,), batch_tokens=(size,), resamples=2, seed=params["seed"])
     evaluator = Evaluator(rows, split, settings)
     pairs = pairs_of(trace.spec.L, (distance,))
-    part = predictor.token_part
-    tokens = None if part is None else TokenLoads(part, rows, evaluator.row_T, pairs)
-    windows = windows_of(rows, evaluator.requests, Phase.DECODE, size, params["iterations"], params["seed"])
+    tokens = evaluator.token_loads(predictor, pairs)
+    iterations = iterations_of(rows, evaluator.requests, Phase.DECODE, size, params["iterations"], params["seed"])
     predicted, true = [], []
     for layer, _ in pairs:
-        usable = tokens if tokens is not None and tokens.predictor.covers(layer, distance) else None
-        mean_IE, _, load_IE = evaluator.forecasts(predictor, usable, layer, distance, windows)
+        mean_IE, _, load_IE = evaluator.forecasts(predictor, tokens, layer, distance, iterations)
         predicted.append(mean_IE.ravel())
         true.append(load_IE.ravel())
     x, y = np.concatenate(true).astype(np.float64), np.concatenate(predicted)
@@ -139,7 +136,7 @@ def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     return {
         "pearson": float(np.corrcoef(x, y)[0, 1]),
         "pairs": len(x),
-        "iterations": len(windows),
+        "iterations": len(iterations),
         "true": x[keep].tolist(),
         "predicted": [round(value, 4) for value in y[keep].tolist()],
     }

@@ -33,7 +33,7 @@ from moeless.placement.keep_kernels import hardly_changed
 from moeless.policy import LoadHistory, ResolvedPolicy
 from moeless.policy.resolved import INTERVAL_ITERATIONS
 from moeless.predictors.distance import DistanceRule
-from moeless.predictors.life import ForecastLife
+from moeless.predictors.forecast_horizon import ForecastHorizon
 from moeless.serverless import KeepAlive
 
 
@@ -92,7 +92,7 @@ class Controller:
         # what each layer's plan was made for; a forecast that hardly differs leaves it, as in the simulator
         self._planned_LE = np.zeros((self.spec.L, self.spec.E))
         self._tolerance = float(getattr(policy.params, "keep", 0.0))
-        self.life = ForecastLife(self.history.shares_or_even())
+        self.life = ForecastHorizon(self.history.shares_or_even())
         tiers = ("peer", "host") if settings.copy_from == "auto" else (settings.copy_from,)
         self._copy_seconds = min(policy.costs.load_seconds(self.spec.expert_bytes, tier, 0) for tier in tiers)
         # at which distance each target is forecast: given, or chosen anew for every iteration

@@ -87,13 +87,7 @@ class FittedPredictors:
     def make(self, name: str) -> LoadPredictor:
         """One that no folder holds."""
         kind: type[LoadPredictor] = PREDICTORS.get(name)
-        try:
-            return kind(self.spec)
-        except TypeError:
-            # it takes what was fitted, or the model's gates
-            raise UserError(
-                f"predictor {name!r} has to be fitted first: run `moeless train-predictor` and give --predictor DIR"
-            ) from None
+        return kind.unfitted(self.spec)
 
 
 @dataclass(frozen=True)
@@ -155,6 +149,5 @@ class LivePredictors(FittedPredictors):
         if kind.needs_gates and not kind.needs_fitting:
             from moeless.predictors.gates import read_gates
 
-            made: LoadPredictor = kind(self.spec, gates=read_gates(self.model, self.spec))  # type: ignore[call-arg]
-            return made
+            return kind.unfitted(self.spec, read_gates(self.model, self.spec))
         return super().make(name)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moeless.contracts import BoolArray, Context, Forecast, IntArray, LayerPlan, Phase
 from moeless.policy import LoadHistory, ResolvedPolicy
 from moeless.predictors.distance import NEWEST
-from moeless.predictors.life import ForecastLife
+from moeless.predictors.forecast_horizon import ForecastHorizon
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Outage
 from moeless.simulator.in_force import PlansInForce
@@ -81,7 +81,7 @@ class AheadPlans:
         self._coming: dict[int, tuple[LayerPlan, float]] = {}
         self.rule = runtime.distance_rule(float(pool.tier_seconds.max()))
         self._distance_L = np.full(runtime.spec.L, runtime.policy.distance)
-        self.life = ForecastLife(history.shares_or_even())
+        self.life = ForecastHorizon(history.shares_or_even())
         # a copy comes from the next GPU that has one, and every expert is on some
         near = runtime.cluster.num_gpus <= runtime.cluster.island_size
         self.copy_seconds = float(pool.tier_seconds[0 if near else 1]) + pool.settings.start_seconds

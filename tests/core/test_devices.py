@@ -48,7 +48,7 @@ def test_a_full_gpu_stops_neither_recording_nor_fitting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from moeless.predictors.gates import checkpoint_folder
-    from moeless.predictors.job import _device
+    from moeless.predictors.train_evaluate import _device
     from moeless.traces.hf_model import LoadOptions, load_model
 
     # visible, and full of someone else's work

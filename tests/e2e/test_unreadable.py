@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from moeless.predictors.job import FitJob, run_fit
+from moeless.predictors.train_evaluate import FitJob, run_fit
 from moeless.spec import preset
 from moeless.traces import RequestRows, TokenTraceWriter, TraceInfo, open_trace
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from moeless.contracts import Context, Phase
 from moeless.errors import UserError
-from moeless.predictors import load_predictor, mixing
+from moeless.predictors import blend_weights, load_predictor
 from moeless.predictors.blend import Blend
-from moeless.predictors.data import Rows
 from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
-from moeless.predictors.fitting import FitSettings, fit
-from moeless.predictors.split import split_requests
+from moeless.predictors.fitting import FitInput
+from moeless.predictors.request_split import split_requests
 from moeless.predictors.token_table import TokenTable
+from moeless.predictors.trace_rows import Rows
 from moeless.predictors.variance import Variance, widen
 
 
@@ -24,7 +24,7 @@ def world(made):
     rows = Rows(made.trace)
     split = split_requests(made.trace.requests.category)
     options = {"part": "transition", "epochs": 20, "batch_tokens": 64, "windows": 16}
-    blend, _ = fit("blend", rows, split, FitSettings((1, 2), options=options))
+    blend = Blend.fit(FitInput(rows, split, (1, 2), options=options))
     assert isinstance(blend, Blend)
     return rows, split, blend
 
@@ -105,7 +105,7 @@ def test_the_first_layers_are_forecast_from_what_was_best_for_them(world):
     given_ = context(rows, np.arange(40), -1)
     first = blend.predict(given_, -1, 1)
     assert first.mean_E == pytest.approx(blend.predict(given_, -2, 2).mean_E)
-    assert blend.weights(-1, 1, Phase.PREFILL, 40)[mixing.TOKENS] == 0.0
+    assert blend.weights(-1, 1, Phase.PREFILL, 40)[blend_weights.TOKENS] == 0.0
 
 
 def test_the_first_layers_are_forecast_from_token_ids_where_they_are_known(world, tmp_path):
@@ -139,10 +139,18 @@ def test_a_source_that_knows_is_taken_and_one_that_guesses_is_not():
     true_IE = rng.dirichlet(np.ones(8), 40)
     noise_IE = rng.dirichlet(np.ones(8), 40)
     even_IE = np.full((40, 8), 1 / 8)
-    assert mixing.choose(np.stack([true_IE, even_IE, noise_IE]), true_IE, 40).weight_S.tolist() == [1.0, 0.0, 0.0]
-    assert mixing.choose(np.stack([noise_IE, true_IE, noise_IE]), true_IE, 40).weight_S.tolist() == [0.0, 1.0, 0.0]
+    assert blend_weights.choose(np.stack([true_IE, even_IE, noise_IE]), true_IE, 40).weight_S.tolist() == [
+        1.0,
+        0.0,
+        0.0,
+    ]
+    assert blend_weights.choose(np.stack([noise_IE, true_IE, noise_IE]), true_IE, 40).weight_S.tolist() == [
+        0.0,
+        1.0,
+        0.0,
+    ]
     # one iteration proves nothing
-    assert mixing.choose(np.stack([true_IE, even_IE, noise_IE]), true_IE, 1).weight_S.tolist() == [0.0, 1.0, 0.0]
+    assert blend_weights.choose(np.stack([true_IE, even_IE, noise_IE]), true_IE, 1).weight_S.tolist() == [0.0, 1.0, 0.0]
 
 
 def test_too_few_iterations_of_a_size_borrow_from_a_smaller_one_unless_they_speak_against_it() -> None:
@@ -150,20 +158,20 @@ def test_too_few_iterations_of_a_size_borrow_from_a_smaller_one_unless_they_spea
     true_IE = rng.dirichlet(np.ones(8), 2)
     even_IE = np.full_like(true_IE, 1 / 8)
     half_S = np.array([0.5, 0.5, 0.0])
-    kept = mixing.borrow(half_S, np.stack([true_IE, even_IE, even_IE]), true_IE)
+    kept = blend_weights.borrow(half_S, np.stack([true_IE, even_IE, even_IE]), true_IE)
     assert kept.weight_S.tolist() == [0.5, 0.5, 0.0]
     assert kept.error == pytest.approx(kept.history_error / 2)
     worse_IE = 2 * even_IE - true_IE
-    refused = mixing.borrow(half_S, np.stack([worse_IE, even_IE, even_IE]), true_IE)
+    refused = blend_weights.borrow(half_S, np.stack([worse_IE, even_IE, even_IE]), true_IE)
     assert refused.weight_S.tolist() == [0.0, 1.0, 0.0]
     assert refused.error == refused.history_error
 
 
 def test_weights_between_two_sizes_are_between_the_two():
     table = np.array([[0.0, 1.0], [1.0, 0.0]])
-    assert mixing.at_size((8, 32), table, 16) == pytest.approx([0.5, 0.5])
-    assert mixing.at_size((8, 32), table, 1) == pytest.approx([0.0, 1.0])
-    assert mixing.at_size((8, 32), table, 10_000) == pytest.approx([1.0, 0.0])
+    assert blend_weights.at_size((8, 32), table, 16) == pytest.approx([0.5, 0.5])
+    assert blend_weights.at_size((8, 32), table, 1) == pytest.approx([0.0, 1.0])
+    assert blend_weights.at_size((8, 32), table, 10_000) == pytest.approx([1.0, 0.0])
 
 
 def test_a_widened_variance_covers_ninety_percent_of_long_tails():
@@ -190,4 +198,4 @@ def test_a_folder_brings_back_the_same_blend(world, tmp_path):
 def test_a_part_that_forecasts_no_tokens_is_refused(world):
     rows, split, _ = world
     with pytest.raises(UserError, match="token-level part"):
-        fit("blend", rows, split, FitSettings((1,), options={"part": "history"}))
+        Blend.fit(FitInput(rows, split, options={"part": "history"}))

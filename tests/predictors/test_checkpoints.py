@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from moeless.errors import UserError
-from moeless.predictors import data
-from moeless.predictors.data import Rows
-from moeless.predictors.fit_state import FitState
-from moeless.predictors.job import FitJob, run_fit
+from moeless.predictors import trace_rows
+from moeless.predictors.gradient_fit import HeadFit
+from moeless.predictors.trace_rows import Rows
+from moeless.predictors.train_evaluate import FitJob, run_fit
 
 OPTIONS = {
     "layer_aware": {"threshold": 0.99, "epochs": 4, "batch_tokens": 128},
@@ -29,7 +29,7 @@ def test_a_killed_fit_goes_on_and_ends_in_the_same_bytes(made, tmp_path, monkeyp
     job = FitJob(made.path, method, (1, 2), options=OPTIONS[method], device="cpu")
     run_fit(job, tmp_path / "whole")
     done = 0
-    end_epoch = FitState.end_epoch
+    end_epoch = HeadFit.end_epoch
 
     def killed(self, *args):
         nonlocal done
@@ -38,7 +38,7 @@ def test_a_killed_fit_goes_on_and_ends_in_the_same_bytes(made, tmp_path, monkeyp
         if done == survived:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(FitState, "end_epoch", killed)
+    monkeypatch.setattr(HeadFit, "end_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         run_fit(job, tmp_path / "p")
     assert not (tmp_path / "p").exists()
@@ -51,7 +51,7 @@ def test_a_killed_fit_goes_on_and_ends_in_the_same_bytes(made, tmp_path, monkeyp
         epochs += 1
         end_epoch(self, *args)
 
-    monkeypatch.setattr(FitState, "end_epoch", counted)
+    monkeypatch.setattr(HeadFit, "end_epoch", counted)
     run_fit(job, tmp_path / "p")
     again, epochs = epochs, 0
     run_fit(job, tmp_path / "q")
@@ -69,7 +69,7 @@ def test_another_request_does_not_take_up_what_is_not_its_own(made, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FitState, "start", killed)
+        patch.setattr(HeadFit, "start", killed)
         with pytest.raises(KeyboardInterrupt):
             run_fit(first, tmp_path / "p")
     run_fit(other, tmp_path / "p")
@@ -85,8 +85,8 @@ def test_a_refused_fit_leaves_nothing(made, tmp_path):
 def test_a_trace_larger_than_memory_is_streamed_and_gives_the_same(made, monkeypatch):
     whole = Rows(made.trace)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "CACHE_BYTES", 1)
-        patch.setattr(data, "STREAM_TOKENS", 100)
+        patch.setattr(trace_rows, "CACHE_BYTES", 1)
+        patch.setattr(trace_rows, "STREAM_TOKENS", 100)
         streamed = Rows(made.trace)
         assert isinstance(streamed.topk_TLK, np.memmap)
         assert np.array_equal(streamed.topk_TLK, whole.topk_TLK)

@@ -11,14 +11,15 @@ import torch
 from moeless.contracts import Context, Phase
 from moeless.errors import UserError
 from moeless.predictors import PREDICTORS, load_predictor, token_loads
-from moeless.predictors.data import Rows
 from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
-from moeless.predictors.fitting import FitSettings, fit
+from moeless.predictors.fitting import FitInput
 from moeless.predictors.from_scratch import FromScratch
 from moeless.predictors.gate_reuse import GateReuse
 from moeless.predictors.gates import Gates, read_gates
-from moeless.predictors.split import split_requests
+from moeless.predictors.layer_aware import LayerAware
+from moeless.predictors.request_split import split_requests
 from moeless.predictors.token_loads import TokenLoads
+from moeless.predictors.trace_rows import Rows
 from moeless.predictors.transition import Transition
 from moeless.predictors.variance import Variance, widen
 from moeless.spec import preset
@@ -36,7 +37,7 @@ def world(made):
                "transition": {"epochs": 20, "batch_tokens": 64},
                "from_scratch": {"hidden": 32, "epochs": 20, "patience": 5, "batch_tokens": 128}}  # fmt: skip
     fitted = {
-        name: fit(name, rows, split, FitSettings((1, 2), options=options.get(name, {})), gates=gates)[0]
+        name: PREDICTORS.get(name).fit(FitInput(rows, split, (1, 2), options=options.get(name, {}), gates=gates))
         for name in FITTED
     }
     return rows, split, gates, fitted
@@ -71,7 +72,7 @@ def test_gates_of_another_checkpoint_are_refused(world):
     rows, split, gates, _ = world
     other = Gates(gates.weight_LEH[::-1].copy(), None, None, gates.rule, "other")
     with pytest.raises(UserError, match="gates of other are not those that made"):
-        fit("gate_reuse", rows, split, FitSettings((1,)), gates=other)
+        GateReuse.fit(FitInput(rows, split, gates=other))
 
 
 @pytest.mark.parametrize("name", FITTED)
@@ -112,7 +113,7 @@ def test_fine_tuning_beats_the_raw_gate_and_ids_beat_history(world):
 
 def test_gates_that_pass_the_threshold_stay_raw(world):
     rows, split, gates, _ = world
-    kept, _ = fit("layer_aware", rows, split, FitSettings((1,), options={"threshold": 0.0}), gates=gates)
+    kept = LayerAware.fit(FitInput(rows, split, options={"threshold": 0.0}, gates=gates))
     assert kept.tuned_pairs == []
     raw = GateReuse(rows.spec, gates)
     inputs = rows.inputs(np.arange(50))[:, 0]
@@ -123,8 +124,8 @@ def test_gates_that_pass_the_threshold_stay_raw(world):
 def test_fitting_again_gives_the_same(world, name):
     rows, split, gates, _fitted = world
     options = {"layer_aware": {"epochs": 2}, "transition": {"epochs": 2}, "from_scratch": {"epochs": 2, "hidden": 8}}
-    options = options.get(name, {})
-    again = [fit(name, rows, split, FitSettings((1,), options=options), gates=gates)[0].tensors() for _ in range(2)]
+    given = FitInput(rows, split, options=options.get(name, {}), gates=gates)
+    again = [PREDICTORS.get(name).fit(given).tensors() for _ in range(2)]
     assert all(np.array_equal(again[0][key], again[1][key]) for key in again[0])
 
 
@@ -219,9 +220,9 @@ def test_permuting_experts_permutes_the_forecast_of_networks_from_scratch(world)
     rows, _, _, fitted = world
     predictor = fitted["from_scratch"]
     order = np.random.default_rng(2).permutation(rows.spec.E)
-    state = {name: array for name, array in predictor.tensors().items() if name != "temperature"}
+    state = predictor.tensors()
     moved = state | {"second": state["second"][:, :, order], "second_bias": state["second_bias"][:, :, order]}
-    other = FromScratch(rows.spec, moved, predictor.distances, predictor.tensors()["temperature"])
+    other = FromScratch(rows.spec, moved, predictor.distances)
     inputs = rows.inputs(np.arange(90))[:, 0]
     assert np.array_equal(other.mean_load(inputs, 0, 1), predictor.mean_load(inputs, 0, 1)[order])
 
@@ -245,7 +246,7 @@ def test_skill_is_known_where_a_pair_was_calibrated(world):
 def test_unfitted_methods_say_how_to_fit_them():
     for name in FITTED:
         with pytest.raises(UserError, match=f"--method {name}"):
-            PREDICTORS.get(name)(preset("bundled"))
+            PREDICTORS.get(name).unfitted(preset("bundled"))
 
 
 def test_torch_inputs_on_the_fly_equal_numpy_ones(world):

@@ -8,10 +8,10 @@ import pytest
 from moeless.contracts import Phase
 from moeless.errors import UserError
 from moeless.predictors import metrics
-from moeless.predictors.data import Rows
-from moeless.predictors.split import split_requests
+from moeless.predictors.iterations import decode_iterations, prefill_iterations
+from moeless.predictors.request_split import split_requests
+from moeless.predictors.trace_rows import Rows
 from moeless.predictors.variance import fit_variance
-from moeless.predictors.windows import decode_windows, prefill_windows
 
 
 def test_metrics_of_a_known_forecast():
@@ -66,17 +66,17 @@ def test_too_few_requests_or_categories_are_refused():
 
 def test_prefill_iterations_are_consecutive_prompt_rows(made):
     rows = Rows(made.trace)
-    windows = prefill_windows(rows, np.array([2, 5, 6]), 25)
-    joined = np.concatenate([window.row_T for window in windows])
-    assert [window.tokens for window in windows] == [25, 25]
+    iterations = prefill_iterations(rows, np.array([2, 5, 6]), 25)
+    joined = np.concatenate([each.row_T for each in iterations])
+    assert [each.tokens for each in iterations] == [25, 25]
     assert (rows.phase_T[joined] == Phase.PREFILL).all()
     assert joined.tolist() == [rows.first_N[q] + i for q in (2, 5, 6) for i in range(20)][:50]
-    assert windows[1].previous_T.tolist() == windows[0].row_T.tolist()
+    assert iterations[1].previous_T.tolist() == iterations[0].row_T.tolist()
 
 
 def test_decode_iterations_follow_the_previous_token_of_each_request(made):
     rows = Rows(made.trace)
-    for window in decode_windows(rows, np.arange(10), 16, 5, np.random.default_rng(0)):
-        assert (rows.phase_T[window.row_T] == Phase.DECODE).all()
-        assert (window.row_T - window.previous_T == 1).all()
-        assert (rows.phase_T[window.previous_T] == Phase.DECODE).all()
+    for each in decode_iterations(rows, np.arange(10), 16, 5, np.random.default_rng(0)):
+        assert (rows.phase_T[each.row_T] == Phase.DECODE).all()
+        assert (each.row_T - each.previous_T == 1).all()
+        assert (rows.phase_T[each.previous_T] == Phase.DECODE).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moeless.errors import RunFailed
-from moeless.predictors.data import scratch_array
+from moeless.predictors.trace_rows import scratch_array
 
 SHAPE, KIND = (1000, 1000), np.dtype(np.uint16)
 
@@ -45,7 +45,7 @@ def test_a_full_folder_for_temporary_files_ends_in_a_sentence_with_the_figures(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr("moeless.predictors.data.free_bytes", lambda _: 1_250_000_000)
+    monkeypatch.setattr("moeless.predictors.trace_rows.free_bytes", lambda _: 1_250_000_000)
     says = rf"2\.00 GB of scratch space are needed in {tmp_path}, which has 1\.25 GB free \(No space.*TMPDIR$"
     with pytest.raises(RunFailed, match=says):
         scratch_array((1000, 1000, 1000), KIND)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,9 +111,19 @@ class Rows:
         """Mean load share of those requests' rows, ``[L, E]``; rows sum to 1."""
         load_LE = np.zeros((self.spec.L, self.spec.E))
         for part in np.array_split(requests, max(1, int(self.rows_N[requests].sum()) // STREAM_TOKENS)):
-            load_LE += count_loads(self.topk_TLK, self.of(part), self.spec.E)
-        share_LE: FloatArray = load_LE / load_LE.sum(1, keepdims=True)
-        return share_LE
+            ids_TLK = self.topk_TLK[self.of(part)] + np.arange(self.spec.L)[:, None] * self.spec.E
+            load_LE += np.bincount(ids_TLK.ravel(), minlength=load_LE.size).reshape(load_LE.shape)
+        return np.asarray(load_LE / load_LE.sum(1, keepdims=True))
+
+    def load_IE(self, rows_I: Sequence[IntArray], layer: int) -> IntArray:
+        """Load of a layer in iterations of those rows, ``[I, E]``."""
+        topk_TK = self.topk_TLK[:, layer]
+        return np.stack([np.bincount(topk_TK[row_T].ravel(), minlength=self.spec.E) for row_T in rows_I])
+
+    def found(self, forecast_TK: IntArray, row_T: IntArray, layer: int) -> FloatArray:
+        """Top-k recall: share of the experts that each of those rows chose in a layer which were forecast, ``[T]``."""
+        true_TK = self.topk_TLK[row_T, layer].astype(np.int64)
+        return np.asarray((true_TK[:, :, None] == forecast_TK[:, None, :]).any(2).mean(1))
 
     def inputs(self, row_T: IntArray) -> NDArray[np.float32]:
         """Gate inputs of those rows, f32 ``[T, L, H]``; runs of consecutive rows are read at once."""
@@ -137,13 +147,6 @@ class Rows:
         return out
 
 
-def count_loads(topk_TLK: NDArray[np.integer[Any]], row_T: IntArray, num_experts: int) -> IntArray:
-    """Tokens of each expert over those rows, ``[L, E]``."""
-    layers = topk_TLK.shape[1]
-    ids = topk_TLK[row_T].astype(np.int64) + (np.arange(layers) * num_experts)[:, None]
-    return np.bincount(ids.ravel(), minlength=layers * num_experts).reshape(layers, num_experts).astype(np.int64)
-
-
 @dataclass(frozen=True)
 class Block:
     """Some tokens: what the method reads of them, ``[T, L, H]`` or ``[T, L, K]``, and where they went."""
@@ -160,41 +163,42 @@ class Sample:
     """
 
     def __init__(self, rows: Rows, requests: IntArray, reads: Reads, max_tokens: int, seed: int) -> None:
-        self._rows, self._reads = rows, reads
+        self.rows, self._reads = rows, reads
         order = np.random.default_rng(seed).permutation(requests)
         ends = np.cumsum(rows.rows_N[order])
         taken = order[: int(np.searchsorted(ends, max_tokens)) + 1]
         self.requests = np.sort(taken)
         self.row_T = rows.of(taken)[: max(1, max_tokens)]
         width = rows.spec.hidden_size * 4 if reads == "router_inputs" else rows.spec.K * 8
-        self._cache: dict[int, Block] | None = {} if len(self.row_T) * rows.spec.L * width <= CACHE_BYTES else None
+        self._few, self._cache = len(self.row_T) * rows.spec.L * width <= CACHE_BYTES, dict[int, Block]()
 
     @property
     def tokens(self) -> int:
         """Tokens of the sample."""
         return len(self.row_T)
 
+    def block(self, row_T: IntArray) -> Block:
+        """Those rows, read now."""
+        topk_TLK = self.rows.topk_TLK[row_T].astype(np.int64)
+        return Block(self.rows.inputs(row_T) if self._reads == "router_inputs" else topk_TLK, topk_TLK)
+
     def blocks(self, rng: np.random.Generator | None = None, size: int = BLOCK_TOKENS) -> Iterator[Block]:
         """All tokens once, in random order of blocks where ``rng`` is given."""
         starts = np.arange(0, self.tokens, size)
         if rng is not None:
             starts = rng.permutation(starts)
-        if self._cache is None:
-            # the next block is read while this one is worked on
-            with ThreadPoolExecutor(1, "moeless-blocks") as reader:
-                coming = [reader.submit(self._read, int(starts[0]), size)]
-                for start in [*starts[1:].tolist(), None]:
-                    block = coming.pop().result()
-                    if start is not None:
-                        coming.append(reader.submit(self._read, start, size))
-                    yield block
+        if self._few:
+            for start in starts.tolist():
+                if start not in self._cache:
+                    self._cache[start] = self.block(self.row_T[start : start + size])
+                yield self._cache[start]
             return
-        for start in starts.tolist():
-            if start not in self._cache:
-                self._cache[start] = self._read(start, size)
-            yield self._cache[start]
-
-    def _read(self, start: int, size: int) -> Block:
-        row_T = self.row_T[start : start + size]
-        topk_TLK = self._rows.topk_TLK[row_T].astype(np.int64)
-        return Block(self._rows.inputs(row_T) if self._reads == "router_inputs" else topk_TLK, topk_TLK)
+        # the next block is read while this one is worked on
+        with ThreadPoolExecutor(1, "moeless-blocks") as reader:
+            coming = None
+            for start in starts.tolist():
+                read, coming = coming, reader.submit(self.block, self.row_T[start : start + size])
+                if read is not None:
+                    yield read.result()
+            if coming is not None:
+                yield coming.result()

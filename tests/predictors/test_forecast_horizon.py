@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from moeless.contracts import Forecast, Phase
-from moeless.predictors.life import LONGEST, ForecastLife
+from moeless.predictors.forecast_horizon import LONGEST, ForecastHorizon
 
 EVEN_E = np.full(16, 1 / 16)
 
 
-def told(fades: float, iterations: int = 60, phase: Phase = Phase.PREFILL, layers: int = 4) -> ForecastLife:
+def told(fades: float, iterations: int = 60, phase: Phase = Phase.PREFILL, layers: int = 4) -> ForecastHorizon:
     """A life that has seen deviations which fade by this factor from one iteration to the next."""
-    rng, life = np.random.default_rng(0), ForecastLife(np.tile(EVEN_E, (layers, 1)))
+    rng, life = np.random.default_rng(0), ForecastHorizon(np.tile(EVEN_E, (layers, 1)))
     away_LE = np.zeros((layers, 16))
     for _ in range(iterations):
         away_LE = fades * away_LE + np.sqrt(1 - fades**2) * rng.normal(0, 0.01, away_LE.shape)

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless.contracts import IntArray, Phase
-from moeless.predictors.data import Rows
+from moeless.predictors.trace_rows import Rows
 
 #: Iterations that a windowed mean looks back.
 RECENT = 8
 
 
 @dataclass(frozen=True)
-class Window:
+class ComposedIteration:
     """One iteration: its rows, those of the iteration before it, and of the last few (empty where there were none)."""
 
     row_T: IntArray
@@ -41,7 +41,19 @@ def available_phases(rows: Rows) -> tuple[Phase, ...]:
     return (Phase.PREFILL, Phase.DECODE) if decode else (Phase.PREFILL,)
 
 
-def prefill_windows(rows: Rows, requests: IntArray, tokens: int, limit: int | None = None) -> list[Window]:
+def iterations_of(
+    rows: Rows, requests: IntArray, phase: Phase, tokens: int, limit: int, seed: int
+) -> list[ComposedIteration]:
+    """At most ``limit`` iterations of one phase and size, prefill ones over shuffled requests."""
+    rng = np.random.default_rng([seed, int(phase), tokens])
+    if phase == Phase.DECODE:
+        return decode_iterations(rows, requests, tokens, limit, rng)
+    return prefill_iterations(rows, rng.permutation(requests), tokens, limit)
+
+
+def prefill_iterations(
+    rows: Rows, requests: IntArray, tokens: int, limit: int | None = None
+) -> list[ComposedIteration]:
     """Consecutive iterations of ``tokens`` tokens over the requests in the order given.
 
     At most ``limit``; what is left over at the end is dropped, unless there would be no iteration at all.
@@ -54,12 +66,16 @@ def prefill_windows(rows: Rows, requests: IntArray, tokens: int, limit: int | No
     parts = [row_T[start : start + tokens] for start in range(0, count * tokens, tokens)][:limit]
     none = np.empty(0, np.int64)
     return [
-        Window(part, parts[i - 1] if i else none, Phase.PREFILL, np.concatenate([none, *parts[max(0, i - RECENT) : i]]))
+        ComposedIteration(
+            part, parts[i - 1] if i else none, Phase.PREFILL, np.concatenate([none, *parts[max(0, i - RECENT) : i]])
+        )
         for i, part in enumerate(parts)
     ]
 
 
-def decode_windows(rows: Rows, requests: IntArray, tokens: int, limit: int, rng: np.random.Generator) -> list[Window]:
+def decode_iterations(
+    rows: Rows, requests: IntArray, tokens: int, limit: int, rng: np.random.Generator
+) -> list[ComposedIteration]:
     """``limit`` iterations of one generated token from each of ``tokens`` requests drawn with replacement.
 
     The iteration before holds the previous token of each, as when nobody comes or goes between two decode steps.
@@ -69,23 +85,13 @@ def decode_windows(rows: Rows, requests: IntArray, tokens: int, limit: int, rng:
     request_T = np.repeat(np.arange(len(requests)), rows.rows_N[requests])
     decode = rows.phase_T[row_T] == Phase.DECODE
     row_T, request_T = row_T[decode], request_T[decode]
-    first = np.flatnonzero(np.concatenate([[True], request_T[1:] != request_T[:-1]])) if len(row_T) else row_T
-    length = np.diff(np.append(first, len(row_T)))
+    _, first, length = np.unique(request_T, return_index=True, return_counts=True)
     first, length = first[length > 1], length[length > 1]
-    if not len(first):
-        return []
-    windows = []
-    for _ in range(limit):
+    made: list[ComposedIteration] = []
+    for _ in range(limit if len(first) else 0):
         drawn = rng.integers(0, len(first), tokens)
         at = first[drawn] + 1 + (rng.random(tokens) * (length[drawn] - 1)).astype(np.int64)
         back = at[:, None] - np.arange(1, RECENT + 1)
-        windows.append(Window(row_T[at], row_T[at - 1], Phase.DECODE, row_T[back[back >= first[drawn][:, None]]]))
-    return windows
-
-
-def windows_of(rows: Rows, requests: IntArray, phase: Phase, tokens: int, limit: int, seed: int) -> list[Window]:
-    """Iterations of one phase and size, prefill ones over shuffled requests."""
-    rng = np.random.default_rng([seed, int(phase), tokens])
-    if phase == Phase.DECODE:
-        return decode_windows(rows, requests, tokens, limit, rng)
-    return prefill_windows(rows, rng.permutation(requests), tokens, limit)
+        recent_T = row_T[back[back >= first[drawn][:, None]]]
+        made.append(ComposedIteration(row_T[at], row_T[at - 1], Phase.DECODE, recent_T))
+    return made

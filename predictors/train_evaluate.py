@@ -1,14 +1,11 @@
-"""Fitting or evaluating a predictor from files to files.
-
-This is what the commands wire up: it opens the trace, finds the gates, fits, measures, writes.
-"""
+"""Fitting or evaluating a predictor from files to files, as the commands ask for it."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +15,15 @@ from moeless.devices import auto_device
 from moeless.errors import UserError
 from moeless.files import check_writable, folder_atomic, sha256, write_json
 from moeless.predictors import PREDICTORS, load_predictor
-from moeless.predictors.base import METRICS_FILE, LoadPredictor, Reads, Wants
-from moeless.predictors.split import SplitBy, split_requests
+from moeless.predictors.base import METRICS_FILE, LoadPredictor
+from moeless.predictors.request_split import SplitBy, split_requests
 
 if TYPE_CHECKING:
-    from moeless.predictors.data import Rows
     from moeless.predictors.evaluation import Row
-    from moeless.predictors.gates import Gates
+    from moeless.predictors.fitting import Report
+    from moeless.predictors.trace_rows import Rows
     from moeless.traces import TokenTrace
 
-Report = Callable[[str, int, Mapping[str, float]], None]
 SHOWN = ("relative_l1", "pearson", "hottest_hit", "straggler_hit", "coverage_90")
 
 
@@ -56,13 +52,13 @@ class FitJob:
             UserError: it is none, not of kind tokens, or lacks gate inputs that the method reads.
         """
         opened = _open(self.trace, "train-predictor")
-        _check_inputs(opened, self.wants(opened).reads, self.method)
+        _check_inputs(opened, self.fitting_class(opened), self.method)
         return opened
 
-    def wants(self, trace: TokenTrace) -> Wants:
-        """What the method with its parameters reads."""
-        wanted: Wants = PREDICTORS.get(self.method).wants(self.all_options(), trace.has_router_inputs)
-        return wanted
+    def fitting_class(self, trace: TokenTrace) -> type[LoadPredictor]:
+        """The class that says what the method with its parameters reads of a trace."""
+        kind: type[LoadPredictor] = PREDICTORS.get(self.method)
+        return kind.fitting_class(self.all_options(), trace.has_router_inputs)
 
     def resolved(self) -> dict[str, Any]:
         """The configuration as JSON."""
@@ -86,7 +82,7 @@ class FitJob:
         """What the fit will hold in memory."""
         opened = self.open()
         spec = opened.spec
-        reads = self.wants(opened).reads
+        reads = self.fitting_class(opened).reads
         pairs = sum(max(0, spec.L - d) for d in self.distances)
         tokens = min(self.max_tokens, opened.num_tokens)
         width = {"router_inputs": 4 * spec.hidden_size, "topk": 8 * spec.K}.get(reads, 0)
@@ -115,31 +111,38 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         UserError: the request is wrong; nothing is written then.
     """
     from moeless.predictors.checkpoints import Checkpoints
-    from moeless.predictors.data import Rows
-    from moeless.predictors.fitting import FitSettings, fit
+    from moeless.predictors.fitting import FitInput
+    from moeless.predictors.gates import read_gates
+    from moeless.predictors.trace_rows import Rows
 
     # every step makes and frees the same large buffers
     keep_freed_memory()
-    options = job.all_options()
     trace = job.open()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     check_writable(out)
-    wanted = job.wants(trace)
-    rows = Rows(trace, inputs=wanted.reads == "router_inputs")
+    reading = job.fitting_class(trace)
+    rows = Rows(trace, inputs=reading.reads == "router_inputs")
     split = split_requests(trace.requests.category, job.split_by, job.seed)
-    gates = _gates_for(job, trace) if wanted.gates else None
-    settings = FitSettings(job.distances, job.max_tokens, job.seed, _device(job.device), options)
+    model = job.model or trace.info.source.get("model")
+    if reading.needs_gates and not model:
+        raise UserError(f"{job.trace} does not say which model it is of; name it with --model")
+    gates = read_gates(str(model), trace.spec) if reading.needs_gates else None
+    device = _device(job.device)
     # the trace's description holds the hashes of all its files
-    request = {**job.resolved(), "trace_sha256": sha256(job.trace / "trace.json"), "device": settings.device}
-    checkpoints = Checkpoints.beside(out, request)
+    request = {**job.resolved(), "trace_sha256": sha256(job.trace / "trace.json"), "device": device}
+    checkpoints = Checkpoints(out, request)
+    given = FitInput(
+        rows, split, job.distances, job.max_tokens, job.seed, device, job.all_options(), gates,
+        report or (lambda *_: None), checkpoints,
+    )  # fmt: skip
+    started = time.perf_counter()
     try:
-        predictor, seconds = fit(
-            job.method, rows, split, settings, gates=gates, report=report, checkpoints=checkpoints
-        )  # fmt: skip
+        predictor: LoadPredictor = PREDICTORS.get(job.method).fit(given)
     except UserError:
         checkpoints.clear()
         raise
+    seconds = time.perf_counter() - started
     notes = {
         "trace": str(job.trace),
         "source": dict(trace.info.source),
@@ -147,7 +150,7 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         "seed": job.seed,
         "distances": list(job.distances),
         "max_tokens": job.max_tokens,
-        "device": settings.device,
+        "device": device,
     }
     measured: list[Row] = []
     with folder_atomic(out) as folder:
@@ -155,8 +158,9 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         # what is measured is what was written, rounding to 16 bits included
         predictor = load_predictor(folder)
         if job.evaluate:
-            timed = notes | {"fit_seconds": round(seconds, 3)}
-            measured = _measure(predictor, rows, job, folder / METRICS_FILE, timed)
+            measured = _measure(
+                predictor, rows, job, folder / METRICS_FILE, notes | {"fit_seconds": round(seconds, 3)}
+            )  # fmt: skip
     checkpoints.clear()
     summary = {
         "method": job.method,
@@ -167,7 +171,7 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         "memory (MB)": predictor.memory_bytes / 1e6,
         "seconds to fit": seconds,
     }
-    return Done(predictor, summary, _columns(), _table(measured, job))
+    return _done(predictor, summary, measured, job)
 
 
 def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
@@ -176,15 +180,15 @@ def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
     Raises:
         UserError: the folder is no predictor, or of another model than the trace's.
     """
-    from moeless.predictors.data import Rows
     from moeless.predictors.evaluation import mean_of
+    from moeless.predictors.trace_rows import Rows
 
     target = (out or folder) / METRICS_FILE
     check_writable(target)
     predictor = load_predictor(folder)
     trace = _open(job.trace, "evaluate-predictor")
     predictor.check_spec(trace.spec, f"the trace {job.trace}")
-    _check_inputs(trace, predictor.reads, predictor.name)
+    _check_inputs(trace, predictor, predictor.name)
     rows = Rows(trace, inputs=predictor.reads == "router_inputs")
     started = time.perf_counter()
     notes = {"trace": str(job.trace), "predictor": str(folder), "split_by": job.split_by, "seed": job.seed}
@@ -199,7 +203,7 @@ def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
         "seconds": time.perf_counter() - started,
         "metrics": str(target),
     }
-    return Done(predictor, summary, _columns(), _table(measured, job))
+    return _done(predictor, summary, measured, job)
 
 
 def _open(path: Path, command: str) -> TokenTrace:
@@ -211,8 +215,8 @@ def _open(path: Path, command: str) -> TokenTrace:
     return opened
 
 
-def _check_inputs(trace: TokenTrace, reads: Reads, method: str) -> None:
-    if reads == "router_inputs" and not trace.has_router_inputs:
+def _check_inputs(trace: TokenTrace, reading: LoadPredictor | type[LoadPredictor], method: str) -> None:
+    if reading.reads == "router_inputs" and not trace.has_router_inputs:
         raise UserError(
             f"predictor {method!r} reads what gates see, which {trace.path} does not hold; record it with "
             "`moeless trace --router-inputs`, or fit `transition` or `blend`, which need expert ids only"
@@ -236,28 +240,17 @@ def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, note
     return measured
 
 
-def _columns() -> list[str]:
-    return ["distance, phase, tokens", "recall", *SHOWN]
-
-
-def _table(measured: list[Row], job: FitJob) -> list[list[Any]]:
+def _done(predictor: LoadPredictor, summary: dict[str, Any], measured: list[Row], job: FitJob) -> Done:
+    """With the table of means over layers."""
     from moeless.predictors.evaluation import mean_of
 
     kinds = sorted({(row.distance, row.phase, row.batch_tokens) for row in measured if row.phase != "all"})
-    return [
+    table = [
         [f"d = {d}, {phase}, {size}", mean_of(measured, "topk_recall", d, "all", 1)]
         + [mean_of(measured, name, d, phase, size) for name in SHOWN]
         for d, phase, size in kinds
     ]
-
-
-def _gates_for(job: FitJob, trace: TokenTrace) -> Gates:
-    from moeless.predictors.gates import read_gates
-
-    source = job.model or trace.info.source.get("model")
-    if not source:
-        raise UserError(f"{job.trace} does not say which model it is of; name it with --model")
-    return read_gates(str(source), trace.spec)
+    return Done(predictor, summary, ["distance, phase, tokens", "recall", *SHOWN], table)
 
 
 def _device(name: str) -> str:

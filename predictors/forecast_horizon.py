@@ -22,7 +22,7 @@ SETTLED = 0.05
 LONGEST = 256
 
 
-class ForecastLife:
+class ForecastHorizon:
     """The rule for one policy's forecasts, of one run.
 
     Args:
