@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-#: The evidence words of result files, and ``derived``: arithmetic on published shapes.
-Kind = Literal["measured", "simulated", "synthetic", "stated", "derived"]
+from moeless.experiments.statements import Claim, Finding, Kind
 
 
 @dataclass(frozen=True)
@@ -89,46 +88,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One of the paper's claims beside what we find.
-
-    Attributes:
-        paper: the stated figure, as text with its unit.
-        paper_rules: ours under the paper's assumptions; ``physical`` ours under physical costs; ``live`` measured.
-        kind: on what evidence ours stands.
-        note: why they differ, where they do.
-        verdict: how ours compares, see ``moeless.experiments.verdicts``.
-    """
-
-    statement: str
-    paper: str
-    paper_rules: str | None
-    physical: str | None
-    live: str | None
-    kind: Kind
-    command: str
-    note: str = ""
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the paper states in words, and whether our data show the same.
-
-    Attributes:
-        statement: the paper's, for example ``layer time rises with the distance``.
-        ours: what the data show, with the figures.
-        holds: None where the data cannot tell.
-        kind: on what evidence ours stands.
-    """
-
-    statement: str
-    ours: str
-    holds: bool | None
-    kind: Kind
-
-
-@dataclass(frozen=True)
 class Drawn:
     """What an experiment hands to the page."""
 
@@ -147,7 +106,6 @@ class Experiment:
     Attributes:
         question: what it asks.
         stated: what the paper shows or states; empty for a study beyond it.
-        jobs: the work, by short name; ``draw`` gets the results under the same names.
         lacks: why it cannot be drawn under some options, in a sentence; None where it can.
         jobs: the work, by short name; ``draw`` gets the results under the same names.
     """

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeless.experiments import timing, why
+from moeless.errors import UserError
+from moeless.experiments import explanations, timing
 from moeless.experiments.base import Job, Options
 from moeless.experiments.catalogue import find
-from moeless.experiments.publish import CLAIM_COLUMNS, FINDING_COLUMNS, claim_rows, finding_rows
+from moeless.experiments.publish import CLAIM_COLUMNS, FINDING_COLUMNS, RECORD, claim_rows, finding_rows
 from moeless.experiments.recipes import Recipe, recipes
 from moeless.experiments.runner import closure
+from moeless.experiments.statements import read_claims
 from moeless.files import read_json, write_json, write_text
 from moeless.report.page import cell_text
 
@@ -70,7 +72,7 @@ def render(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "## What the paper says in words\n\n",
         _table(FINDING_COLUMNS, finding_rows(experiments)),
         "\nWhere we agree and differ, and why:\n\n",
-        *(f"- {text}\n" for text in why.paragraphs(record)),
+        *(f"- {text}\n" for text in explanations.paragraphs(record)),
         "\n",
         "## How long each takes\n\n",
         _durations(experiments, facts),
@@ -132,7 +134,13 @@ def _recipe(recipe: Recipe) -> str:
 
 
 def keep(run: Path) -> None:
-    """Copy a run's record and small data into the reference folder."""
+    """Copy a run's record and small data into the reference folder.
+
+    Raises:
+        UserError: the folder holds no reproduce run, or one of a version that kept texts alone.
+    """
+    record = read_json(run / RECORD)
+    read_claims(record)
     REFERENCE.mkdir(parents=True, exist_ok=True)
     manifest = read_json(run / "manifest.json")
     facts = {name: manifest[name] for name in _FACTS}
@@ -140,7 +148,7 @@ def keep(run: Path) -> None:
     traces = "".join(f" --trace {Path(path).name}" for path in config["traces"])
     facts["command_line"] = f"moeless reproduce all{traces}{' --beside' if config['beside'] else ''}"
     facts["full_minutes"] = _full_minutes()
-    write_json(REFERENCE / "reproduction.json", read_json(run / "reproduction.json"))
+    write_json(REFERENCE / RECORD, record)
     write_json(REFERENCE / "facts.json", facts)
     for path in REFERENCE.glob("*.csv"):
         path.unlink()
@@ -161,8 +169,12 @@ def main(arguments: Sequence[str]) -> None:
     """Keep a run where one is named, then write the document."""
     if arguments:
         keep(Path(arguments[0]))
-    write_text(DOCUMENT, render(read_json(REFERENCE / "reproduction.json"), read_json(REFERENCE / "facts.json")))
+    write_text(DOCUMENT, render(read_json(REFERENCE / RECORD), read_json(REFERENCE / "facts.json")))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import routing_sources
+from moeless.experiments.statements import Finding
 from moeless.report import routing_figures
 
 #: The busiest expert at so many times the even share is strong skew: its GPU then works that much longer.
@@ -55,11 +56,15 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         ]
         findings.append(
             Finding(
+                f"skew-{source.key}",
                 "Experts of a layer are loaded very unevenly",
-                f"{source.title}: the busiest expert of a layer gets {skew_L.mean():.2f} times the even share, mean "
-                f"over layers (from {skew_L.min():.2f} to {skew_L.max():.2f})",
+                "{about}: the busiest expert of a layer gets {mean:.2f} times the even share, mean over layers (from "
+                "{lowest:.2f} to {highest:.2f})",
+                {"mean": skew_L.mean(), "lowest": skew_L.min(), "highest": skew_L.max()},
                 bool(skew_L.mean() >= SKEWED),
                 source.routing,
+                about=source.title,
+                metric="skew",
             )
         )
     data = {"loads": Data(["model", "layer", "expert", "assignments"], rows, "Assignments per layer and expert")}

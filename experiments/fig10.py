@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments import latency_figures, live, serving, verdicts
-from moeless.experiments.base import Claim, Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments import latency_figures, live, serving
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import DATASETS, Source, common_kind, common_label
+from moeless.experiments.statements import Claim
 from moeless.report import style
 from moeless.report.bar_figures import whiskers
 from moeless.report.result_figures import BILLS
-
-#: The paper's mean savings by the system that is compared with, per cent.
-STATED = {"static": -92.68, "oracle": -84.06, "eplb": -95.11}
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
@@ -40,7 +38,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             wide=True,
         )
     data = {"bills": Data(serving.COLUMNS, rows, "Each policy's bills", show=False)}
-    return Drawn(plots, data, _claims(options, results, sources))
+    return Drawn(plots, data, _claims(options, results))
 
 
 def _dataset(source: Source) -> str:
@@ -89,59 +87,51 @@ def _figure(options: Options, results: Mapping[str, Any], sources: list[Source],
     return figure
 
 
-#: (bill of MoEless, bill of the other system, how the row is called, what it means).
+#: (metric of MoEless, metric of the other system, how the row is called, what it means).
 _RULES = (
-    ("paper", "paper", "one rule for all", "every system billed for an expert only while its own layer runs"),
     (
-        "paper",
-        "paper_whole",
+        "billing.paper",
+        "billing.paper",
+        "one rule for all",
+        "every system billed for an expert only while its own layer runs",
+    ),
+    (
+        "billing.paper",
+        "billing.paper_whole",
         "baseline billed for all layers",
         "MoEless by its own rule, the other for all layers' experts all the time: the reading under which savings of "
         "the stated size appear, most favourable to serverless",
     ),
-    ("resident", "resident", "resident memory", "expert copies in memory, keep-alive included"),
-    ("gpu_seconds", "gpu_seconds", "whole GPUs", "GPUs held; freeing memory on a GPU that stays saves nothing"),
+    (
+        "billing.resident",
+        "billing.resident",
+        "resident memory",
+        "expert copies in memory, keep-alive included",
+    ),
+    (
+        "billing.gpu_seconds",
+        "billing.gpu_seconds",
+        "whole GPUs",
+        "GPUs held; freeing memory on a GPU that stays saves nothing",
+    ),
 )
 
 
-def _claims(options: Options, results: Mapping[str, Any], sources: list[Source]) -> list[Claim]:
-    rows = live.cells(options, results)
-    claims = []
-    for against, stated in STATED.items():
-        for mine_rule, their_rule, short, note in _RULES:
-            found = {
-                costs: _changes(results, sources, costs, against, mine_rule, their_rule) for costs in options.costs
-            }
-            means = {
-                word: float(np.mean(found[costs])) if found.get(costs) else None
-                for word, costs in (("its rules", "paper"), ("physical", "roofline"))
-            }
-            claims.append(
-                Claim(
-                    f"Cost of MoEless against {serving.PAPER_NAMES[against]}, {short}",
-                    f"{stated:.2f} %".replace("-", "−") if mine_rule == "paper" else "not stated",
-                    serving.spread(found.get("paper", [])),
-                    serving.spread(found.get("roofline", [])),
-                    live.change(rows, against, mine_rule, their_rule),
-                    common_kind(sources),
-                    "moeless reproduce fig10",
-                    note,
-                    verdicts.of_rules(stated, means) if mine_rule == "paper" else "",
-                )
-            )
-    return claims
-
-
-def _changes(
-    results: Mapping[str, Any], sources: list[Source], costs: str, against: str, mine_rule: str, their_rule: str
-) -> list[float]:
-    changes = []
-    for source in sources:
-        one = serving.cells(results, source, costs)
-        mine = getattr(serving.of(one, "moeless").billing, mine_rule)
-        theirs = getattr(serving.of(one, against).billing, their_rule)
-        changes.append(-serving.reduction(mine, theirs))
-    return changes
+def _claims(options: Options, results: Mapping[str, Any]) -> list[Claim]:
+    return [
+        latency_figures.claim(
+            options,
+            results,
+            f"cost-{against}-{theirs.partition('.')[2]}",
+            f"Cost of MoEless against {{}}, {short}",
+            against,
+            (mine, theirs),
+            "moeless reproduce fig10",
+            note,
+        )
+        for against in ("static", "oracle", "eplb")
+        for mine, theirs, short, note in _RULES
+    ]
 
 
 EXPERIMENT = Experiment(

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeless.experiments import prediction
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import fitted_predictor
+from moeless.experiments.statements import Finding
 from moeless.report import style
 
 SIZE = 128
@@ -62,12 +63,15 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         for method, name in methods.items()
         for true, predicted in zip(results[method]["true"], results[method]["predicted"], strict=True)
     ]
-    shown = ", ".join(f"{name} {results[method]['pearson']:.3f}" for method, name in methods.items())
     finding = Finding(
+        "predicted-loads-correlate",
         "Predicted and true loads correlate strongly",
-        f"Pearson correlation: {shown}",
+        "Pearson correlation: {each}",
+        {name: results[method]["pearson"] for method, name in methods.items()},
         found["pearson"] >= STRONG,
         source.routing,
+        each="{name} {value:.3f}",
+        metric="pearson",
     )
     data = {"loads": Data(["method", "true", "predicted"], rows)}
     return Drawn({"main": plot}, data, findings=[finding])

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, sweep_sources
+from moeless.experiments.statements import SMALL, Finding, unanimous
 from moeless.report import style
 from moeless.report.bar_figures import Bars, bars
 
@@ -68,11 +69,17 @@ def _finding(results: Mapping[str, Any], sources: list[Source], costs: str) -> F
             for name in ("full system", "none of them")
         )
         slower[source.title] = -serving.reduction(none, full)
-    told = ", ".join(f"{name} {serving.signed(change)}" for name, change in slower.items())
-    agree = [change >= 1.0 for change in slower.values()]
-    holds = True if all(agree) else False if not any(agree) else None
-    ours = f"{costs} costs, layer time without prediction, scaling and placement: {told}"
-    return Finding("Without prediction, scaling and placement a layer is slower", ours, holds, common_kind(sources))
+    return Finding(
+        f"ablation-slower-{costs}",
+        "Without prediction, scaling and placement a layer is slower",
+        "{costs} costs, layer time without prediction, scaling and placement: {each}",
+        slower,
+        unanimous(change >= SMALL for change in slower.values()),
+        common_kind(sources),
+        each="{name} {value:change}",
+        metric="layer.mean_ms",
+        costs=costs,
+    )
 
 
 def _figure(results: Mapping[str, Any], sources: list[Source], costs: str) -> Any:

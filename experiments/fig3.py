@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, routing_sources
+from moeless.experiments.statements import Finding, unanimous
 from moeless.report import style
 
 #: A standard deviation of so much of the mean is strong variation.
@@ -53,11 +54,17 @@ def _finding(source: Source, rows: list[list[Any]]) -> Finding:
     for column, name in ((1, "requests"), (2, "tokens"), (4, "active experts in decode")):
         value = np.array([row[column] for row in rows if row[column] is not None], np.float64)
         spreads[name] = float(value.std() / value.mean()) if value.size and value.mean() else 0.0
-    told = ", ".join(f"{name} {value:.2f}" for name, value in spreads.items())
-    vary = [value >= VARIES for value in spreads.values()]
-    holds = True if all(vary) else False if not any(vary) else None
-    ours = f"{source.title}, standard deviation over mean from second to second: {told}"
-    return Finding("Arrivals, tokens and active experts vary strongly over time", ours, holds, source.routing)
+    return Finding(
+        f"variation-{source.key}",
+        "Arrivals, tokens and active experts vary strongly over time",
+        "{about}, standard deviation over mean from second to second: {each}",
+        spreads,
+        unanimous(value >= VARIES for value in spreads.values()),
+        source.routing,
+        about=source.title,
+        each="{name} {value:.2f}",
+        metric="coefficient of variation",
+    )
 
 
 def _figure(source: Source, found: Mapping[str, Any]) -> Any:

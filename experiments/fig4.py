@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, serving_sources
+from moeless.experiments.statements import Finding
 from moeless.metrics.result import Cell
 from moeless.report import result_figures
 
@@ -64,17 +65,25 @@ def _findings(found: list[Cell], costs: str) -> list[Finding]:
     whole = -serving.reduction(serverless.billing.paper, static.billing.paper_whole or 0.0)
     return [
         Finding(
+            f"balance-tail-{costs}",
             "Balancing shortens the tail of layer time",
-            f"{costs} costs: p99 of EPLB {serving.signed(tail)} against static",
+            "{costs} costs: p99 of EPLB {change:change} against static",
+            {"change": tail},
             tail <= -1.0,
             static.evidence,
+            metric="layer.p99_ms",
+            costs=costs,
         ),
         Finding(
+            f"serverless-cost-{costs}",
             "Serverless experts cut the cost",
-            f"{costs} costs, the paper's rule: {serving.signed(bill)} with one rule for both, {serving.signed(whole)} "
-            "where static pays for all layers all the time",
+            "{costs} costs, the paper's rule: {own:change} with one rule for both, {whole:change} where static "
+            "pays for all layers all the time",
+            {"own": bill, "whole": whole},
             bill <= -1.0 if bill * whole > 0 else None,
             static.evidence,
+            metric="billing.paper",
+            costs=costs,
         ),
     ]
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from moeless.experiments import prediction
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.statements import Finding
 from moeless.report import line_figures
 
 SHOWN = (1, 2, 3, 4)
@@ -62,27 +63,37 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         ),
     }
     nearest = np.asarray(cosine["1"], np.float64)
-    by_distance = [float(np.mean(np.asarray(line.y))) for line in recall.values()]
+    by_distance = {name: float(np.mean(np.asarray(line.y))) for name, line in recall.items()}
     first = np.asarray(recall["d = 1"].y, np.float64)
     early, late = first[: len(first) // 2].mean(), first[len(first) // 2 :].mean()
     findings = [
         Finding(
+            "gate-inputs-alike",
             "Gate inputs of neighbouring layers are alike",
-            f"mean cosine similarity {nearest.mean():.2f} at d = 1 (lowest layer {nearest.min():.2f})",
+            "mean cosine similarity {mean:.2f} at d = 1 (lowest layer {lowest:.2f})",
+            {"mean": nearest.mean(), "lowest": nearest.min()},
             bool(nearest.mean() >= ALIKE),
             source.routing,
+            metric="cosine",
         ),
         Finding(
+            "recall-falls-with-distance",
             "Accuracy falls with the distance",
-            "raw gates, mean recall at d = 1, 2, …: " + ", ".join(f"{value:.2f}" for value in by_distance),
-            bool((np.diff(by_distance) < 0).all()),
+            "raw gates, mean recall at d = 1, 2, …: {each}",
+            by_distance,
+            bool((np.diff(list(by_distance.values())) < 0).all()),
             source.routing,
+            each="{value:.2f}",
+            metric="topk_recall",
         ),
         Finding(
+            "early-layers-worse",
             "Early layers are predicted worse",
-            f"raw gates, d = 1: mean recall {early:.2f} in the lower half of the layers, {late:.2f} in the upper",
+            "raw gates, d = 1: mean recall {lower:.2f} in the lower half of the layers, {upper:.2f} in the upper",
+            {"lower": early, "upper": late},
             bool(early < late),
             source.routing,
+            metric="topk_recall",
         ),
     ]
     rows = [

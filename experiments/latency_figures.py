@@ -7,15 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments import live, serving, verdicts
-from moeless.experiments.base import Claim, Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments import live, serving
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import DATASETS, Source, common_kind, common_label, serving_sources
-from moeless.metrics.result import Cell
+from moeless.experiments.statements import CHANGES, Claim, Measured, Stated
 from moeless.report import line_figures
 from moeless.report.result_figures import names
-
-#: The paper's mean reductions by the system that is compared with, per cent.
-STATED = {"static": -43.19, "eplb": -21.89}
 
 
 def experiment(name: str, dataset: str, called: str) -> Experiment:
@@ -100,41 +97,66 @@ def _draw(options: Options, results: Mapping[str, Any], dataset: str, claims: li
 
 def _claims(options: Options, results: Mapping[str, Any]) -> list[Claim]:
     """Mean reduction of mean layer time over models and data sets."""
-    sources = all_sources(options)
-    rows = live.cells(options, results)
-    claims = []
-    for against, stated in STATED.items():
-        ours = {costs: _changes(options, results, sources, costs, against) for costs in ("paper", "roofline")}
-        claims.append(
-            Claim(
-                f"Mean MoE-layer time of MoEless against {serving.PAPER_NAMES[against]}",
-                f"{stated:.2f} %".replace("-", "−"),
-                serving.spread(ours["paper"]),
-                serving.spread(ours["roofline"]),
-                live.change(rows, against),
-                common_kind(sources),
-                "moeless reproduce fig8",
-                "mean and range over models and data sets of each one's mean layer time; the paper's costs are linear "
-                "in tokens, physical ones have a floor (an expert's weights are read once per use); live: control in "
-                "Python on the processor cores that compute",
-                verdicts.of_rules(stated, {"its rules": _mean(ours["paper"]), "physical": _mean(ours["roofline"])}),
-            )
+    note = (
+        "mean and range over models and data sets of each one's mean layer time; the paper's costs are linear in "
+        "tokens, physical ones have a floor (an expert's weights are read once per use); live: control in Python on "
+        "the processor cores that compute"
+    )
+    return [
+        claim(
+            options,
+            results,
+            f"layer-time-{against}",
+            "Mean MoE-layer time of MoEless against {}",
+            against,
+            ("layer.mean_ms", "layer.mean_ms"),
+            "moeless reproduce fig8",
+            note,
         )
-    return claims
+        for against in ("static", "eplb")
+    ]
 
 
-def _mean(changes: list[float]) -> float | None:
-    return float(np.mean(changes)) if changes else None
+def claim(
+    options: Options,
+    results: Mapping[str, Any],
+    identity: str,
+    statement: str,
+    against: str,
+    metrics: tuple[str, str],
+    command: str,
+    note: str,
+) -> Claim:
+    """MoEless's change in per cent against another system, of every source, under both cost models and live.
 
-
-def _changes(
-    options: Options, results: Mapping[str, Any], sources: list[Source], costs: str, against: str
-) -> list[float]:
-    if costs not in options.costs:
-        return []
-    changes = []
-    for source in sources:
-        found = serving.cells(results, source, costs)
-        mine: Cell = serving.of(found, "moeless")
-        changes.append(-serving.reduction(mine.layer.mean_ms, serving.of(found, against).layer.mean_ms))
-    return changes
+    Args:
+        statement: a template of the other system's name.
+        against: its planner.
+        metrics: what is read of MoEless and of the other system.
+    """
+    sources, name = all_sources(options), serving.PAPER_NAMES[against]
+    ours = {
+        side: Measured(
+            {
+                source.key: serving.changed(serving.cells(results, source, costs), against, *metrics)
+                for source in sources
+            },
+            "%",
+            metrics[0],
+            costs,
+        )
+        for side, costs in (("paper_rules", "paper"), ("physical", "roofline"))
+        if costs in options.costs
+    }
+    stated = CHANGES.get((metrics[0], against))
+    return Claim(
+        identity,
+        statement.format(name),
+        name,
+        None if stated is None else Stated((stated,), "%"),
+        ours | live.change(live.cells(options, results), against, *metrics),
+        "lower",
+        common_kind(sources),
+        command,
+        note,
+    )

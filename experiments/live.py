@@ -8,8 +8,9 @@ from typing import Any
 
 from moeless.errors import UserError
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import bundled
+from moeless.experiments.statements import Finding, Measured
 from moeless.metrics.result import Cell, read_result
 from moeless.report import result_figures, sections
 
@@ -68,20 +69,15 @@ def cells(options: Options, results: Mapping[str, Any]) -> list[Cell]:
     return [serving.cell(data) for data in results["live"]["cells"]] if "live" in results else []
 
 
-def change(rows: list[Cell], against: str, mine: str = "mean_ms", theirs: str = "") -> str | None:
-    """How MoEless differs from another system in per cent; None where one of them did not run.
+def change(rows: list[Cell], against: str, mine: str, theirs: str) -> dict[str, Measured]:
+    """How MoEless differs from another system in per cent, as the live side of a claim; empty where one did not run.
 
     Args:
-        mine, theirs: what is read of each: a bill's name, or ``mean_ms`` of a layer.
+        mine, theirs: metrics that are read of each.
     """
-    found = {cell.policy.partition(":")[0]: cell for cell in rows}
-    if "moeless" not in found or against not in found:
-        return None
-    return serving.signed(-serving.reduction(_read(found["moeless"], mine), _read(found[against], theirs or mine)))
-
-
-def _read(cell: Cell, name: str) -> float:
-    return float(getattr(cell.layer if name == "mean_ms" else cell.billing, name))
+    if not {"moeless", against} <= {cell.policy.partition(":")[0] for cell in rows}:
+        return {}
+    return {"live": Measured({rows[0].model: serving.changed(rows, against, mine, theirs)}, "%", mine, "live")}
 
 
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
@@ -132,9 +128,17 @@ def _findings(rows: list[Cell]) -> list[Finding]:
         return []
     same, tokens = (sum(entry[name] for entry in checked if entry) for name in ("identical", "tokens"))
     worst = max(entry["max_difference"] for entry in checked if entry)
-    ours = f"{same:,} of {tokens:,} greedy tokens identical under all policies, largest logit difference {worst:.1e}"
-    passed = all(entry["passed"] for entry in checked if entry)
-    return [Finding("Elastic experts leave the model's outputs as they are", ours, passed, "measured")]
+    return [
+        Finding(
+            "outputs-unchanged",
+            "Elastic experts leave the model's outputs as they are",
+            "{identical:,.0f} of {tokens:,.0f} greedy tokens identical under all policies, largest logit difference "
+            "{worst:.1e}",
+            {"identical": same, "tokens": tokens, "worst": worst},
+            all(entry["passed"] for entry in checked if entry),
+            "measured",
+        )
+    ]
 
 
 def _warnings(rows: list[Cell]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moeless.experiments.base import Data, Drawn, Experiment, Options
 from moeless.experiments.catalogue import STUDIES
+from moeless.experiments.statements import claim_record, finding_record, finding_text
 from moeless.files import write_json, write_text
 from moeless.report import page
 from moeless.tracking.run import Run, save_figure
@@ -109,7 +110,10 @@ class Publisher:
         blocks: list[page.Text | page.Table | page.Figure] = [
             page.Text(f"**Question.** {experiment.question}"),
             *([page.Text(f"**The paper.** {experiment.stated}")] if experiment.stated else []),
-            *(page.Text(f"**Here: {HOLDS[one.holds]}.** {one.statement}: {one.ours}.") for one in drawn.findings),
+            *(
+                page.Text(f"**Here: {HOLDS[one.holds]}.** {one.statement}: {finding_text(one)}.")
+                for one in drawn.findings
+            ),
             *map(page.Text, drawn.text),
         ]
         figures = []
@@ -148,8 +152,8 @@ class Publisher:
                     for name, data in drawn.data.items()
                     if data.show
                 },
-                "claims": [asdict(claim) for claim in drawn.claims],
-                "findings": [asdict(finding) for finding in drawn.findings],
+                "claims": [claim_record(claim) for claim in drawn.claims],
+                "findings": [finding_record(finding) for finding in drawn.findings],
                 "warnings": list(drawn.warnings),
                 "study": experiment.name in STUDIES,
                 "seconds": round(spent.seconds, 2),

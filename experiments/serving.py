@@ -13,6 +13,7 @@ from moeless.experiments.base import Job, Options
 from moeless.experiments.cells import intervals
 from moeless.experiments.sources import Source
 from moeless.metrics import schema
+from moeless.metrics.catalogue import BY_KEY
 from moeless.metrics.result import Cell
 
 _SERVE = "moeless.experiments.cells.serving:serve"
@@ -152,18 +153,11 @@ def reduction(mine: float, theirs: float) -> float:
     return 100.0 * (1.0 - mine / theirs) if theirs else 0.0
 
 
-def signed(percent: float) -> str:
-    """A change in per cent with its sign."""
-    text = f"{percent:+.1f} %"
-    return "0.0 %" if float(text[:-2]) == 0 else text.replace("-", "−")
-
-
-def spread(changes: Sequence[float]) -> str | None:
-    """The mean of changes in per cent, with their range where they are several; None without any."""
-    if not changes:
-        return None
-    mean = signed(sum(changes) / len(changes))
-    return mean if len(changes) == 1 else f"{mean} ({signed(min(changes))[:-2]} to {signed(max(changes))[:-2]})"
+def changed(rows: Sequence[Cell], against: str, mine: str, theirs: str) -> float:
+    """MoEless's metric against another system's, a change in per cent."""
+    one, other = BY_KEY[mine].of(of(rows, "moeless")), BY_KEY[theirs].of(of(rows, against))
+    assert one is not None
+    return -reduction(one, other or 0.0)
 
 
 COLUMNS = (

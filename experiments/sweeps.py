@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Experiment, Finding, Job, Options, Plot
+from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, distances, sweep_sources
+from moeless.experiments.statements import SMALL, Finding, unanimous
 from moeless.metrics.result import Cell
 from moeless.placement.paper import PaperParams
 from moeless.report import line_figures
@@ -157,7 +158,20 @@ def _draw(
             common_kind(sources),
             common_label(sources),
         )
-        findings.append(_finding(stated, changes, costs, common_kind(sources)))
+        findings.append(
+            Finding(
+                f"{reading.field}-over-{sweep.short}-{costs}",
+                stated.text.rstrip("."),
+                "{costs} costs, first point to last: {each}",
+                changes,
+                # every source's change has the stated sign
+                unanimous(change >= SMALL if stated.rises else change <= -SMALL for change in changes.values()),
+                common_kind(sources),
+                each="{name} {value:change}",
+                metric=reading.field,
+                costs=costs,
+            )
+        )
     columns = ["source", "costs", sweep.xlabel, "seed", "mean layer (ms)", "replicas per layer", "warm rate"]
     return Drawn(plots, {"points": Data([*columns, "layer runs"], rows)}, findings=findings)
 
@@ -189,11 +203,3 @@ def _band(options: Options, reading: Reading) -> str:
 
 def _figures(one: Cell) -> list[float]:
     return [one.layer.mean_ms, one.layer.replicas, one.layer.warm_rate, one.layer.samples]
-
-
-def _finding(stated: Stated, changes: Mapping[str, float], costs: str, kind: Any) -> Finding:
-    """Whether every source's change from the first point to the last has the stated sign, by a per cent at least."""
-    agree = [change >= 1.0 if stated.rises else change <= -1.0 for change in changes.values()]
-    told = ", ".join(f"{name} {serving.signed(change)}" for name, change in changes.items())
-    holds = True if all(agree) else False if not any(agree) else None
-    return Finding(stated.text.rstrip("."), f"{costs} costs, first point to last: {told}", holds, kind)

@@ -250,6 +250,14 @@ METRICS: tuple[Metric, ...] = (
         objective="paper-cost",
     ),
     Metric(
+        "billing.paper_whole",
+        "GB·s",
+        "the paper's bill, all layers (GB·s)",
+        "Memory of all layers' replicas times every layer's duration: what a serverful system holds while it works.",
+        "lower",
+        {},
+    ),
+    Metric(
         "billing.resident",
         "GB·s",
         "resident bill (GB·s)",
