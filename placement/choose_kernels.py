@@ -12,8 +12,8 @@ import numpy as np
 
 from moeless.contracts import FloatArray, IntArray
 from moeless.jit import njit
-from moeless.placement.grow_kernels import BY_EXPERT, BY_GPU, BY_LEVEL, grow
-from moeless.placement.judge_kernels import bound_of, draw_scenarios, mean_seconds, static_totals
+from moeless.placement.extra_copies import BY_EXPERT, BY_GPU, BY_LEVEL, add_extra_copies
+from moeless.placement.plan_scoring import bound_of, draw_scenarios, mean_seconds, static_totals
 
 #: Rules tried, with whether they grow by likely time rather than by mean tokens. Ties: the first.
 _RULES = ((BY_LEVEL, False), (BY_EXPERT, False), (BY_GPU, True), (BY_LEVEL, True))
@@ -60,7 +60,7 @@ def _fewest(  # type: ignore[no-untyped-def]
     best, least = 0, np.inf
     pace_C, sum_C = np.full(len(load_CE), np.inf), np.empty(len(load_CE))
     for x, (rule, likely) in enumerate(_RULES):
-        count_X[x] = grow(
+        count_X[x] = add_extra_copies(
             weight_2E[1 if likely else 0], gpu_E, terms.room_G, terms.extra, rule, expert_XR[x], gpu_XR[x]
         )
         again = False
@@ -191,7 +191,7 @@ def choose_noting(  # type: ignore[no-untyped-def]
     if terms.extra == 0 or num_gpus == 1 or mean_E.max() <= 0.0:
         return experts
     if len(terms.normal_CE) == 0:
-        return grow(mean_E, gpu_E, terms.room_G, terms.extra, BY_LEVEL, expert_R, gpu_R)
+        return add_extra_copies(mean_E, gpu_E, terms.room_G, terms.extra, BY_LEVEL, expert_R, gpu_R)
     load_CE = np.empty(terms.normal_CE.shape, np.int64)
     load_CE = load_CE[: draw_scenarios(mean_E, var_E, doubt, terms.normal_CE, load_CE)]
     scenarios = len(load_CE)

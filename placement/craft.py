@@ -23,7 +23,7 @@ from moeless.cluster import Cluster
 from moeless.contracts import Budget, FloatArray, IntArray, LayerPlan, PlanInput
 from moeless.costs import CostModel
 from moeless.errors import UserError
-from moeless.placement import eplb, eplb_kernels
+from moeless.placement import eplb
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
@@ -55,10 +55,10 @@ def balancedness(weight_E: FloatArray, capacity_G: IntArray) -> float:
     weights = weight_E.astype(np.float32)
     expert_P, rank_P = np.empty(total, np.int64), np.empty(total, np.int64)
     count_E = np.empty(len(weights), np.int64)
-    eplb_kernels.replicate(weights, total, expert_P, rank_P, count_E)
+    eplb.replicate(weights, total, expert_P, rank_P, count_E)
     share_P = weights[expert_P] / count_E[expert_P].astype(np.float32)
     bin_P, slot_P = np.empty(total, np.int64), np.empty(total, np.int64)
-    eplb_kernels.pack(share_P, capacity_G, bin_P, slot_P)
+    eplb.pack(share_P, capacity_G, bin_P, slot_P)
     load_G = np.bincount(bin_P, weights=share_P, minlength=len(capacity_G))
     return float(load_G.mean() / load_G.max()) if load_G.max() > 0 else 1.0
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from moeless.costs.kernels import KernelTerms, quota_time_with
 from moeless.jit import njit
-from moeless.placement.chain_kernels import copies_in
 from moeless.placement.dispatch import _round_robin
-from moeless.placement.path_kernels import search
+from moeless.placement.dispatch_search import copies_in, search
 
 
 @njit(cache=True, nogil=True)

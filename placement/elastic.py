@@ -35,8 +35,8 @@ from moeless.placement import dispatch_kernels as kernels
 from moeless.placement.base import DispatchRule, Planner
 from moeless.placement.choose_kernels import ChoiceTerms, choose, choose_layers, sort_plan
 from moeless.placement.dispatch import serving_R
-from moeless.placement.judge_kernels import draw_scenarios
 from moeless.placement.layout import static_layout
+from moeless.placement.plan_scoring import draw_scenarios
 from moeless.placement.threads import in_parallel
 from moeless.placement.whole_model import spread_over_sources
 from moeless.spec import MoESpec

@@ -33,7 +33,7 @@ from moeless.placement.choose_kernels import ChoiceTerms
 from moeless.placement.dispatch import serving_R
 from moeless.placement.elastic import ElasticParams
 from moeless.placement.fixed_kernels import split_by_shares, weigh_fixed
-from moeless.placement.judge_kernels import draw_scenarios
+from moeless.placement.plan_scoring import draw_scenarios
 from moeless.placement.threads import in_parallel
 from moeless.placement.whole_model import spread_over_sources
 from moeless.spec import MoESpec

@@ -13,7 +13,7 @@ from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.jit import njit
 from moeless.placement.choose_kernels import late
 from moeless.placement.dispatch_kernels import expected_seconds
-from moeless.placement.judge_kernels import draw_scenarios
+from moeless.placement.plan_scoring import draw_scenarios
 
 #: Parts of a copy's share that one step may hand on.
 _PARTS = (1.0, 0.75, 0.5, 0.25)

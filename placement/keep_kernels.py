@@ -11,7 +11,7 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.jit import njit
-from moeless.placement.judge_kernels import draw_scenarios, static_and_bound
+from moeless.placement.plan_scoring import draw_scenarios, static_and_bound
 
 
 class KeepTerms(NamedTuple):

@@ -9,7 +9,7 @@ from moeless.errors import RunFailed
 from moeless.machine import cores
 from moeless.placement import elastic, elastic_ahead, paper
 from moeless.placement.choose_kernels import ChoiceTerms
-from moeless.placement.paper_kernels import PaperTerms
+from moeless.placement.paper import PaperTerms
 from moeless.placement.threads import in_parallel
 from moeless.policy import ResolvedPolicy
 from moeless.simulator.ahead import AheadPlans, Work

@@ -15,7 +15,7 @@ import numpy as np
 from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray
 from moeless.jit import njit
 from moeless.placement.choose_kernels import NOTES, ChoiceTerms, choose_noting, sort_plan, still_chosen
-from moeless.placement.paper_kernels import PaperTerms, plan_copies
+from moeless.placement.paper import PaperTerms, plan_copies
 from moeless.predictors.distance import NEWEST
 from moeless.serverless.kernels import expire, provision
 from moeless.simulator.fixed_plan_kernels import FixedTerms, fix_layer

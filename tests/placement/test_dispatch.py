@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from moeless.cluster import cluster
 from moeless.contracts import LayerPlan
 from moeless.errors import UserError
-from moeless.placement import reference
 from moeless.placement.dispatch import even_dispatch, serving_R
 from moeless.spec import preset
+from tests.placement import reference
 
 
 def random_plan(rng: np.random.Generator, experts: int, gpus: int, extra: int) -> LayerPlan:

@@ -20,8 +20,8 @@ from moeless.placement.choose_kernels import sort_plan
 from moeless.placement.dispatch_kernels import choose_copies, expected_seconds
 from moeless.placement.elastic import ElasticParams, _normal_CE, dispatch, plan_layer, plan_layers
 from moeless.placement.exact import exact_dispatch, terms_seconds
-from moeless.placement.judge_kernels import MOST_FEW, draw_scenarios, few_tokens, static_and_bound
 from moeless.placement.layout import static_gpu_E
+from moeless.placement.plan_scoring import MOST_FEW, draw_scenarios, few_tokens, static_and_bound
 from moeless.placement.static import static_plan
 from moeless.spec import preset
 

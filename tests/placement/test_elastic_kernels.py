@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 
 from moeless.contracts import LayerPlan
 from moeless.costs.roofline import RooflineCosts
-from moeless.placement import reference
-from moeless.placement.chain_kernels import Copies, spread
 from moeless.placement.dispatch_kernels import fill_sources
+from moeless.placement.dispatch_search import Copies, least_totals, search, spread, working_memory
 from moeless.placement.elastic import ElasticParams, dispatch, dispatch_numbers
-from moeless.placement.grow_kernels import BY_EXPERT, grow
-from moeless.placement.judge_kernels import static_and_bound
+from moeless.placement.extra_copies import BY_EXPERT, add_extra_copies
 from moeless.placement.layout import static_gpu_E
-from moeless.placement.level_kernels import least_totals
-from moeless.placement.path_kernels import search, working_memory
+from moeless.placement.plan_scoring import static_and_bound
+from tests.placement import reference
 from tests.placement.conftest import make_cluster, make_spec
 
 
@@ -70,7 +68,7 @@ def test_hottest_first_copies_as_plain_numpy_does(seed, experts, gpus, slots):
     room = np.full(gpus, -(-experts // gpus) + slots)
     expert, gpu = np.empty(experts + slots * gpus, np.int32), np.empty(experts + slots * gpus, np.int32)
     gpu_E = static_gpu_E(experts, gpus)
-    count = grow(weight, gpu_E, room, slots * gpus, BY_EXPERT, expert, gpu)
+    count = add_extra_copies(weight, gpu_E, room, slots * gpus, BY_EXPERT, expert, gpu)
     wanted_expert, wanted_gpu = reference.grow_by_expert(weight, gpu_E, room, slots * gpus)
     np.testing.assert_array_equal(expert[experts:count], wanted_expert)
     np.testing.assert_array_equal(gpu[experts:count], wanted_gpu)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moeless.errors import UserError
-from moeless.placement import eplb_kernels as kernels
-from moeless.placement import reference
+from moeless.placement import eplb
 from moeless.placement.eplb import rebalance_experts
+from tests.placement import reference
 
 #: The example of DeepSeek's README: 2 layers, 12 experts, 16 replicas, 4 groups, 2 nodes, 8 GPUs.
 README_LOAD = np.array(
@@ -126,7 +126,7 @@ def test_the_planners_hold_what_the_calling_convention_says(plan_with, seed, ext
 def test_replication_kernel_equals_numpy(weight_E, extra):
     total = len(weight_E) + extra
     expert, rank, count = np.empty(total, np.int64), np.empty(total, np.int64), np.empty(len(weight_E), np.int64)
-    kernels.replicate(weight_E, total, expert, rank, count)
+    eplb.replicate(weight_E, total, expert, rank, count)
     for mine, plain in zip((expert, rank, count), reference.replicate(weight_E, total), strict=True):
         np.testing.assert_array_equal(mine, plain)
 
@@ -136,7 +136,7 @@ def test_replication_kernel_equals_numpy(weight_E, extra):
 def test_packing_kernel_equals_numpy(weight_P, bins, spare):
     capacity = np.full(bins, -(-len(weight_P) // bins) + spare, np.int64)
     got, slot = np.empty(len(weight_P), np.int64), np.empty(len(weight_P), np.int64)
-    kernels.pack(weight_P, capacity, got, slot)
+    eplb.pack(weight_P, capacity, got, slot)
     for mine, plain in zip((got, slot), reference.pack(weight_P, capacity), strict=True):
         np.testing.assert_array_equal(mine, plain)
 

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from moeless.contracts import InstanceState, LayerPlan
 from moeless.errors import UserError
-from moeless.placement import reference
-from moeless.placement.paper import PaperParams, place_replicas, scale_experts
-from moeless.placement.paper_kernels import PaperTerms, plan_copies
+from moeless.placement.paper import PaperParams, PaperTerms, place_replicas, plan_copies, scale_experts
+from tests.placement import reference
 
 loads = st.lists(st.integers(0, 1000), min_size=1, max_size=32).map(lambda xs: np.array(xs, float))
 

@@ -23,7 +23,7 @@ def _coolest(expert, holds_EG, total_G, room_G):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def grow(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ignore[no-untyped-def]
+def add_extra_copies(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ignore[no-untyped-def]
     """Fill ``expert_R`` and ``gpu_R`` after the primaries; returns the number of replicas.
 
     A copy never joins a GPU that already holds its expert. Copies of an expert are taken to share its weight

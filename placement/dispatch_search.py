@@ -1,5 +1,10 @@
 """Compiled search for the tokens of each copy: level GPUs, then shed load along the shortest chains of copies.
 
+A layer's time is ``max_g time_g + c max_g tokens_g``: a GPU's time is the sum over its used copies of
+``max(a n, b)`` for n tokens, its tokens are what it exchanges.
+
+Only *movable* copies take part: loaded experts with more than one usable copy. What stays is in the GPUs' totals.
+
 For a pair of limits (time, tokens), a first pass lowers the squared excess over them pair by pair, which settles what
 is continuous; then each GPU above a limit sheds by the best direct move or by a labelled path (each GPU keeps the
 least excess with which a chain reaches it), which may close at the GPU it started from: a swap. The limits are lowered
@@ -7,17 +12,20 @@ together, then one at the other's expense. What is stuck from one start is tried
 so far with one copy of its busiest GPU served elsewhere.
 
 What is called with many arrays is compiled into its caller: handing them over took a quarter of the time.
-Axes: M movable copies sorted by GPU, G GPUs.
+Axes: M movable copies sorted by GPU, G GPUs, W a search's working memory.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
+from moeless.contracts import IntArray
 from moeless.jit import njit
-from moeless.placement.chain_kernels import _busy, _move, spread
-from moeless.placement.level_kernels import least_totals, level
 
+#: Copies up to which the next largest is looked for rather than sorted out.
+FEW = 96
 #: Part of the room over the least time that is not worth a search.
 ENOUGH = 0.01
 #: Fuel of each try from the best with a copy served elsewhere.
@@ -26,6 +34,192 @@ TRY = 100
 _EXCESS, _TIME, _LOAD = 0, 1, 2
 #: Rows of a label's way: copies and tokens of its last move, GPUs passed on (negative once gone on from).
 _FROM, _TO, _MOVED, _HOPS = 0, 1, 2, 3
+
+
+class Copies(NamedTuple):
+    """Tokens, GPU and next copy of each movable copy; the ring of next copies links those of an expert.
+
+    Positions are unsigned: compiled code then need not ask whether they count from the end.
+    """
+
+    tokens_M: IntArray
+    gpu_M: np.ndarray
+    next_M: np.ndarray
+
+
+@njit(cache=True, nogil=True, inline="always")
+def copies_in(whole_W, copies):  # type: ignore[no-untyped-def]
+    """So many copies, whatever they hold, in the first ``2 * copies`` whole numbers of ``whole_W``."""
+    at_2M = whole_W[copies : 2 * copies].view(np.uint32)
+    return Copies(whole_W[:copies], at_2M[:copies], at_2M[copies:])
+
+
+@njit(cache=True, nogil=True)
+def _busy(n, a, b):  # type: ignore[no-untyped-def]
+    return max(a * n, b) if n > 0 else 0.0
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _move(r, q, m, tokens_M, gpu_M, time_G, tokens_G, a, b):  # type: ignore[no-untyped-def]
+    g, h, n, k = gpu_M[r], gpu_M[q], tokens_M[r], tokens_M[q]
+    time_G[g] += _busy(n - m, a, b) - _busy(n, a, b)
+    time_G[h] += _busy(k + m, a, b) - _busy(k, a, b)
+    tokens_G[g] -= m
+    tokens_G[h] += m
+    tokens_M[r] = n - m
+    tokens_M[q] = k + m
+
+
+@njit(cache=True, nogil=True)
+def gather(state, time_G, tokens_G, a, b):  # type: ignore[no-untyped-def]
+    """Take all movable tokens off the GPUs: each expert's total to its first copy, the GPUs' totals without them."""
+    tokens_M, gpu_M, next_M = state
+    for r in range(len(tokens_M)):
+        n = tokens_M[r]
+        if n > 0:
+            g = gpu_M[r]
+            time_G[g] -= _busy(n, a, b)
+            tokens_G[g] -= n
+    for r in range(len(tokens_M)):
+        q = next_M[r]
+        while q > r:
+            tokens_M[r] += tokens_M[q]
+            tokens_M[q] = 0
+            q = next_M[q]
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _serve(first, state, time_G, tokens_G, a, b, c):  # type: ignore[no-untyped-def]
+    """All tokens of a gathered expert to its copy on the least busy GPU; ``first`` is the copy that holds them."""
+    tokens_M, gpu_M, next_M = state
+    n, to = tokens_M[first], first
+    least = time_G[gpu_M[first]] + c * tokens_G[gpu_M[first]]
+    q = next_M[first]
+    while q != first:
+        h = gpu_M[q]
+        if time_G[h] + c * tokens_G[h] < least:
+            to, least = q, time_G[h] + c * tokens_G[h]
+        q = next_M[q]
+    tokens_M[first] = 0
+    tokens_M[to] = n
+    h = gpu_M[to]
+    time_G[h] += _busy(n, a, b)
+    tokens_G[h] += n
+
+
+@njit(cache=True, nogil=True)
+def spread(state, time_G, tokens_G, a, b, c, left_M):  # type: ignore[no-untyped-def]
+    """Serve each movable expert whole, the largest first, by its copy on the least busy GPU."""
+    gather(state, time_G, tokens_G, a, b)
+    copies = len(state.tokens_M)
+    for r in range(copies):
+        left_M[r] = state.tokens_M[r]
+    if copies > FEW:
+        # the same order, ties to the lowest; sorting takes memory
+        for r in np.argsort(-state.tokens_M, kind="mergesort"):
+            if left_M[r] > 0:
+                _serve(r, state, time_G, tokens_G, a, b, c)
+        return
+    while True:
+        first, most = -1, 0
+        for r in range(copies):
+            if left_M[r] > most:
+                first, most = r, left_M[r]
+        if first < 0:
+            return
+        left_M[first] = 0
+        _serve(first, state, time_G, tokens_G, a, b, c)
+
+
+@njit(cache=True, nogil=True)
+def least_totals(state, first_G, time_G, tokens_G, a, b, root_G):  # type: ignore[no-untyped-def]
+    """Time and tokens that the GPU with most of either has at least, whatever becomes of the movable tokens.
+
+    GPUs that no movable expert links, directly or over others, share nothing: each group keeps its sum, and so at
+    least its mean. ``state`` must not split experts.
+    """
+    tokens_M, gpu_M, next_M = state
+    num_gpus, copies = len(time_G), len(tokens_M)
+    for g in range(num_gpus):
+        root_G[g] = g
+    for r in range(copies):
+        g, h = root_G[gpu_M[r]], root_G[gpu_M[next_M[r]]]
+        if g != h:
+            for i in range(num_gpus):
+                if root_G[i] == h:
+                    root_G[i] = g
+    low_time, low_tokens = 0.0, 0
+    for g in range(num_gpus):
+        fixed_time, fixed_tokens = time_G[g], tokens_G[g]
+        for r in range(first_G[g], first_G[g + 1]):
+            fixed_time -= _busy(tokens_M[r], a, b)
+            fixed_tokens -= tokens_M[r]
+        low_time, low_tokens = max(low_time, fixed_time), max(low_tokens, fixed_tokens)
+        if root_G[g] == g:
+            size, time, tokens = 0, 0.0, 0
+            for h in range(num_gpus):
+                if root_G[h] == g:
+                    size += 1
+                    time += time_G[h]
+                    tokens += tokens_G[h]
+            low_time, low_tokens = max(low_time, time / size), max(low_tokens, (tokens + size - 1) // size)
+    return low_time, low_tokens
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _excess(time_g, time_h, tokens_g, tokens_h, limit, most, c, small):  # type: ignore[no-untyped-def]
+    """Squared excess of two GPUs over the limits; ``small`` breaks ties for less time in all."""
+    g, h = max(time_g - limit, 0.0), max(time_h - limit, 0.0)
+    m, k = c * max(tokens_g - most, 0), c * max(tokens_h - most, 0)
+    return g * g + h * h + m * m + k * k + small * (time_g + time_h)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def level(tokens_M, gpu_M, next_M, time_G, tokens_G, a, b, c, limit, most, sweeps, fuel):  # type: ignore[no-untyped-def]
+    """Move tokens between copies where that lowers the squared excess over the limits; returns pairs examined."""
+    small, floor, weight = 1e-5 * limit, b / a, 0.5 / (a + c)
+    examined = 0
+    for _ in range(sweeps):
+        changed = False
+        for r in range(len(tokens_M)):
+            g = gpu_M[r]
+            q = next_M[r]
+            while q != r:
+                h = gpu_M[q]
+                time_g, time_h, tokens_g, tokens_h = time_G[g], time_G[h], tokens_G[g], tokens_G[h]
+                if q > r and (max(time_g, time_h) > limit or max(tokens_g, tokens_h) > most):
+                    n, k = tokens_M[r], tokens_M[q]
+                    both = n + k
+                    here, there = time_g - _busy(n, a, b), time_h - _busy(k, a, b)
+                    few_g, few_h = tokens_g - n, tokens_h - k
+                    whole = max(a * both, b)
+                    examined += 1
+                    least = _excess(time_g, time_h, tokens_g, tokens_h, limit, most, c, small) * (1 - 1e-9)
+                    keep = n
+                    value = _excess(here, there + whole, few_g, few_h + both, limit, most, c, small)
+                    if value < least:
+                        least, keep = value, 0
+                    value = _excess(here + whole, there, few_g + both, few_h, limit, most, c, small)
+                    if value < least:
+                        least, keep = value, both
+                    if both > floor:
+                        x = (there - here + c * (few_h - few_g)) * weight + 0.5 * both
+                        x = int(min(max(x, min(floor, both - floor)), max(floor, both - floor)))
+                        y = both - x
+                        value = _excess(
+                            here + max(a * x, b), there + max(a * y, b), few_g + x, few_h + y, limit, most, c, small
+                        )
+                        if value < least:
+                            least, keep = value, x
+                    if keep != n:
+                        _move(r, q, n - keep, tokens_M, gpu_M, time_G, tokens_G, a, b)
+                        changed = True
+                q = next_M[q]
+            if examined > fuel:
+                return examined
+        if not changed:
+            break
+    return examined
 
 
 @njit(cache=True, nogil=True, inline="always")

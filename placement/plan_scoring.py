@@ -10,8 +10,7 @@ from math import erfc, sqrt
 import numpy as np
 
 from moeless.jit import njit
-from moeless.placement.chain_kernels import Copies, copies_in
-from moeless.placement.path_kernels import search, working_memory
+from moeless.placement.dispatch_search import Copies, copies_in, search, working_memory
 
 #: Rounding that a bound must leave to the times it is compared with.
 SLACK = 1e-9
