@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from moeless.allocator import keep_freed_memory
+from moeless.predictors.evaluation import predict_microseconds
 from moeless.predictors.fitting import FitInput
 from moeless.predictors.gates import Gates
 from moeless.predictors.layer_aware import LayerAware
 from moeless.predictors.request_split import split_requests
 from moeless.predictors.router import RouterRule
-from moeless.predictors.timing import predict_microseconds
 from moeless.predictors.trace_rows import Rows
 from moeless.spec import MoESpec, preset
 

@@ -27,10 +27,9 @@ from numpy.typing import NDArray
 from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
 from moeless.predictors import PREDICTORS, blend_weights
-from moeless.predictors.base import LoadPredictor
+from moeless.predictors.base import LoadPredictor, proportional, share_of
 from moeless.predictors.fitting import FitInput, pairs_of
 from moeless.predictors.iterations import ComposedIteration, available_phases, iterations_of
-from moeless.predictors.shares import proportional, share_of
 from moeless.predictors.token_level import Pair, TokenLevel
 from moeless.predictors.token_loads import TokenLoads
 from moeless.predictors.token_table import TokenTable

@@ -1,15 +1,17 @@
-"""Measuring a predictor on a trace's test requests.
+"""Measuring a predictor: how good its forecasts of a trace's test requests are, and how long they take.
 
 Axes: I iterations, E experts, T tokens.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, IntArray, Phase
@@ -63,7 +65,6 @@ class EvaluationSettings:
 
     distances: tuple[int, ...] = (1,)
     batch_tokens: tuple[int, ...] = (32, 512)
-    phases: tuple[Phase, ...] | None = None
     gpus: int = 8
     resamples: int = 20
     per_resample: int = 16
@@ -95,7 +96,7 @@ class Evaluator:
         self.history_LE = rows.share_LE(split.train)
         self._sets = {
             (phase, size): self._compose(phase, size)
-            for phase in settings.phases or available_phases(rows)
+            for phase in available_phases(rows)
             for size in settings.batch_tokens
         }
 
@@ -121,7 +122,7 @@ class Evaluator:
         """
         predictor.check_spec(self.rows.spec, "the trace")
         pairs = pairs_of(self.rows.spec.L, self.settings.distances)
-        tokens = self.token_loads(predictor, pairs, with_hits=True)
+        tokens = self.token_loads(predictor, pairs)
         if predictor.forecasts_first:
             # the first layers, from what is known before any has run
             pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.settings.distances))]]
@@ -136,12 +137,10 @@ class Evaluator:
                         made.append(Row(layer, distance, PHASES[phase], size, *measured))
         return made
 
-    def token_loads(
-        self, predictor: LoadPredictor, pairs: Sequence[Pair], *, with_hits: bool = False
-    ) -> TokenLoads | None:
+    def token_loads(self, predictor: LoadPredictor, pairs: Sequence[Pair]) -> TokenLoads | None:
         """What the test tokens add to a predictor's forecasts, None where it forecasts no tokens."""
         part = predictor.token_part
-        return None if part is None else TokenLoads(part, self.rows, self.row_T, pairs, with_hits=with_hits)
+        return None if part is None else TokenLoads(part, self.rows, self.row_T, pairs)
 
     def forecasts(
         self,
@@ -240,3 +239,42 @@ def mean_of(rows: Sequence[Row], metric: str, distance: int, phase: str, batch_t
         and row.layer >= 0
     ]
     return float(np.mean(found)) if found else None
+
+
+def predict_microseconds(
+    predictor: LoadPredictor,
+    distance: int,
+    batch_tokens: Sequence[int],
+    repeats: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Median microseconds of one layer's forecast by tokens of the iteration, on made inputs of the model's shape.
+
+    On another device than the CPU a token-level method's weights and gate inputs lie there, as a live layer's do; the
+    load's way back to the host is part of the time.
+    """
+    rng, spec, made = np.random.default_rng(seed), predictor.spec, {}
+    if device != "cpu":
+        predictor.to(device)
+    for tokens in batch_tokens:
+        inputs: Any = None
+        if predictor.reads == "router_inputs":
+            inputs = rng.standard_normal((tokens, spec.hidden_size), np.float32)
+            inputs = inputs if device == "cpu" else torch.from_numpy(inputs).to(device)
+        context = Context(
+            inputs,
+            rng.random((tokens, spec.E)).argsort(1)[:, : spec.K] if predictor.reads == "topk" else None,
+            np.full(spec.E, 1.0 / spec.E),
+            rng.integers(1, 10, spec.E),
+            tokens,
+            Phase.DECODE,
+            rng.integers(1, 10, spec.E),
+        )
+        seconds = []
+        for _ in range(repeats + 2):
+            started = time.perf_counter()
+            predictor.predict(context, 0, distance)
+            seconds.append(time.perf_counter() - started)
+        made[str(tokens)] = round(float(np.median(seconds[2:])) * 1e6, 1)
+    return made

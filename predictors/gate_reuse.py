@@ -8,6 +8,7 @@ Axes: T tokens, L MoE layers, E experts, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Self
 
 import numpy as np
@@ -77,7 +78,7 @@ class GateReuse(TokenLevel):
 
     def settings(self) -> dict[str, Any]:
         """The router's rule, where the gates were read, and the variance."""
-        return {"rule": self.rule.to_json(), "source": self.source, "variance": super().settings()["variance"]}
+        return {"rule": asdict(self.rule), "source": self.source, "variance": super().settings()["variance"]}
 
     @classmethod
     def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
@@ -87,7 +88,7 @@ class GateReuse(TokenLevel):
 
 def gates_from(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Gates:
     """The gates that a predictor's folder holds."""
-    return Gates.of(tensors, RouterRule.from_json(settings["rule"]), str(settings["source"]))
+    return Gates.of(tensors, RouterRule(**settings["rule"]), str(settings["source"]))
 
 
 def checked_gates(given: FitInput, name: str) -> Gates:

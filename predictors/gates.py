@@ -85,29 +85,25 @@ def read_gates(model: str | Path, spec: MoESpec) -> Gates:
     if not files:
         raise UserError(f"{folder} holds no safetensors weights; gates are read from safetensors only")
     found = _read_keys(files)
-    index = {absolute: layer for layer, absolute in enumerate(spec.moe_layers)}
-    weight = np.zeros((spec.L, spec.E, spec.hidden_size), np.float32)
-    extra: dict[str, FloatMatrix] = {}
-    seen: set[int] = set()
-    for (absolute, part), array in found.items():
-        if absolute not in index:
-            continue
-        if part == "weight":
-            if array.shape != weight.shape[1:]:
-                raise UserError(
-                    f"{folder}: the gate of layer {absolute} has shape {array.shape}, "
-                    f"{spec.name} needs {weight.shape[1:]}; name the model that the trace was recorded from"
-                )
-            weight[index[absolute]] = array
-            seen.add(absolute)
-        else:
-            extra.setdefault(part, np.zeros(weight.shape[:2], np.float32))[index[absolute]] = array.reshape(-1)
-    missing = sorted(set(index) - seen)
-    if missing:
-        raise UserError(
-            f"{folder} holds no gate for layer {missing[0]}; name the model that the trace was recorded from"
-        )
-    return Gates(weight, extra.get("bias"), extra.get("e_score_correction_bias"), rule, str(model))
+    weight_LEH = np.zeros((spec.L, spec.E, spec.hidden_size), np.float32)
+    added: dict[str, FloatMatrix] = {}
+    for layer, absolute in enumerate(spec.moe_layers):
+        gate_EH = found.get((absolute, "weight"))
+        if gate_EH is None:
+            raise UserError(
+                f"{folder} holds no gate for layer {absolute}; name the model that the trace was recorded from"
+            )
+        if gate_EH.shape != weight_LEH.shape[1:]:
+            raise UserError(
+                f"{folder}: the gate of layer {absolute} has shape {gate_EH.shape}, "
+                f"{spec.name} needs {weight_LEH.shape[1:]}; name the model that the trace was recorded from"
+            )
+        weight_LEH[layer] = gate_EH
+        for part in ("bias", "e_score_correction_bias"):
+            if (absolute, part) in found:
+                added_LE = added.setdefault(part, np.zeros((spec.L, spec.E), np.float32))
+                added_LE[layer] = found[absolute, part].reshape(-1)
+    return Gates(weight_LEH, added.get("bias"), added.get("e_score_correction_bias"), rule, str(model))
 
 
 def checkpoint_folder(model: str | Path) -> Path:

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, Forecast, Phase
 from moeless.errors import UserError
-from moeless.predictors.base import LoadPredictor
-from moeless.predictors.shares import share_of
+from moeless.predictors.base import LoadPredictor, share_of
 from moeless.spec import MoESpec
 
 if TYPE_CHECKING:

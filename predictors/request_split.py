@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moeless.contracts import IntArray
 from moeless.errors import UserError
@@ -54,37 +53,19 @@ def split_requests(category: Sequence[str], by: SplitBy = "request", seed: int =
         )
     rng = np.random.default_rng(seed)
     cut = min(round(TRAIN_SHARE * count), count - 1)
+    order = np.arange(count)
     if by == "request":
         order = rng.permutation(count)
-        train, test = order[:cut], order[cut:]
-    elif by == "time":
-        order = np.arange(count)
-        train, test = order[:cut], order[cut:]
     elif by == "category":
-        train, test = _by_category(np.asarray(category), cut, rng)
-    else:
+        names = np.unique(category)
+        if len(names) < 2:
+            raise UserError("splitting by category needs a trace with at least two categories")
+        members = [np.flatnonzero(np.asarray(category) == name) for name in rng.permutation(names)]
+        # the end of the category that reaches the cut, but one that leaves something to test
+        ends = np.cumsum([len(requests) for requests in members])[:-1]
+        order, cut = np.concatenate(members), int(ends[min(int(np.searchsorted(ends, cut)), len(ends) - 1)])
+    elif by != "time":
         raise UserError(f"requests can be split by request, category or time, not by {by!r}")
-    train = rng.permutation(train)
+    train = rng.permutation(order[:cut])
     held = min(max(1, round(VALIDATION_SHARE * len(train))), len(train) - 1)
-    return Split(np.sort(train[held:]), np.sort(train[:held]), np.sort(test))
-
-
-def _by_category(category: NDArray[np.str_], cut: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
-    names = np.unique(category)
-    if len(names) < 2:
-        raise UserError("splitting by category needs a trace with at least two categories")
-    train: list[IntArray] = []
-    test: list[IntArray] = []
-    taken = 0
-    for name in rng.permutation(names).tolist():
-        mine = np.flatnonzero(category == name)
-        if taken < cut:
-            train.append(mine)
-            taken += len(mine)
-        else:
-            test.append(mine)
-    if not test:
-        test.append(train.pop())
-    if not train:
-        raise UserError("splitting by category left nothing to fit on")
-    return np.concatenate(train), np.concatenate(test)
+    return Split(np.sort(train[held:]), np.sort(train[:held]), np.sort(order[cut:]))

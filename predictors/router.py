@@ -11,7 +11,7 @@ Axes: P heads, T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -44,15 +44,6 @@ class RouterRule:
         if not 1 <= self.top_groups <= self.groups:
             raise UserError(f"a router cannot choose {self.top_groups} of {self.groups} groups")
 
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary that ``from_json`` takes back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RouterRule:
-        """Rebuild a rule."""
-        return cls(**data)
-
     def uses_logits(self, corrected: bool) -> bool:
         """Whether ordering by logits is ordering by score: scores are monotone unless something is added to them."""
         return not corrected and (self.groups == 1 or self.scoring == "softmax" or self.group_score == "max")
@@ -74,10 +65,8 @@ class RouterRule:
 
     def _mask_groups(self, scores: torch.Tensor) -> torch.Tensor:
         grouped = scores.unflatten(-1, (self.groups, -1))
-        if self.group_score == "max":
-            group = grouped.max(-1).values
-        else:
-            group = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+        counted = 1 if self.group_score == "max" else min(2, grouped.shape[-1])
+        group = grouped.topk(counted, -1).values.sum(-1)
         keep = torch.zeros_like(group, dtype=torch.bool)
         keep.scatter_(-1, group.topk(self.top_groups, -1).indices, True)
         return grouped.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
@@ -95,27 +84,22 @@ def rule_of(config: Mapping[str, Any]) -> RouterRule:
     family = str(config.get("model_type", ""))
     groups = int(config.get("n_group") or config.get("num_expert_group") or 1)
     top_groups = int(config.get("topk_group") or groups)
-    if family in _SOFTMAX:
-        return RouterRule("softmax")
-    if family in _SIGMOID:
-        return RouterRule("sigmoid")
-    if family == "deepseek_v2":
-        limited = config.get("topk_method") == "group_limited_greedy"
-        return RouterRule("softmax", groups, top_groups, "max") if limited else RouterRule("softmax")
-    if family in _DEEPSEEK_V3:
-        return RouterRule("sigmoid", groups, top_groups, "top2")
-    known = ", ".join(sorted({*_SOFTMAX, *_SIGMOID, *_DEEPSEEK_V3, "deepseek_v2"}))
-    raise UserError(f"the router of model family {family!r} is not supported; supported are: {known}")
+    if family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"the router of model family {family!r} is not supported; supported are: {known}")
+    rule = FAMILIES[family]
+    limited = family == "deepseek_v2" and config.get("topk_method") == "group_limited_greedy"
+    return replace(rule, groups=groups, top_groups=top_groups) if limited or rule.group_score == "top2" else rule
 
 
-#: Families as Transformers names them. Softmax, then the best K (ties apart, the best K logits).
-_SOFTMAX = frozenset(
-    (
-        *("mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "gpt_oss", "jamba"),
-        *("granitemoe", "granitemoeshared", "dbrx", "ernie4_5_moe", "llama4_text", "minimax", "hunyuan_v1_moe"),
-    )
+_SOFTMAX = (
+    *("mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "gpt_oss", "jamba"),
+    *("granitemoe", "granitemoeshared", "dbrx", "ernie4_5_moe", "llama4_text", "minimax", "hunyuan_v1_moe"),
 )
-#: Sigmoid plus a correction bias, no groups.
-_SIGMOID = frozenset(("minimax_m2",))
-#: Sigmoid plus a correction bias, groups scored by their best two.
-_DEEPSEEK_V3 = frozenset(("deepseek_v3", "glm4_moe", "dots1", "nemotron_h"))
+#: Rules by family, as Transformers names these: softmax, then the best K (ties apart, the best K logits), where
+#: DeepSeek-V2 may limit the choice to groups; sigmoid plus a correction bias, groups being scored by their best two.
+FAMILIES: Mapping[str, RouterRule] = {
+    **dict.fromkeys((*_SOFTMAX, "deepseek_v2"), RouterRule("softmax")),
+    "minimax_m2": RouterRule("sigmoid"),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe", "dots1", "nemotron_h"), RouterRule("sigmoid", group_score="top2")),
+}

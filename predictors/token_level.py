@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
-from moeless.predictors.base import LoadPredictor
+from moeless.predictors.base import LoadPredictor, proportional
 from moeless.predictors.router import RouterRule
-from moeless.predictors.shares import proportional
 from moeless.predictors.variance import Variance
 from moeless.spec import MoESpec
 

@@ -5,7 +5,7 @@ Axes: T tokens, E experts, K experts per token, I iterations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,38 +29,33 @@ class TokenLoads:
 
     Gate inputs are read once, in blocks, for all pairs; expert ids, which are in memory, when a pair is asked for. No
     more than ``LOADS_BYTES`` of what all pairs add is held in memory, and one pair's loads.
-
-    Args:
-        with_hits: whether :meth:`hits` will be asked for.
     """
 
-    def __init__(
-        self, predictor: TokenLevel, rows: Rows, row_T: IntArray, pairs: Sequence[Pair], *, with_hits: bool = False
-    ) -> None:
+    def __init__(self, predictor: TokenLevel, rows: Rows, row_T: IntArray, pairs: Sequence[Pair]) -> None:
         self.predictor, self.rows, self.row_T = predictor, rows, np.sort(row_T)
-        # where a token adds one to each expert forecast, ids say all, in a fraction of the memory
-        self._ids = predictor.counting == "topk"
-        self._kept: dict[Pair, NDArray[Any]] = {}
-        self._hits: dict[Pair, NDArray[np.float32]] = {}
+        self._ids: Mapping[Pair, NDArray[Any]] = {}
+        self._loads: Mapping[Pair, NDArray[Any]] = {}
         if predictor.reads != "router_inputs":
             return
         covered = [pair for pair in pairs if predictor.covers(*pair)]
-        kind = np.dtype(np.uint16 if self._ids else np.float32)
-        shape = len(covered), len(self.row_T), rows.spec.K if self._ids else rows.spec.E
-        few = kind.itemsize * int(np.prod(shape)) <= LOADS_BYTES
-        self._kept = dict(zip(covered, np.empty(shape, kind) if few else scratch_array(shape, kind), strict=True))
-        if with_hits and not self._ids:
-            self._hits = {pair: np.empty(len(self.row_T), np.float32) for pair in covered}
+        self._ids = self._room(covered, rows.spec.K, np.uint16)
+        if predictor.counting == "probability":
+            # otherwise a token adds one to each expert forecast: ids say all, in a fraction of the memory
+            self._loads = self._room(covered, rows.spec.E, np.float32)
         size = max(16, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * rows.spec.L * rows.spec.hidden_size)))
         for start in range(0, len(self.row_T), size):
             here = slice(start, start + size)
             input_TLH = torch.from_numpy(rows.inputs(self.row_T[here]))
-            for pair, kept in self._kept.items():
-                input_TH = input_TLH[:, pair[0]]
-                forecast = predictor.predict_topk if self._ids else predictor.token_loads
-                kept[here] = forecast(input_TH, *pair)
-                if pair in self._hits:
-                    self._hits[pair][here] = self._found(input_TH, self.row_T[here], *pair)
+            for pair in covered:
+                self._ids[pair][here] = predictor.predict_topk(input_TLH[:, pair[0]], *pair)
+                if self._loads:
+                    self._loads[pair][here] = predictor.token_loads(input_TLH[:, pair[0]], *pair)
+
+    def _room(self, pairs: Sequence[Pair], width: int, kind: type[np.generic]) -> Mapping[Pair, NDArray[Any]]:
+        """Arrays ``[T, width]`` by pair; in a scratch file, gone with the process, where they are many."""
+        shape, dtype = (len(pairs), len(self.row_T), width), np.dtype(kind)
+        few = dtype.itemsize * int(np.prod(shape)) <= LOADS_BYTES
+        return dict(zip(pairs, np.empty(shape, dtype) if few else scratch_array(shape, dtype), strict=True))
 
     def has(self, row_T: IntArray) -> bool:
         """Whether all those rows are among the ones forecast."""
@@ -68,31 +63,28 @@ class TokenLoads:
 
     def of(self, layer: int, distance: int) -> NDArray[np.float32]:
         """All rows' loads of a pair, f32 ``[T, E]``, in the order of :attr:`row_T`."""
-        kept = self._kept.get((layer, distance))
-        if kept is None:
-            topk_TK = self.rows.topk_TLK[self.row_T, layer]
-            parts = [topk_TK[start : start + IDS_TOKENS] for start in range(0, len(topk_TK), IDS_TOKENS)]
-            return np.concatenate([self.predictor.token_loads(part, layer, distance) for part in parts])
-        if not self._ids:
-            return kept
-        marked_TE = np.zeros((len(kept), self.rows.spec.E), np.float32)
-        np.put_along_axis(marked_TE, kept.astype(np.int64), 1.0, 1)
+        pair = layer, distance
+        if pair in self._loads:
+            return self._loads[pair]
+        if pair not in self._ids:
+            return self._from_ids(self.predictor.token_loads, *pair)
+        marked_TE = np.zeros((len(self.row_T), self.rows.spec.E), np.float32)
+        np.put_along_axis(marked_TE, self._ids[pair].astype(np.int64), 1.0, 1)
         return marked_TE
 
     def hits(self, layer: int, distance: int) -> FloatArray:
         """Share of each row's experts that were forecast, ``[T]``, in the order of :attr:`row_T`."""
-        pair = layer, distance
-        if pair in self._hits:
-            return self._hits[pair].astype(np.float64)
-        if pair in self._kept:
-            return self.rows.found(self._kept[pair].astype(np.int64), self.row_T, layer + distance)
-        # consecutive rows as one iteration, where a token's forecast depends on its neighbours
-        size = 512 if self.predictor.batch_context else IDS_TOKENS
-        parts = [self.row_T[start : start + size] for start in range(0, len(self.row_T), size)]
-        return np.concatenate([self._found(self.rows.topk_TLK[row_T, layer], row_T, *pair) for row_T in parts])
+        ids_TK = self._ids.get((layer, distance))
+        if ids_TK is None:
+            # consecutive rows as one iteration, where a token's forecast depends on its neighbours
+            size = 512 if self.predictor.batch_context else IDS_TOKENS
+            ids_TK = self._from_ids(self.predictor.predict_topk, layer, distance, size)
+        return self.rows.found(ids_TK.astype(np.int64), self.row_T, layer + distance)
 
-    def _found(self, inputs: Any, row_T: IntArray, layer: int, distance: int) -> FloatArray:
-        return self.rows.found(self.predictor.predict_topk(inputs, layer, distance), row_T, layer + distance)
+    def _from_ids(self, forecast: Any, layer: int, distance: int, size: int = IDS_TOKENS) -> NDArray[Any]:
+        """What is forecast from the source layer's expert ids, some rows at a time."""
+        parts = [self.row_T[start : start + size] for start in range(0, len(self.row_T), size)]
+        return np.concatenate([forecast(self.rows.topk_TLK[row_T, layer], layer, distance) for row_T in parts])
 
     def sums(self, rows_I: Sequence[IntArray], layer: int, distance: int) -> FloatArray:
         """Forecast load of each iteration, ``[I, E]``."""

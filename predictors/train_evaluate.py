@@ -224,8 +224,7 @@ def _check_inputs(trace: TokenTrace, reading: LoadPredictor | type[LoadPredictor
 
 
 def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, notes: Mapping[str, Any]) -> list[Row]:
-    from moeless.predictors.evaluation import EvaluationSettings, Evaluator, to_json
-    from moeless.predictors.timing import predict_microseconds
+    from moeless.predictors.evaluation import EvaluationSettings, Evaluator, predict_microseconds, to_json
 
     split = split_requests(rows.trace.requests.category, job.split_by, job.seed)
     settings = EvaluationSettings(distances=job.distances, batch_tokens=job.batch_tokens, gpus=job.gpus, seed=job.seed)

@@ -68,7 +68,7 @@ def timing(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     Params: ``distance``, ``batch_tokens``.
     """
     from moeless.predictors import load_predictor
-    from moeless.predictors.timing import predict_microseconds
+    from moeless.predictors.evaluation import predict_microseconds
 
     predictor = load_predictor(Path(needs[0]))
     clock = read_json(Path(needs[0]) / TIMING)

@@ -324,10 +324,10 @@ def test_loads_in_a_scratch_file_are_those_in_memory(made, world, monkeypatch):
     row_T = rows.of(split.test)
     windows = [row_T[:40], row_T[17:30]]
     for name in ("layer_aware", "from_scratch"):
-        held = TokenLoads(fitted[name], rows, row_T, [(0, 1), (1, 2)], with_hits=True)
+        held = TokenLoads(fitted[name], rows, row_T, [(0, 1), (1, 2)])
         monkeypatch.setattr(token_loads, "LOADS_BYTES", 0)
         monkeypatch.setattr(token_loads, "BLOCK_BYTES", 4 * rows.spec.L * rows.spec.hidden_size * 50)
-        filed = TokenLoads(fitted[name], rows, row_T, [(0, 1), (1, 2)], with_hits=True)
+        filed = TokenLoads(fitted[name], rows, row_T, [(0, 1), (1, 2)])
         monkeypatch.undo()
         for layer, distance in ((0, 1), (1, 2)):
             inputs = rows.inputs(np.sort(row_T))[:, layer]
