@@ -28,7 +28,6 @@ from moeless.engine.exchange import Exchange
 from moeless.engine.ffn import GatedFFN, silu_gate
 from moeless.engine.groups import Ranks
 from moeless.engine.launch import ForkedRanks, run_forked
-from moeless.engine.workload import WorkloadSettings
 from moeless.errors import RunFailed
 from moeless.machine import cores
 from moeless.placement.static import static_plan
@@ -40,8 +39,17 @@ def policies_table(host: str, requests: int, repeat: int) -> None:
     """Mean and median layer wall time of each policy over static's, runs interleaved, median of the repeats."""
     ratios: dict[str, list[tuple[float, float, float]]] = {}
     for seed in range(repeat):
-        workload = WorkloadSettings(requests=requests, arrivals="poisson:50", prompt_tokens=256, seed=seed)
-        bench = LiveBench(LiveConfig(POLICIES, workload, host=host, ranks=2, batching="one-second", replan_seconds=0.5))
+        config = LiveConfig(
+            policies=POLICIES,
+            arrivals="poisson:50",
+            max_requests=requests,
+            batching="one-second",
+            replan_seconds=0.5,
+            host=host,
+            predict=False,
+            seed=seed,
+        )
+        bench = LiveBench(config)
         with tempfile.TemporaryDirectory() as out:
             cells = bench.run(Path(out))
         base = cells[0].layer

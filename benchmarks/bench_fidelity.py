@@ -47,7 +47,6 @@ from moeless.costs.measured import MeasuredCosts
 from moeless.costs.nonexpert import NonExpertTime
 from moeless.engine.bench import LiveBench, LiveConfig
 from moeless.engine.results import layer_seconds, read_records
-from moeless.engine.workload import WorkloadSettings
 from moeless.files import write_json
 from moeless.policy import ResolvedPolicy, resolve
 from moeless.profiling.run import ProfileOptions, make_plan, profile_model
@@ -151,18 +150,18 @@ def serve(count: int, repeats: int, seed: int) -> Live:
     """Serve a workload under static EP on two ranks, several times in one launch, and once more to warm up."""
     # all arrive at once: which requests an iteration holds does not depend on how fast the last one was; answers are of
     # many lengths, so that prompts come in while others decode
-    workload = WorkloadSettings(
-        requests=count,
-        arrivals="azure-like",
+    config = LiveConfig(
+        policies=("static",) * (repeats + 1),
+        max_requests=count,
         time_scale=AT_ONCE,
-        prompt_tokens=256,
         output_tokens=OUTPUT_TOKENS,
+        token_budget=TOKEN_BUDGET,
+        max_running=MAX_RUNNING,
+        record=True,
+        predict=False,
         seed=seed,
     )
-    policies = ("static",) * (repeats + 1)
-    bench = KeepingBench(
-        LiveConfig(policies, workload, ranks=2, max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, record=True)
-    )
+    bench = KeepingBench(config)
     with tempfile.TemporaryDirectory() as scratch:
         bench.run(Path(scratch) / "run")
     return bench.live

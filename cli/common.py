@@ -6,18 +6,21 @@ A command is a function with Typer annotations. Results go to standard output (a
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
+from moeless.configuration import Component, Option, options, typed
 from moeless.credentials import mask_json
 from moeless.errors import UserError
 
@@ -28,7 +31,11 @@ T = TypeVar("T")
 
 
 def _read_config(ctx: typer.Context, _param: typer.CallbackParam, value: Path | None) -> Path | None:
-    """Make a YAML file's entries the defaults of this command; flags still win."""
+    """Make a YAML file's entries the defaults of this command; flags still win.
+
+    A key is an option's name. What ``--dry-run`` prints and a run's manifest are read as well: there, ``config`` holds
+    values by the names of a configuration's fields.
+    """
     if value is None:
         return None
     import yaml
@@ -45,19 +52,22 @@ def _read_config(ctx: typer.Context, _param: typer.CallbackParam, value: Path | 
         loaded = {}
     if not isinstance(loaded, dict):
         raise UserError(f"--config: {value} must hold options as `name: value` lines")
-    known = {parameter.name: parameter for parameter in ctx.command.params if parameter.name}
-    spelled = {
-        opt.lstrip("-"): name
-        for name, parameter in known.items()
-        for opt in (*parameter.opts, *parameter.secondary_opts)
+    if isinstance(loaded.get("config"), dict):
+        loaded = typed(loaded["config"], getattr(ctx.command.callback, "components", ()))
+    names = {
+        key.lstrip("-").replace("-", "_"): parameter
+        for parameter in ctx.command.params
+        if parameter.name != "config"
+        for key in (parameter.name or "", *parameter.opts, *parameter.secondary_opts)
     }
     defaults = dict(ctx.default_map or {})
     for key, entry in loaded.items():
-        name = spelled.get(str(key), str(key).replace("-", "_"))
-        if name not in known or name == "config":
-            options = ", ".join(sorted(name.replace("_", "-") for name in known if name != "config"))
-            raise UserError(f"--config: {value} sets {key!r}, which is no option of this command; there are: {options}")
-        defaults[name] = entry
+        parameter = names.get(str(key).replace("-", "_"))
+        if parameter is None:
+            known = ", ".join(sorted({known.opts[0].lstrip("-") for known in names.values()}))
+            raise UserError(f"--config: {value} sets {key!r}, which is no option of this command; there are: {known}")
+        several = getattr(parameter, "multiple", False) and entry is not None and not isinstance(entry, list)
+        defaults[parameter.name] = [entry] if several else entry
     ctx.default_map = defaults
     return value
 
@@ -85,6 +95,87 @@ ArtefactOption = Annotated[Path, typer.Option("--out", metavar="PATH", help="Whe
 RunFolderOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Run folder; default: a new one under ./results/runs.")
 ]
+
+
+class Command(TyperCommand):
+    """A command whose ``--help`` has a section for each group of options."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[Any]] = {}
+        for parameter in self.get_params(ctx):
+            kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            heading = getattr(parameter, "rich_help_panel", None) or kind
+            sections.setdefault(heading, []).append(parameter.get_help_record(ctx))
+        # what all commands have stands last
+        for heading in sorted(sections, key="Options".__eq__):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
+
+
+def command(
+    run: Callable[..., None],
+    configurations: Mapping[str, type[Component]],
+    *,
+    only: Sequence[str] = (),
+    several: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[..., None]:
+    """A Typer callback with the configurations' options beside the parameters of ``run``.
+
+    ``run`` gets the options' values as ``given``, by field name. What several configurations have is one option; where
+    their defaults differ it has none here, and help tells. A group that one of several has names its backend.
+
+    Args:
+        configurations: by backend.
+        only: names of the options that the command has, in place of all.
+        several: options that may be repeated here.
+        defaults: the command's own, by name; such an option is given once.
+    """
+    own = inspect.signature(run, eval_str=True).parameters
+    found: dict[str, dict[str, Option]] = {}
+    for backend, configuration in configurations.items():
+        for name, known in options(configuration).items():
+            if not only or name in only:
+                found.setdefault(name, {})[backend] = known
+    parameters = [parameter for name, parameter in own.items() if name != "given"]
+    for name, by_backend in found.items():
+        known, kind = next(iter(by_backend.values())), next(iter(by_backend.values())).kind
+        default = known.default if all(known.default == other.default for other in by_backend.values()) else None
+        if name in (defaults or {}):
+            default = (defaults or {})[name]
+            kind = type(default)
+        elif name in several:
+            default, kind = None, list[_present(kind)]  # type: ignore[misc]
+        backend = f" (--backend {', '.join(by_backend)})" if len(by_backend) < len(configurations) else ""
+        typer_option = typer.Option(
+            *known.flag.split(),
+            help=known.help + (" Repeatable: a sweep." if name in several else ""),
+            min=known.minimum,
+            metavar=known.metavar,
+            rich_help_panel=known.group and known.group + backend,
+        )
+        kind = kind if default is not None else kind | None
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer_option]
+            )
+        )
+
+    def callback(**values: Any) -> None:
+        given = {name: values.pop(name) for name in found}
+        run(given=given, **values)
+
+    callback.__doc__ = run.__doc__
+    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    callback.components = tuple(configurations.values())  # type: ignore[attr-defined]
+    return callback
+
+
+def _present(kind: Any) -> Any:
+    """A type without None."""
+    return next((part for part in get_args(kind) if part is not type(None)), kind)
+
 
 #: Everything that is not the command's result.
 remarks = Console(stderr=True)

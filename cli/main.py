@@ -53,9 +53,11 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module_name, short_help = COMMANDS[cmd_name]
+        from moeless.cli.common import Command
+
         module = importlib.import_module(f"moeless.cli.{module_name}")
         single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
-        single.command(name=cmd_name, short_help=short_help)(module.command)
+        single.command(name=cmd_name, cls=Command, short_help=short_help)(module.command)
         return get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moeless.cli import common
 from moeless.errors import UserError
+from moeless.simulator.options import BenchConfig
 
 
 class PlanPhase(StrEnum):
@@ -21,12 +23,10 @@ class PlanPhase(StrEnum):
     all = "all"
 
 
-def command(
+def run(
+    given: Mapping[str, Any],
     trace: Annotated[Path, typer.Argument(help="Trace folder, of any kind.")],
     planner: Annotated[str, typer.Option("--planner", metavar="NAME", help="Planner, for example eplb.")] = "eplb",
-    cluster: Annotated[str, typer.Option("--cluster", metavar="NAME", help="Cluster, for example h100x8.")] = "h100x8",
-    extra_slots: Annotated[int, typer.Option("--extra-slots", min=0, help="Room for extras on every GPU.")] = 1,
-    costs: Annotated[str, typer.Option("--costs", metavar="NAME", help="Cost model: paper or roofline.")] = "roofline",
     phase: Annotated[PlanPhase, typer.Option("--phase", help="Rows that count.")] = PlanPhase.all,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the iteration to plan for.")] = 4096,
     param: Annotated[
@@ -35,7 +35,6 @@ def command(
     out: common.ArtefactOption = Path("plan.json"),
     wandb: common.KeptRunOption = None,
     config: common.ConfigOption = None,
-    seed: common.SeedOption = 0,
     as_json: common.JsonOption = False,
     dry: common.DryRunOption = False,
 ) -> None:
@@ -53,6 +52,7 @@ def command(
     from moeless.placement.whole_model import plan_model, summarise
     from moeless.traces.store import open_trace
 
+    cluster, costs, extra_slots, seed = (given[name] for name in _TAKEN)
     chosen = PLANNERS.get(planner)
     machine = cluster_named(cluster)
     factory = COSTS.get(costs)
@@ -80,7 +80,7 @@ def command(
     row_phase = {PlanPhase.prefill: Phase.PREFILL, PlanPhase.decode: Phase.DECODE}.get(phase)
     load_ILE = iteration_loads(opened, tokens, row_phase)
     forecast_L = forecasts(load_ILE, tokens, spec.K, f"mean of {len(load_ILE)} iterations of the trace")
-    with common.artefact_run("plan", f"{planner}-{spec.name}", settings, seed, [trace], wandb) as run:
+    with common.artefact_run("plan", f"{planner}-{spec.name}", settings, seed, [trace], wandb) as record:
         made = plan_model(
             chosen,
             forecast_L,
@@ -94,9 +94,9 @@ def command(
         )
         summary = summarise(made, chosen, forecast_L, spec=spec, cluster=machine, costs=model_costs, params=params)
         write_json(out, made.to_json())
-        if run is not None:
-            run.log(dataclasses.asdict(summary))
-            run.produced(out, "plan")
+        if record is not None:
+            record.log(dataclasses.asdict(summary))
+            record.produced(out, "plan")
     if as_json:
         common.print_json({"out": str(out)} | dataclasses.asdict(summary))
         return
@@ -108,3 +108,7 @@ def command(
     ]
     title = f"{planner} on {machine.name}: {spec.name}, {spec.L} layers, {tokens} tokens -> {out}"
     common.show(common.table(title, ["mean over layers", planner, "static"], rows))
+
+
+_TAKEN = ("cluster", "costs", "extra_slots", "seed")
+command = common.command(run, {"sim": BenchConfig}, only=_TAKEN, defaults={"costs": "roofline"})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moeless.cli import common
 from moeless.errors import RunFailed
+from moeless.simulator.options import BenchConfig
 
 
-def command(
+def run(
+    given: Mapping[str, Any],
     what: Annotated[str, typer.Argument(help="fig1, fig3, ..., table1, table2, a study, or all.")],
     full: Annotated[bool, typer.Option("--full/--quick", help="The paper's sizes, or minutes on two cores.")] = False,
     model: Annotated[list[str] | None, typer.Option("--model", help="Model preset; repeatable.")] = None,
@@ -26,10 +29,6 @@ def command(
         Path | None,
         typer.Option("--live", metavar="RUN", help="Live serve-bench run for the live column; default: make one."),
     ] = None,
-    cluster: Annotated[str, typer.Option("--cluster", help="Cluster that is simulated.")] = "a6000x8",
-    costs: Annotated[
-        list[str] | None, typer.Option("--costs", help="Cost model; repeatable. Default: paper, roofline.")
-    ] = None,
     billing: Annotated[
         str, typer.Option("--billing", help="Bill shown first: paper, resident, gpu_seconds.")
     ] = "paper",
@@ -37,7 +36,6 @@ def command(
     cache: Annotated[Path, typer.Option("--cache", metavar="DIR", help="Where results are kept.")] = Path(
         "results/.cache"
     ),
-    seed: common.SeedOption = 0,
     out: common.RunFolderOption = None,
     wandb: common.WandbOption = None,
     as_json: common.JsonOption = False,
@@ -57,10 +55,10 @@ def command(
         traces=tuple(trace or ()),
         beside=beside,
         live=live,
-        cluster=cluster,
-        costs=tuple(costs or ("paper", "roofline")),
+        cluster=given["cluster"],
+        costs=tuple(given["costs"] or BenchConfig.costs),
         billing=billing,
-        seed=seed,
+        seed=given["seed"],
     )
     plan = reproduce.prepare(what, options, cache)
     if dry_run:
@@ -97,3 +95,6 @@ def command(
     for problem in (*plan.left_out, *plan.cache.problems):
         common.remarks.print(f"! {problem}")
     common.remarks.print(f"page: {page}")
+
+
+command = common.command(run, {"sim": BenchConfig}, only=("cluster", "costs", "seed"), defaults={"cluster": "a6000x8"})

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from moeless.cli import common
+from moeless.engine.options import LiveConfig
 from moeless.errors import UserError
 
 if TYPE_CHECKING:
-    from moeless.engine.bench import LiveConfig
     from moeless.metrics import Cell
-
-
-def plain(config: LiveConfig) -> dict[str, Any]:
-    """The configuration as the manifest keeps it."""
-    values = dataclasses.asdict(config)
-    values |= {"model": str(config.model) if config.model else "bundled", "policies": list(config.policies)}
-    return values | {"predictors": [str(path) for path in config.predictors]}
+    from moeless.tracking.run import Run
 
 
 def verification_table(cells: Sequence[Cell]) -> None:
-    """What was verified, and what the prompts' perplexity was under each policy."""
+    """What was verified, and what the prompts' perplexity was under each policy; nothing where nothing was measured."""
     rows = []
     for cell in cells:
         if cell.evidence != "measured":
@@ -47,6 +40,8 @@ def verification_table(cells: Sequence[Cell]) -> None:
                 f"{cell.layer.moved_bytes / 1e6:,.1f}",
             ]
         )
+    if not rows:
+        return
     columns = ["policy", "verified", "identical tokens", "near ties", "max logit diff", "prompt perplexity"]
     columns += ["expert ms", "control ms", "copies made (from peers)", "moved MB"]
     common.show(common.table("Outputs against the unmodified model, and copies", columns, rows))
@@ -79,26 +74,34 @@ def prediction_table(cells: Sequence[Cell]) -> None:
     common.show(common.table(title, columns, rows))
 
 
-def run_live(
-    config: LiveConfig,
-    *,
-    out: Path | None,
-    wandb: bool | None,
-    dry_run: bool,
-    row: Callable[[Cell], dict[str, Any]],
-) -> tuple[list[Cell], Path, str]:
-    """Check, launch, serve, verify; cells, run folder and command line.
+def _configured(given: Mapping[str, Any], quick: bool) -> LiveConfig:
+    if max(len(given["cluster"] or []), len(given["request_rate"] or [])) > 1:
+        raise UserError("a live run has one cluster and one request rate; sweeps belong to --backend sim")
+    if len(given["costs"] or []) > 1:
+        raise UserError("a live run plans by one cost model; give --costs once")
+    limit = given["max_requests"] or LiveConfig.max_requests
+    return LiveConfig.given(
+        given,
+        model=None if given["model"] == "bundled" else given["model"],
+        max_requests=min(limit, 8) if quick else limit,
+        **{name: (given[name] or [None])[0] for name in ("cluster", "request_rate", "costs")},
+    )
 
-    Args:
-        row: a cell's figures as they are logged.
+
+def serve_live(
+    given: Mapping[str, Any], quick: bool, out: Path | None, wandb: bool | None, dry_run: bool
+) -> tuple[list[Cell], Run]:
+    """Check, launch, serve, verify; the cells and their run.
 
     Raises:
         UserError, RunFailed: as the engine does.
     """
     from moeless.engine.bench import LiveBench, check_verified
     from moeless.metrics import Result
+    from moeless.metrics.catalogue import logged
     from moeless.tracking.run import start_run
 
+    config = _configured(given, quick)
     bench = LiveBench(config)
     if bench.place is not None and out is None:
         raise UserError("under torchrun a live run needs --out, a folder that all its machines see")
@@ -108,20 +111,20 @@ def run_live(
     if bench.place is not None and out is not None and bench.place.rank > 0 and not dry_run:
         bench.serve_rank(out)
         raise typer.Exit(0)
+    resolved = config.to_json()
     if dry_run:
-        common.dry_run(plain(config), bench.estimate())
+        common.dry_run(resolved, bench.estimate())
     inputs = [bench.model / name for name in ("config.json", "model.safetensors") if (bench.model / name).is_file()]
     inputs += list(config.predictors)
-    with start_run("serve-bench", f"live-{bench.spec.name}", plain(config), config.seed, inputs, out, wandb) as run:
+    with start_run("serve-bench", f"live-{bench.spec.name}", resolved, config.seed, inputs, out, wandb) as record:
         common.remarks.print(f"{config.ranks} {bench.device} ranks, {config.host} host, {len(bench.requests)} requests")
         for remark in bench.remarks:
-            run.warn(remark)
-        cells = bench.run(run.path)
+            record.warn(remark)
+        cells = bench.run(record.path)
         for cell in cells:
-            run.log(row(cell))
+            record.log(logged(cell))
             for warning in cell.warnings:
-                run.warn(f"{cell.policy} ({cell.evidence}): {warning}")
-        command_line = str(run.manifest["command_line"])
-        run.write_result(Result(command_line, tuple(cells)))
+                record.warn(f"{cell.policy} ({cell.evidence}): {warning}")
+        record.write_result(Result(str(record.manifest["command_line"]), tuple(cells)))
         check_verified(cells)
-    return cells, run.path, command_line
+    return cells, record

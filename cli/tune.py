@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moeless.cli import common
+from moeless.simulator.options import BenchConfig
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
     from moeless.tuning.outcome import Outcome
 
 
-def command(
+def run(
+    given: Mapping[str, Any],
     trace: Annotated[Path, typer.Argument(help="Routing trace of kind tokens.")],
-    policy: Annotated[str, typer.Option("--policy", help="planner[:predictor[:distance]].")] = "moeless:history",
     objective: Annotated[
         list[str] | None,
         typer.Option("--objective", help="latency, cost, moved, ...; repeatable. Default: latency and cost."),
@@ -33,25 +35,7 @@ def command(
     storage: Annotated[
         str, typer.Option("--storage", help="Journal file, or a database URL; several processes may share it.")
     ] = "results/studies.journal",
-    model: Annotated[str | None, typer.Option("--model", help="Model preset; default: the trace's own shapes.")] = None,
-    cluster: Annotated[str, typer.Option("--cluster", help="Cluster, for example h100x8.")] = "h100x8",
-    costs: Annotated[str, typer.Option("--costs", help="Cost model.")] = "roofline",
-    arrivals: Annotated[
-        str, typer.Option("--arrivals", help="azure-like, poisson:RATE, ..., or a request trace's file.")
-    ] = "azure-like",
-    lengths: Annotated[str, typer.Option("--lengths", help="Token counts of the trace, or of the arrivals.")] = "trace",
-    request_rate: Annotated[float | None, typer.Option("--request-rate", help="Mean requests per second.")] = None,
-    batching: Annotated[str, typer.Option("--batching", help="continuous or one-second.")] = "continuous",
-    predictor: Annotated[
-        list[Path] | None, typer.Option("--predictor", metavar="DIR", help="Fitted predictor; repeatable.")
-    ] = None,
-    home: Annotated[str, typer.Option("--home", help="Where experts' weights always are: host or storage.")] = "host",
-    goodput: Annotated[
-        list[str] | None, typer.Option("--goodput", help="Limits of the goodput objective, such as ttft:500.")
-    ] = None,
-    max_requests: Annotated[int, typer.Option("--max-requests", min=1, help="Requests of one trial.")] = 50,
     quick: common.QuickOption = False,
-    seed: common.SeedOption = 0,
     out: common.RunFolderOption = None,
     wandb: common.WandbOption = None,
     as_json: common.JsonOption = False,
@@ -68,29 +52,20 @@ def command(
     from moeless.contracts import Policy
     from moeless.credentials import mask
     from moeless.metrics import Result
-    from moeless.metrics.requests import parse_goodput
-    from moeless.simulator.bench import BenchConfig
     from moeless.tracking.run import start_run
     from moeless.tuning import Tuning, TuningConfig, parse_ranges
     from moeless.tuning.outcome import conclude
 
     names = tuple(objective or ("latency", "cost"))
+    policy = given["policies"]
     chosen = Policy.parse(policy)
-    bench = BenchConfig(
+    requests = given["max_requests"]
+    bench = BenchConfig.given(
+        given,
         trace=trace,
         policies=(chosen,),
-        costs=(costs,),
-        cluster=cluster,
-        model=model,
-        arrivals=arrivals,
-        lengths=lengths,
-        request_rate=request_rate,
-        batching=batching,
-        predictors=tuple(predictor or ()),
-        home=home,
-        objectives=parse_goodput(goodput or []),
-        max_requests=min(max_requests, 12) if quick else max_requests,
-        seed=seed,
+        costs=(given["costs"],),
+        max_requests=min(requests, 12) if quick else requests,
     )
     wanted = min(trials, 12) if quick else trials
     name = study or f"{policy}-{'-'.join(names)}"
@@ -98,7 +73,6 @@ def command(
     resolved = {
         **dataclasses.asdict(bench),
         "policies": [policy],
-        "trace": str(trace),
         "trials": wanted,
         "objectives": list(names),
         "storage": mask(storage),
@@ -108,9 +82,9 @@ def command(
     }
     if dry_run:
         common.dry_run(resolved, tuning.bench.estimate() | {"trials": wanted})
-    inputs = [trace, *bench.predictors, *([Path(arrivals)] if Path(arrivals).is_file() else [])]
+    inputs = [trace, *bench.predictors, *(path for path in (Path(bench.arrivals),) if path.is_file())]
     opened = tuning.open()
-    with start_run("tune", chosen.planner, resolved, seed, inputs, out, wandb) as run:
+    with start_run("tune", chosen.planner, resolved, bench.seed, inputs, out, wandb) as record:
         with common.progress() as bar:
             task = bar.add_task("trials", total=wanted)
             bar.update(task, completed=sum(trial.state.is_finished() for trial in opened.trials))
@@ -118,25 +92,37 @@ def command(
             def ended(trial: FrozenTrial) -> None:
                 bar.advance(task)
                 values = dict(zip(names, trial.values or [None] * len(names), strict=False))
-                run.log({"trial": trial.number, "state": trial.state.name.lower(), **values, **trial.params})
+                record.log({"trial": trial.number, "state": trial.state.name.lower(), **values, **trial.params})
 
             def waiting() -> None:
                 common.remarks.print("waiting for a sign of life of the processes that run the last trials")
 
             tuning.run(opened, ended, waiting)
-        outcome = conclude(tuning, opened, run.path)
-        run.produced(run.path / "preset.json", "preset")
-        run.produced(run.path / "tuning.json", "tuning")
-        run.write_result(Result(str(run.manifest["command_line"]), outcome.cells))
+        outcome = conclude(tuning, opened, record.path)
+        record.produced(record.path / "preset.json", "preset")
+        record.produced(record.path / "tuning.json", "tuning")
+        record.write_result(Result(str(record.manifest["command_line"]), outcome.cells))
         title, figure = _figure(tuning, outcome)
-        run.figure("tuning", figure, title)
+        record.figure("tuning", figure, title)
         for warning in dict.fromkeys(warning for cell in outcome.cells for warning in cell.warnings):
-            run.warn(warning)
+            record.warn(warning)
     if as_json:
         common.print_json(outcome.to_json())
         return
     _show(tuning, outcome)
-    common.remarks.print(f"run folder: {run.path}; the preset for serve-bench: {run.path / 'preset.json'}")
+    common.remarks.print(f"run folder: {record.path}; the preset for serve-bench: {record.path / 'preset.json'}")
+
+
+#: What tuning does not search itself.
+_TAKEN = (
+    "policies predictors arrivals request_rate max_requests seed batching model cluster costs objectives home lengths"
+)
+command = common.command(
+    run,
+    {"sim": BenchConfig},
+    only=_TAKEN.split(),
+    defaults={"policies": "moeless:history", "costs": "roofline", "max_requests": 50},
+)
 
 
 def _figure(tuning: Tuning, outcome: Outcome) -> tuple[str, Any]:

@@ -12,10 +12,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeless.configuration import Component, option
 from moeless.errors import UserError
 
 GB = 1e9
 GIB = 2.0**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware(Component, group="Model, cluster and costs"):
+    """Which model's shapes on which GPUs, and how long their work takes."""
+
+    model: str | None = option(
+        None, "--model", "Preset of shapes in place of the trace's own; live: a model folder, default the bundled one."
+    )
+    cluster: str | None = option(
+        None, "--cluster", "a6000x8, h100x8 (default of simulations), h100x8xN (N nodes), cpu2, cpu8."
+    )
+    costs: tuple[str, ...] | str | None = option(
+        None,
+        "--costs",
+        "paper, roofline, measured[:PROFILE]; default: paper and roofline, live the best that fits.",
+        kind=list[str],
+    )
 
 
 @dataclass(frozen=True)

@@ -14,23 +14,22 @@ def serve(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     predictors.
     """
     from moeless.engine.bench import LiveBench, LiveConfig, check_verified
-    from moeless.engine.workload import WorkloadSettings
     from moeless.machine import cores
     from moeless.metrics import schema
 
     config = LiveConfig(
         policies=tuple(params["policies"]),
-        workload=WorkloadSettings(
-            requests=params["requests"],
-            output_tokens=params["output_tokens"],
-            request_rate=params["request_rate"],
-            seed=params["seed"],
-        ),
+        max_requests=params["requests"],
+        output_tokens=params["output_tokens"],
+        request_rate=params["request_rate"],
+        token_budget=2048,
+        max_running=64,
         host=host(),
         ranks=params["ranks"],
         device="cpu",
         predictors=tuple(Path(need) for need in needs),
         verify=True,
+        predict=False,
         seed=params["seed"],
     )
     with tempfile.TemporaryDirectory(prefix="moeless-live-") as scratch:

@@ -8,12 +8,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moeless.cluster import Cluster, cluster
+from moeless.configuration import inherited
 from moeless.contracts import ModelPlan
 from moeless.devices import gpus_with_room
 from moeless.engine import room
@@ -21,55 +21,22 @@ from moeless.engine.checkpoint import Checkpoint
 from moeless.engine.forkserver import ForkServer
 from moeless.engine.hosts import HOSTS, remarks
 from moeless.engine.job import Job
-from moeless.engine.options import ServingOptions
+from moeless.engine.options import LiveConfig, ServingOptions
 from moeless.engine.predicted import best_costs, predict
 from moeless.engine.results import finished_requests, make_cell, read_records
-from moeless.engine.start import LAUNCHERS, by_torchrun, launch, serve_at
+from moeless.engine.start import by_torchrun, launch, serve_at
 from moeless.engine.torchrun import Place, end_well_on_sigterm, place
 from moeless.engine.verify import verification_path
-from moeless.engine.workload import WorkloadSettings, live_requests
+from moeless.engine.workload import live_requests
 from moeless.errors import RunFailed, UserError
 from moeless.files import write_text
 from moeless.machine import cores
-from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
 from moeless.spec import BYTES_PER_WEIGHT, MoESpec
-from moeless.workloads import schedulers
 
 #: Memory, as measured with the bundled model: of a program with the libraries that ranks need, of a rank that is forked
 #: from it, of a rank under torchrun, and of torchrun itself.
 PROGRAM_BYTES, FORKED_BYTES, RANK_BYTES, AGENT_BYTES = 400 * 10**6, 60 * 10**6, 450 * 10**6, 200 * 10**6
-
-
-@dataclass(frozen=True)
-class LiveConfig(ServingOptions):
-    """What ``serve-bench --backend live`` runs; every field goes into the manifest.
-
-    Attributes:
-        model: a model folder; None for the bundled model.
-        device: ``cpu`` (gloo), ``cuda`` (NCCL) or ``auto``.
-        launcher: ``fork`` (CPU ranks of this machine), ``torchrun``, or ``auto``: fork on CPUs, torchrun on GPUs.
-            Under torchrun already, this process is a rank of it.
-        dtype: ``float32``, ``bfloat16``, ``float16``; None: float32 on CPUs, the checkpoint's own on GPUs.
-        cluster: whose links and rates planners assume; None: ``cpu2``- or ``cpu8``-like, ``h100x8``-like on GPUs.
-        costs: by which planners plan, and the simulator's cells; None: see :func:`.predicted.best_costs`.
-        warmup: first iterations that layer figures leave out.
-        record: write a routing trace of the first policy.
-        predict: let the simulator serve the same requests with the same routing, and add its cells.
-    """
-
-    policies: tuple[str, ...]
-    workload: WorkloadSettings = field(default_factory=WorkloadSettings)
-    model: Path | None = None
-    device: str = "auto"
-    launcher: str = "auto"
-    dtype: str | None = None
-    cluster: str | None = None
-    costs: str | None = None
-    objectives: tuple[Objective, ...] = ()
-    warmup: int = 0
-    record: bool = False
-    predict: bool = False
 
 
 class LiveBench:
@@ -93,7 +60,7 @@ class LiveBench:
             raise UserError("a live run needs at least one --policy")
         HOSTS.get(config.host)
         self.config = config
-        self.device = config.device
+        self.device: str = config.device
         self.place = place()
         self.remarks = remarks(config.host)
         here = config.ranks if self.place is None else self.place.local_world
@@ -101,8 +68,6 @@ class LiveBench:
             raise UserError(f"torchrun started {self.place.world} ranks, --ranks says {config.ranks}")
         if config.device == "cuda" and torch.cuda.device_count() < here:
             raise UserError(f"{here} ranks need as many GPUs, this machine has {torch.cuda.device_count()}")
-        if config.launcher not in LAUNCHERS:
-            raise UserError(f"--launcher {config.launcher!r} is none of {', '.join(LAUNCHERS)}")
         if config.launcher == "fork" and config.device == "cuda":
             raise UserError("forked ranks cannot use GPUs; leave --launcher out, or give --launcher torchrun")
         self.model = checkpoint_folder("bundled" if config.model is None else config.model)
@@ -116,10 +81,8 @@ class LiveBench:
         name = "bundled" if config.model is None else spec.name
         self.spec: MoESpec = dataclasses.replace(spec, name=name, dtype=self.dtype, expert_dtype=self.dtype)
         self.costs = config.costs or best_costs(self.spec, self.cluster, self.device)
-        self.requests = live_requests(self.model, config.workload)
-        schedulers.build(
-            config.batching, [live.request for live in self.requests], config.ranks, **config.batching_options
-        )
+        self.requests = live_requests(self.model, config)
+        config.scheduler([live.request for live in self.requests], config.ranks)
         self._check_policies()
         self.shared, remark = room.place(self.needs(), room.look())
         self.remarks += [remark] if remark is not None else []
@@ -207,13 +170,12 @@ class LiveBench:
             spec=self.spec,
             cluster=self.cluster,
             costs=self.costs,
-            policies=config.policies,
             requests=self.requests,
             folder=folder,
             shared=shared,
             record=config.record or config.predict,
             record_inputs=self._reads_inputs,
-            **config.shared_options(),
+            **inherited(ServingOptions, config),
         )
 
     def run(self, out: Path) -> list[Cell]:
@@ -290,7 +252,7 @@ class LiveBench:
         checked = self._verify(job, [policy.lossy for policy in policies]) if job.verify else {}
         cells = []
         for index, (policy, record) in enumerate(zip(policies, records, strict=True)):
-            settings: dict[str, Any] = {"arrivals": self.config.workload.arrivals}
+            settings: dict[str, Any] = {"arrivals": self.config.arrivals}
             if index in checked:
                 settings["verification"] = checked[index]
             cell = make_cell(
@@ -304,7 +266,7 @@ class LiveBench:
 
             routing = read_routing(job)
             if self.config.record:
-                write_trace(job, routing, out / "trace", self.config.workload)
+                write_trace(job, routing, out / "trace", self.config)
             if self.config.predict:
                 cells += predict(job, policies, routing, warmup=self.config.warmup, objectives=self.config.objectives)
         return cells
@@ -329,8 +291,3 @@ def check_verified(cells: Sequence[Cell]) -> None:
         entry = cell.settings.get("verification")
         if entry is not None and not entry["passed"]:
             raise RunFailed(f"policy {cell.policy} is {entry['sentence']}")
-
-
-def serve_live(config: LiveConfig, out: Path) -> list[Cell]:
-    """Check, launch, serve, verify; see :class:`LiveBench`."""
-    return LiveBench(config).run(out)

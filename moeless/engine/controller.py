@@ -26,7 +26,8 @@ from moeless.contracts import BoolArray, Context, Forecast, InstanceState, IntAr
 from moeless.engine.core import PartTimes
 from moeless.engine.exchange import Exchange
 from moeless.engine.forecasting import Forecasting
-from moeless.engine.moves import CopySource, Held, moves_to, num_words, pack
+from moeless.engine.moves import Held, moves_to, num_words, pack
+from moeless.engine.options import CopySource
 from moeless.engine.planning import Planning
 from moeless.engine.store import ReplicaStore
 from moeless.placement.keep_kernels import hardly_changed

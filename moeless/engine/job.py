@@ -14,7 +14,7 @@ from moeless.files import read_json, write_json
 from moeless.spec import MoESpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job(ServingOptions):
     """Every policy over the same requests, on the same ranks.
 
@@ -30,7 +30,6 @@ class Job(ServingOptions):
     spec: MoESpec
     cluster: Cluster
     costs: str
-    policies: tuple[str, ...]
     requests: tuple[LiveRequest, ...]
     folder: Path
     shared: Path

@@ -9,16 +9,12 @@ Axes: G ranks, E experts, R replicas of a layer, W words of 64 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from moeless.contracts import BoolArray, IntArray, LayerPlan
 from moeless.costs import CostModel
-
-#: Where copies come from: the cheapest under the cost model, another rank wherever one holds it, or host memory only.
-CopySource = Literal["auto", "peer", "host"]
-COPY_SOURCES: tuple[CopySource, ...] = ("auto", "peer", "host")
+from moeless.engine.options import CopySource
 
 
 @dataclass(frozen=True)

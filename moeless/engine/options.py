@@ -1,80 +1,99 @@
-"""How ranks serve: what a configuration and the job that is made from it have in common."""
+"""Options of live runs: which requests, how ranks serve them, on what."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from moeless.engine.moves import COPY_SOURCES, CopySource
+from moeless.cluster import Hardware
+from moeless.configuration import Component, Seeded, option, options
 from moeless.errors import UserError
-from moeless.serverless import KeepAlive
+from moeless.metrics.options import Measuring
+from moeless.policy.options import Policies
+from moeless.workloads.options import Arrivals, Batching
+
+#: Where copies come from: the cheapest under the cost model, another rank wherever one holds it, or host memory only.
+CopySource = Literal["auto", "peer", "host"]
+
+
+class Live(Component, group="Live"):
+    """What only a live run has."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServingOptions:
+class PromptOptions(Live):
+    """What is asked. An answer has as many tokens as its arrival says, at most so many; end-of-text does not end it."""
+
+    prompts: str | None = option(None, "--prompts", "Prompt file, folder or hub id; default: the bundled ones.")
+    prompt_tokens: int = option(256, "--max-prompt", "Prompt tokens at most; longer prompts are cut.", minimum=1)
+    output_tokens: int = option(32, "--max-output", "Output tokens at most.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveWorkload(PromptOptions, Arrivals):
+    """Which requests a live run serves."""
+
+    max_requests: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions(Live, Batching, Policies, Seeded):
     """Options that go from the command line to every rank as they are.
 
-    Attributes:
-        host: who lends the rest of the model, a name of ``moeless.engine.hosts.HOSTS``.
-        batching: a scheduler's name; ``token_budget`` and ``max_running`` are continuous batching's.
-        extra_slots: places per layer and rank beyond the static ones; ``spare_slots``: those beyond that budget, which
-            keep-alive uses.
-        keep_alive: ``SECONDS``, ``lru`` or ``adaptive[:SECONDS]``; see :class:`moeless.serverless.KeepAlive`.
-        copy_from: where copies come from, one of ``moeless.engine.moves.COPY_SOURCES``.
-        replan_seconds: between the plans of a planner that plans by the clock.
-        skip_below_tokens: smaller iterations use primaries only, unplanned.
-        plan_every: iterations between the plans of a planner that plans per iteration.
-        predictors: folders of trained predictors.
-        planner_params: parameters other than the defaults, by planner.
-        temperature, top_p: of sampling; temperature 0 is greedy.
-        verify: keep the generated tokens' logits, score the prompts, and compare with the unmodified model.
-
-    Raises:
-        UserError: a value out of its range.
+    ``spare_slots`` are places per layer and rank beyond the budget of ``extra_slots``, which keep-alive uses.
     """
 
-    host: str = "transformers"
-    ranks: int = 2
-    batching: str = "continuous"
-    token_budget: int = 2048
-    max_running: int = 64
-    extra_slots: int = 1
+    host: str = option("transformers", "--host", "Who lends the rest of the model: megatron or transformers.")
+    ranks: int = option(2, "--ranks", "Expert-parallel ranks.", minimum=1)
+    copy_from: CopySource = option(
+        "auto", "--copy-from", "Copies from other ranks (peer) or host memory; auto takes the cheaper."
+    )
+    skip_below_tokens: int = option(
+        0, "--skip-below", "Iterations of fewer tokens use primaries only, unplanned.", minimum=0
+    )
+    temperature: float = option(0.0, "--temperature", "0 is greedy.", minimum=0.0)
+    top_p: float = option(1.0, "--top-p", "Probability to sample among.")
+    verify: bool = option(False, "--verify", "Compare outputs with the unmodified model.")
     spare_slots: int = 1
     keep_alive: str = "10"
-    copy_from: CopySource = "auto"
     replan_seconds: float = 2.0
-    skip_below_tokens: int = 0
-    plan_every: int = 1
-    predictors: tuple[Path, ...] = ()
-    planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    temperature: float = 0.0
-    top_p: float = 1.0
-    verify: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise UserError(f"--ranks must be at least 1, got {self.ranks}")
-        if self.plan_every < 1:
-            raise UserError(f"--plan-every must be at least 1, got {self.plan_every}")
-        if not self.temperature >= 0:
-            raise UserError(f"--temperature must be at least 0, got {self.temperature}")
+        from moeless.serverless import KeepAlive
+
+        super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must lie in (0, 1], got {self.top_p}")
-        if self.copy_from not in COPY_SOURCES:
-            raise UserError(f"--copy-from {self.copy_from!r} is none of {', '.join(COPY_SOURCES)}")
         KeepAlive.parse(self.keep_alive)
 
-    @property
-    def batching_options(self) -> dict[str, Any]:
-        """What the scheduler takes."""
-        if self.batching != "continuous":
-            return {}
-        return {"token_budget": self.token_budget, "max_running": self.max_running}
 
-    def shared_options(self) -> dict[str, Any]:
-        """These options of a class that has more, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(ServingOptions)}
+@dataclass(frozen=True, kw_only=True)
+class LiveConfig(ServingOptions, LiveWorkload, Measuring, Hardware):
+    """What ``serve-bench --backend live`` runs; every field goes into the manifest.
+
+    Under torchrun already, this process is a rank of it. ``cluster`` is the one whose links and rates planners assume:
+    ``cpu2`` or ``cpu8`` on CPUs, ``h100x8`` on GPUs.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "--device", "cpu (gloo) or cuda (NCCL); auto takes GPUs where there are enough."
+    )
+    launcher: Literal["auto", "fork", "torchrun"] = option(
+        "auto", "--launcher", "How ranks start; auto forks on CPUs, torchrun on GPUs."
+    )
+    dtype: str | None = option(
+        None, "--dtype", "float32, bfloat16 or float16; default: float32 on CPUs, the checkpoint's own on GPUs."
+    )
+    record: bool = option(False, "--record", "Write the first policy's routing as a trace.")
+    predict: bool = option(True, "--predict/--no-predict", "The simulator's figures for the same run beside.")
+    costs: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as the manifest keeps it."""
+        values = dataclasses.asdict(self)
+        values |= {"model": str(self.model or "bundled"), "policies": list(self.policies)}
+        values |= {"predictors": [str(path) for path in self.predictors], "workload": {}}
+        for name, known in options(LiveWorkload).items():
+            values["workload"][known.live_key or name] = values[name] if name == "seed" else values.pop(name)
+        return values

@@ -28,7 +28,6 @@ from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator.core import SimulationSettings, simulate
 from moeless.simulator.routing import Replay
 from moeless.spec import MoESpec
-from moeless.workloads import schedulers
 from moeless.workloads.lengths import Workload
 
 
@@ -77,7 +76,7 @@ def predict(
         found = simulate(
             replay,
             requests,
-            schedulers.build(job.batching, list(requests), job.ranks, **job.batching_options),
+            job.scheduler(requests, job.ranks),
             policy,
             settings=SimulationSettings(PoolSettings(keep_alive), job.replan_seconds, job.plan_every, warmup),
             objectives=objectives,

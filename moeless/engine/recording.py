@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeless.contracts import IntArray
 from moeless.engine.job import Job
-from moeless.engine.workload import WorkloadSettings
+from moeless.engine.options import LiveWorkload
 from moeless.errors import RunFailed
 from moeless.traces import RequestRows, TokenTraceWriter, TraceInfo
 
@@ -65,7 +65,7 @@ def read_routing(job: Job) -> Routing:
     )
 
 
-def write_trace(job: Job, routing: Routing, out: Path, workload: WorkloadSettings) -> TraceInfo:
+def write_trace(job: Job, routing: Routing, out: Path, workload: LiveWorkload) -> TraceInfo:
     """Write the routing as a trace of kind *tokens*, with gate inputs where they were recorded.
 
     Raises:

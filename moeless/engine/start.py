@@ -12,8 +12,6 @@ from moeless.engine.job import Job
 from moeless.engine.launch import raise_failure
 from moeless.engine.torchrun import Place, failures, run_torchrun
 
-LAUNCHERS = ("auto", "fork", "torchrun")
-
 
 def serve_at(job: Job, at: Place) -> None:
     """Be a rank of a torchrun launch.

@@ -34,7 +34,6 @@ from moeless.engine.torchrun import Place, place, report_path
 from moeless.machine import available_bytes, cores, processor_quota
 from moeless.policy import ResolvedPolicy
 from moeless.serverless import KeepAlive
-from moeless.workloads import schedulers
 
 #: Memory that a rank keeps for requests, messages and tables when it makes its slots.
 WORK_BYTES = 64 * 2**20
@@ -137,9 +136,7 @@ def serve(job: Job, ranks: Ranks) -> None:
             Controller(policy, exchange, store, settings), host.ffn, record=job.record and cell == job.recorded_cell
         )
         elastic.record_inputs = job.record_inputs
-        scheduler = schedulers.build(
-            job.batching, [live.request for live in job.requests], ranks.world, **job.batching_options
-        )
+        scheduler = job.scheduler([live.request for live in job.requests], ranks.world)
         loop_settings = LoopSettings(
             job.temperature, job.top_p, job.seed, keep_logits=job.verify and not policy.lossy, prompt_nll=job.verify
         )

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeless.contracts import Request
+from moeless.engine.options import LiveWorkload
 from moeless.engine.serving import LiveRequest
 from moeless.errors import UserError
-from moeless.workloads import arrivals, prompts
+from moeless.workloads import prompts
 
 
-@dataclass(frozen=True)
-class WorkloadSettings:
-    """Which requests are served.
-
-    Attributes:
-        prompts: as ``moeless.workloads.prompts.load`` takes it; None for the bundled ones.
-        arrivals, request_rate, burstiness, window, time_scale, duration: as in ``moeless.workloads.arrivals.load``.
-        requests: served at most.
-        prompt_tokens: prompts are cut after so many tokens.
-        output_tokens: an answer has as many tokens as its arrival says, at most so many; end-of-text tokens do not end
-            it, as usual in serving benchmarks.
-    """
-
-    prompts: str | None = None
-    arrivals: str = "azure-like"
-    request_rate: float | None = None
-    burstiness: float | None = None
-    window: tuple[float, float] | None = None
-    time_scale: float = 1.0
-    duration: float | None = None
-    requests: int = 50
-    prompt_tokens: int = 256
-    output_tokens: int = 32
-    seed: int = 0
-
-
-def live_requests(model: Path, settings: WorkloadSettings) -> tuple[LiveRequest, ...]:
+def live_requests(model: Path, settings: LiveWorkload) -> tuple[LiveRequest, ...]:
     """Requests in order of arrival, prompts drawn by the seed and repeated where there are too few.
 
     Raises:
@@ -46,16 +20,7 @@ def live_requests(model: Path, settings: WorkloadSettings) -> tuple[LiveRequest,
     """
     from transformers import AutoTokenizer
 
-    series = arrivals.load(
-        settings.arrivals,
-        num_requests=settings.requests,
-        duration=settings.duration,
-        window=settings.window,
-        time_scale=settings.time_scale,
-        request_rate=settings.request_rate,
-        burstiness=settings.burstiness,
-        seed=settings.seed,
-    )
+    series = settings.series()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ from moeless.costs import CostModel
 from moeless.errors import RunFailed, UserError
 from moeless.serverless import kernels
 from moeless.serverless.keep_alive import NUM_BINS, KeepAlive
+from moeless.serverless.options import Serverless
 from moeless.spec import MoESpec
 
 #: Where a copy's weights may come from besides another GPU.
@@ -30,30 +31,19 @@ HOME_TIERS = ("host", "storage")
 
 
 @dataclass(frozen=True)
-class PoolSettings:
-    """Assumptions about instances; the paper states none of the durations.
+class PoolSettings(Serverless):
+    """Assumptions about instances, beside the options.
 
     Attributes:
         keep_alive: of copies that no plan holds.
-        home: where every expert's weights always are: ``host`` memory or object ``storage``.
         instant: copies take no time and no link (the paper's cost formula).
         expert_bytes_G: memory for expert copies on each GPU; None: what the model's other weights and the KV cache
             of the running requests leave, moment by moment.
-        scale_to_zero: idle for a keep-alive, all copies expire and all GPUs are given back.
-        requests_per_gpu: GPUs are held for so many requests each, and as memory needs; those not needed for a
-            keep-alive are given back one by one. None: all are held.
-        container_seconds: starting a GPU container again; its non-expert weights then load from ``home``.
-        start_seconds: starting a copy's function instance, beside the transfer of its weights.
     """
 
     keep_alive: KeepAlive = field(default_factory=KeepAlive)
-    home: str = "host"
     instant: bool = False
     expert_bytes_G: tuple[float, ...] | None = None
-    scale_to_zero: bool = False
-    requests_per_gpu: float | None = None
-    container_seconds: float = 1.0
-    start_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.home not in HOME_TIERS:

@@ -1,6 +1,13 @@
 """What would happen on that cluster: trace, scheduler, policy and costs on a simulated clock."""
 
-from moeless.simulator.core import Simulation, SimulationSettings, simulate
-from moeless.simulator.routing import Replay
+from typing import TYPE_CHECKING
 
-__all__ = ["Replay", "Simulation", "SimulationSettings", "simulate"]
+from moeless import lazy
+
+if TYPE_CHECKING:
+    from moeless.simulator.core import Simulation as Simulation
+    from moeless.simulator.core import SimulationSettings as SimulationSettings
+    from moeless.simulator.core import simulate as simulate
+    from moeless.simulator.routing import Replay as Replay
+
+__getattr__ = lazy.names(__name__, core="Simulation SimulationSettings simulate", routing="Replay")

@@ -2,97 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeless.cluster import Cluster, cluster
+from moeless.configuration import inherited
 from moeless.contracts import FloatArray, IntArray, Policy
 from moeless.costs import COSTS
 from moeless.errors import UserError
-from moeless.metrics.requests import Objective
 from moeless.placement import PLANNERS
 from moeless.policy import ORACLE, ResolvedPolicy, SimulationPredictors, resolve
 from moeless.serverless import KeepAlive, PoolSettings
+from moeless.serverless.options import Serverless
 from moeless.simulator.core import Simulation, SimulationSettings, simulate
-from moeless.simulator.failures import Failure, check_failures
+from moeless.simulator.failures import check_failures
 from moeless.simulator.loop import Run
+from moeless.simulator.options import BenchConfig, Part
 from moeless.simulator.routing import Replay
 from moeless.simulator.timeline import Timeline
 from moeless.spec import MoESpec, preset
 from moeless.traces import TokenTrace, open_trace, require_kind
 from moeless.traces.compose import range_loads
-from moeless.workloads import arrivals, lengths, schedulers
+from moeless.workloads import lengths
+from moeless.workloads.scheduler import Scheduler
 
-Part = Literal["test", "tune"]
 #: Share of the trace's requests that is history (predictors, first plans); the rest is served.
 HISTORY_SHARE = 0.7
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What ``serve-bench --backend sim`` runs; every field goes into the manifest.
-
-    Attributes:
-        trace: a folder of kind tokens.
-        model: a preset whose shapes replace the trace's own (same experts and top-k; as many layers as were
-            recorded), None keeps them. The result is then labelled synthetic.
-        arrivals, lengths, request_rate, burstiness: as in ``moeless.workloads``.
-        batching: ``continuous`` or ``one-second``, with the options of ``moeless.workloads.schedulers.parse``.
-        predictors: folders of fitted predictors.
-        extra_slots: replicas per GPU and layer beyond the static primaries.
-        max_requests, duration: where the workload ends.
-        part: which requests of the trace are served: ``test``, those that history and fitting leave out, or ``tune``,
-            a share of the others, so that what is tuned can be tested on requests that tuning never saw.
-        arrivals_window: seconds [start, stop) of a request trace's file that are used.
-        time_scale: factor on all arrival times.
-        keep_alive, home, scale_to_zero, requests_per_gpu, container_seconds, start_seconds: of expert copies and GPUs;
-            see ``moeless.serverless``. Serverful planners keep no copy that their plan does not hold, and all GPUs.
-        failures: what breaks, and when.
-        replan_seconds: between EPLB's plans.
-        plan_every: iterations between the plans of planners that plan per iteration (moeless, elastic).
-        instant_copies: whether copies take no time; None: only under the ``paper`` costs, whose formula has no term
-            for them.
-    """
-
-    trace: Path
-    policies: tuple[Policy, ...]
-    costs: tuple[str, ...]
-    cluster: str = "h100x8"
-    model: str | None = None
-    arrivals: str = "azure-like"
-    lengths: str = "trace"
-    request_rate: float | None = None
-    burstiness: float | None = None
-    batching: str = "continuous"
-    token_budget: int = 8192
-    max_running: int = 256
-    predictors: tuple[Path, ...] = ()
-    extra_slots: int = 1
-    max_requests: int | None = 1000
-    duration: float | None = None
-    part: Part = "test"
-    arrivals_window: tuple[float, float] | None = None
-    time_scale: float = 1.0
-    objectives: tuple[Objective, ...] = ()
-    warmup: int = 0
-    keep_alive: float | str = 10.0
-    scale_to_zero: bool = False
-    requests_per_gpu: float | None = None
-    container_seconds: float = 1.0
-    start_seconds: float = 0.0
-    failures: tuple[Failure, ...] = ()
-    home: str = "host"
-    replan_seconds: float = 600.0
-    plan_every: int = 1
-    instant_copies: bool | None = None
-    planner_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,24 +113,8 @@ class Bench:
                 PLANNERS.get(policy.planner)
         self.predictors = SimulationPredictors(trace.spec, config.predictors, trace.has_router_inputs)
         self.served = split_trace(trace, 0, config.part)
-        series = arrivals.load(
-            config.arrivals,
-            num_requests=config.max_requests,
-            duration=config.duration,
-            window=config.arrivals_window,
-            time_scale=config.time_scale,
-            request_rate=config.request_rate,
-            burstiness=config.burstiness,
-            seed=config.seed,
-        )
-        if config.lengths not in ("trace", "arrival"):
-            raise UserError(f"--lengths is {config.lengths!r}, it must be trace or arrival")
         self.workload = lengths.join(
-            series,
-            self.served,
-            len(self.served.topk_TLK),
-            lengths=config.lengths,  # type: ignore[arg-type]
-            seed=config.seed,
+            config.series(), self.served, len(self.served.topk_TLK), lengths=config.lengths, seed=config.seed
         )
         token_T = trace.token_T[self.served.row_T]
         known = token_T if bool((token_T >= 0).any()) else None
@@ -218,11 +143,8 @@ class Bench:
         """Whether one model's routing is played on another's shapes."""
         return self.spec.name != self.trace.spec.name
 
-    def _scheduler(self) -> schedulers.Scheduler:
-        options: dict[str, Any] = {}
-        if schedulers.parse(self.config.batching)[0] == "continuous":
-            options = {"token_budget": self.config.token_budget, "max_running": self.config.max_running}
-        return schedulers.build(self.config.batching, self.workload.requests, self.cluster.G, **options)
+    def _scheduler(self) -> Scheduler:
+        return self.config.scheduler(self.workload.requests, self.cluster.G)
 
     @property
     def cells(self) -> list[tuple[str, Policy]]:
@@ -285,13 +207,9 @@ class Bench:
             params=config.planner_params.get(policy.planner),
         )
         pool = PoolSettings(
-            keep_alive=KeepAlive.parse(str(config.keep_alive)),
-            home=config.home,
+            KeepAlive.parse(str(config.keep_alive)),
             instant=costs_name == "paper" if config.instant_copies is None else config.instant_copies,
-            scale_to_zero=config.scale_to_zero,
-            requests_per_gpu=config.requests_per_gpu,
-            container_seconds=config.container_seconds,
-            start_seconds=config.start_seconds,
+            **inherited(Serverless, config),
         )
         # a serverful planner frees what it no longer wants at once, and holds its GPUs
         if runtime.planner.cadence != "iteration":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,12 +56,15 @@ def _digest(path: Path) -> list[Any]:
     return [hashlib.sha256(head.read_bytes()).hexdigest() for head in heads if head.is_file()]
 
 
-def points(config: BenchConfig, rates: Sequence[float | None], clusters: Sequence[str]) -> list[Point]:
-    """Every cluster, rate, cost model and policy, in this order of nesting."""
+def points(config: BenchConfig, axes: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Every combination of the axes' values, then every cost model and policy, in this order of nesting.
+
+    Args:
+        axes: values by field name of the configuration.
+    """
     return [
-        Point(replace(config, cluster=cluster, request_rate=rate), costs, policy)
-        for cluster in clusters
-        for rate in rates
+        Point(replace(config, **dict(zip(axes, values, strict=True))), costs, policy)
+        for values in itertools.product(*axes.values())
         for costs in config.costs
         for policy in config.policies
     ]

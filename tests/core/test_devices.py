@@ -62,11 +62,10 @@ def test_a_full_gpu_stops_neither_recording_nor_fitting(
 
 def test_a_live_run_takes_the_cpu_where_gpus_are_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from moeless.engine.bench import LiveBench, LiveConfig
-    from moeless.engine.workload import WorkloadSettings
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(devices, "free_gpu_bytes", lambda: [80 * GB, 0])
-    run = LiveBench(LiveConfig(("static",), WorkloadSettings(requests=2)))
+    run = LiveBench(LiveConfig(policies=("static",), max_requests=2))
     assert run.device == "cpu"
     assert "GPU 1 has 0.0 GB free" in run.remarks[0]
 

@@ -17,6 +17,7 @@ from moeless.engine import groups, worker
 from moeless.engine.elastic import COLUMNS
 from moeless.engine.job import Job
 from moeless.engine.launch import run_forked
+from moeless.engine.options import LiveWorkload
 from moeless.engine.policy import resolve_live
 from moeless.engine.recording import read_routing, write_trace
 from moeless.engine.results import finished_requests, make_cell, read_records
@@ -24,7 +25,6 @@ from moeless.engine.start import ranks_of
 from moeless.engine.store import ReplicaStore
 from moeless.engine.transfers import Transfers
 from moeless.engine.verify import Reference, Verification
-from moeless.engine.workload import WorkloadSettings
 from moeless.errors import RunFailed, UserError
 from moeless.traces import TokenTrace, open_trace
 
@@ -129,7 +129,7 @@ def test_a_cell_has_layer_request_and_billing_figures(served: Job) -> None:
 def test_the_recorded_trace_is_the_router_s_own_decisions(served: Job, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    write_trace(served, read_routing(served), tmp_path / "trace", WorkloadSettings())
+    write_trace(served, read_routing(served), tmp_path / "trace", LiveWorkload())
     trace = open_trace(tmp_path / "trace")
     assert isinstance(trace, TokenTrace)
     assert trace.num_requests == len(served.requests)
@@ -319,7 +319,7 @@ def test_a_broken_checkpoint_or_plan_is_refused_before_launch(
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="not an intact safetensors file"):
-        bench.LiveBench(bench.LiveConfig(("static",), model=tmp_path / "model"))
+        bench.LiveBench(bench.LiveConfig(policies=("static",), model=tmp_path / "model"))
     first = ResolvedPolicy.first_plans
 
     def without_primaries(self: ResolvedPolicy) -> list[LayerPlan]:
@@ -327,7 +327,7 @@ def test_a_broken_checkpoint_or_plan_is_refused_before_launch(
 
     monkeypatch.setattr(ResolvedPolicy, "first_plans", without_primaries)
     with pytest.raises(UserError, match="expert 0 has 0 primaries"):
-        bench.LiveBench(bench.LiveConfig(("static",), WorkloadSettings(requests=2)))
+        bench.LiveBench(bench.LiveConfig(policies=("static",), max_requests=2))
     assert started == []
 
 

@@ -72,7 +72,7 @@ def test_a_live_run_with_an_untested_release_warns_once_and_goes_on(install: Cal
 
 def test_what_is_said_of_an_untested_release_is_kept_with_the_run(install: Callable[..., None]) -> None:
     install("0.99.1")
-    made = bench.LiveBench(bench.LiveConfig(("static",), host="megatron"))
+    made = bench.LiveBench(bench.LiveConfig(policies=("static",), host="megatron"))
     assert [remark for remark in made.remarks if "0.99.1" in remark] == hosts.remarks("megatron")
 
 

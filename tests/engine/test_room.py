@@ -17,7 +17,6 @@ from moeless.engine import bench, room
 from moeless.engine.bench import LiveBench, LiveConfig
 from moeless.engine.job import Job
 from moeless.engine.results import read_records
-from moeless.engine.workload import WorkloadSettings
 from moeless.errors import RunFailed, UserError
 
 GB = 10**9
@@ -83,8 +82,15 @@ def test_a_folder_may_be_named_in_place_of_the_memory_file_system(
 
 
 def small_config(**changes: object) -> LiveConfig:
-    settings = WorkloadSettings(requests=2, prompt_tokens=8, output_tokens=2)
-    return LiveConfig(("static",), settings, device="cpu", **changes)  # type: ignore[arg-type]
+    small = {
+        "policies": ("static",),
+        "predict": False,
+        "max_requests": 2,
+        "prompt_tokens": 8,
+        "output_tokens": 2,
+        "device": "cpu",
+    }
+    return LiveConfig(**(small | changes))
 
 
 def test_needs_grow_with_the_ranks_and_with_what_is_verified() -> None:

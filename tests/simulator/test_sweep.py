@@ -15,8 +15,9 @@ from moeless.traces.synthetic import SyntheticParams, write_synthetic
 def planned(tmp_path_factory, spec):
     trace = tmp_path_factory.mktemp("sweep") / "trace"
     write_synthetic(trace, spec, requests=12, params=SyntheticParams(prompt_tokens=8, output_tokens=6))
-    config = BenchConfig(trace, (Policy("static"), Policy.parse("eplb:history")), ("roofline",), max_requests=4)
-    return points(config, (1.0, 50.0), ("h100x8", "a6000x8"))
+    policies = (Policy("static"), Policy.parse("eplb:history"))
+    config = BenchConfig(trace=trace, policies=policies, costs=("roofline",), max_requests=4)
+    return points(config, {"cluster": ("h100x8", "a6000x8"), "request_rate": (1.0, 50.0)})
 
 
 def test_a_killed_sweep_computes_only_what_it_has_not_finished(planned, tmp_path):

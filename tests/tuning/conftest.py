@@ -51,7 +51,11 @@ def tuning_for(trace: Path, tmp_path: Path) -> Callable[..., Tuning]:
 
     def make(**changes: Any) -> Tuning:
         bench = BenchConfig(
-            trace, (Policy.parse("moeless:history"),), ("roofline",), arrivals="poisson:200", max_requests=8
+            trace=trace,
+            policies=(Policy.parse("moeless:history"),),
+            costs=("roofline",),
+            arrivals="poisson:200",
+            max_requests=8,
         )
         inner = {key: changes.pop(key) for key in list(changes) if hasattr(bench, key)}
         config = TuningConfig(replace(bench, **inner), 6, ("latency", "cost"), str(tmp_path / "studies.journal"), "s")
