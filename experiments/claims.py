@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,12 @@ from typing import Any
 
 from moeless.contracts import Policy
 from moeless.errors import RunFailed
-from moeless.experiments import claims_table
+from moeless.experiments import serving
 from moeless.experiments.cells import intervals
+from moeless.experiments.statements import CHANGES
 from moeless.files import write_text
-from moeless.metrics import Result, write_result
+from moeless.metrics import Cell, Result, catalogue, write_result
+from moeless.report.page import markdown
 from moeless.simulator.bench import Bench, BenchConfig
 from moeless.spec import preset
 from moeless.traces.synthetic import SyntheticParams, write_synthetic
@@ -88,7 +90,7 @@ def run_model(model: str, requests: int, batching: str, rate: float | None) -> l
                     continue
                 row = intervals.row(simulation, bench.spec, bench.cluster.G)
                 row["layer"]["cdf_ms"] = []
-                name, took = claims_table.name_of(simulation.cell), time.perf_counter() - begun
+                name, took = name_of(simulation.cell), time.perf_counter() - begun
                 print(
                     f"{model}, {costs}, {name}: {1e3 * row['layer']['mean_ms']:.4g} us a layer, {took:.0f} s",
                     flush=True,
@@ -104,6 +106,181 @@ def run(counts: Mapping[str, int], batching: str, rate: float | None) -> list[di
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as workers:
         asked = {model: workers.submit(run_model, model, counts[model], batching, rate) for model in order}
         return [row for model in MODELS for row in asked[model].result()]
+
+
+def name_of(cell: Cell) -> str:
+    """The policy, with its extra slots where there is more than one."""
+    slots = cell.settings.get("extra_slots", 1)
+    return cell.policy + (f", {slots} extra slots" if slots != 1 else "")
+
+
+Rows = Sequence[Mapping[str, Any]]
+#: Baselines in the order of the tables.
+MEGATRON, EPLB, ORACLE = "static", "eplb:history", "oracle"
+
+
+def _groups(rows: Rows) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
+    """Result rows by (model, costs), then by name."""
+    groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        cell = serving.cell(row)
+        groups.setdefault((cell.model, cell.costs), {})[name_of(cell)] = row
+    return groups
+
+
+def _where(model: str, mine: Mapping[str, Mapping[str, Any]]) -> str:
+    one = serving.cell(next(iter(mine.values())))
+    return f"{model} ({one.evidence}, {one.cluster})"
+
+
+def _of(row: Mapping[str, Any] | None, key: str) -> float | None:
+    """A metric of a result row; None without the row."""
+    return None if row is None else catalogue.BY_KEY[key].of(serving.cell(row))
+
+
+def _lead(model: str, costs: str, mine: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+    return [_where(model, mine), costs, name + (" †" if serving.cell(mine[name]).lossy else "")]
+
+
+def _change(mine: float | None, theirs: float | None) -> str | None:
+    return f"{serving.change(mine, theirs):+.1f}".replace("-", "−") if mine is not None and theirs else None
+
+
+def certain(rows: Rows) -> str:
+    """Changes with 90 % intervals, both runs resampled in the same blocks of iterations."""
+    columns = ["model", "costs", "policy", "latency vs Megatron-LM", "latency vs EPLB", "paper bill vs Megatron-LM"]
+    pairs = ((MEGATRON, "layer.mean_ms"), (EPLB, "layer.mean_ms"), (MEGATRON, "billing.paper"))
+    lines = [
+        [model, costs, name, *(_interval(row, mine.get(base), key) for base, key in pairs)]
+        for (model, costs), mine in _groups(rows).items()
+        for name, row in mine.items()
+        if name not in (MEGATRON, ORACLE) and MEGATRON in mine
+    ]
+    return markdown(columns, lines)
+
+
+def _interval(mine: Mapping[str, Any], base: Mapping[str, Any] | None, key: str) -> str | None:
+    if base is None or mine is base:
+        return None
+    middle, low, high = (100 * (value - 1) for value in serving.ratio(mine, base, key))
+    known = "" if low != low else f" [{low:+.1f}, {high:+.1f}]"
+    return f"{middle:+.1f}{known}".replace("-", "−")
+
+
+def absolute(rows: Rows) -> str:
+    """One row per model, cost model and policy: layer time and every bill."""
+    lines = [
+        [*_lead(model, costs, mine, name), *catalogue.texts("claims", serving.cell(row))]
+        for (model, costs), mine in _groups(rows).items()
+        for name, row in mine.items()
+    ]
+    return markdown(["model", "costs", "policy", *catalogue.headings("claims")], lines)
+
+
+def relative(rows: Rows) -> str:
+    """One row per model, cost model and system, the baselines too: changes against each baseline, the paper's first."""
+    bills = {bill.key: bill.columns["claims"].label.removesuffix(f" {bill.unit}") for bill in catalogue.BILLS}
+    columns = ["model", "costs", "policy", "latency vs Megatron-LM", "vs EPLB", "vs Oracle"]
+    columns += [f"{bill} vs {other}" for bill in bills.values() for other in ("Megatron-LM", "Oracle", "EPLB")]
+    stated = [f"{value:+.2f}".replace("-", "−") for value in CHANGES.values()]
+    lines = [["the paper", None, "MoEless", *stated[:2], None, *stated[2:], *([None] * 7)]]
+    compared = [("layer.mean_ms", base, "layer.mean_ms") for base in (MEGATRON, EPLB, ORACLE)]
+    compared += [(bill, base, bill) for bill in bills for base in (MEGATRON, ORACLE, EPLB)]
+    compared.append(("billing.paper", MEGATRON, "billing.paper_whole"))
+    lines += [
+        [
+            *_lead(model, costs, mine, name),
+            *(_change(_of(row, key), _of(mine.get(base), theirs)) for key, base, theirs in compared),
+        ]
+        for (model, costs), mine in _groups(rows).items()
+        for name, row in mine.items()
+        if MEGATRON in mine
+    ]
+    return markdown([*columns, "own layer vs Megatron-LM's all layers"], lines)
+
+
+def implied() -> dict[str, float]:
+    """What the paper's five means imply of each other if they compose, relative to Megatron-LM.
+
+    Latencies, and costs over latencies, which is the memory that is billed.
+    """
+    kept = {key: 1.0 + value / 100.0 for key, value in CHANGES.items()}
+    mine, cost = kept["layer.mean_ms", "static"], kept["billing.paper", "static"]
+    eplb_latency, eplb_cost = mine / kept["layer.mean_ms", "eplb"], cost / kept["billing.paper", "eplb"]
+    return {
+        "MoEless latency": mine,
+        "MoEless memory": cost / mine,
+        "EPLB latency": eplb_latency,
+        "EPLB memory": eplb_cost / eplb_latency,
+        # the oracle holds what Megatron-LM holds: its cost is its latency
+        "Oracle latency": cost / kept["billing.paper", "oracle"],
+    }
+
+
+def needed(rows: Rows) -> str:
+    """What would have to be true for the paper's figures, beside what is, under the paper's own costs."""
+    want, best = implied(), "moeless:oracle:1"
+    latency, memory = f"{want['MoEless latency']:.3f}", f"{want['MoEless memory']:.3f}"
+    lines: list[list[str | None]] = [
+        ["MoEless latency (perfect forecast)", latency],
+        ["the same, 3 extra slots", latency],
+        ["EPLB latency", f"{want['EPLB latency']:.3f}"],
+        ["Oracle latency", f"{want['Oracle latency']:.3f}"],
+        ["EPLB billed memory", f"{want['EPLB memory']:.2f}"],
+        ["MoEless billed memory, own layer against own layer", memory],
+        ["MoEless billed memory, own layer against all layers", memory],
+        ["layer times that each copy is billed for, so that the cost is the paper's", None],
+    ]
+    columns = ["quantity, relative to Megatron-LM", "the paper implies"]
+    for (model, costs), mine in _groups(rows).items():
+        if costs != "paper" or MEGATRON not in mine:
+            continue
+        columns.append(_where(model, mine))
+        layers = preset(model).L
+
+        def over(name: str, key: str, base: str = "", mine: Mapping[str, Any] = mine) -> float | None:
+            one, other = _of(mine.get(name), key), _of(mine[MEGATRON], base or key)
+            return None if one is None or not other else one / other
+
+        held = over(best, "layer.replicas")
+        billed = over(best, "billing.paper", "billing.paper_whole")
+        stated = 1 + CHANGES["billing.paper", "static"] / 100
+        figures = [over(name, "layer.mean_ms") for name in (best, f"{best}, 3 extra slots", EPLB, ORACLE)]
+        figures += [over(EPLB, "layer.replicas"), held, None if held is None else held / layers]
+        forms = (".3f", ".3f", ".3f", ".3f", ".2f", ".3f", ".3f")
+        texts = [None if value is None else f"{value:{form}}" for value, form in zip(figures, forms, strict=True)]
+        for line, text in zip(lines, [*texts, f"{stated / billed:.1f} of {layers}" if billed else None], strict=True):
+            line.append(text)
+    return markdown(columns, lines)
+
+
+def document(rows: Rows, command: str, state: Mapping[str, Any] | None) -> str:
+    """The whole file; ``state`` is the code's revision, as ``tracking.environment.git_state`` tells it."""
+    want, cells = implied(), [serving.cell(row) for row in rows]
+    code = "outside a checkout" if state is None else state["revision"] + (", changed" if state["dirty"] else "")
+    served = {cell.model: f"{cell.settings['requests']} ({cell.layer.samples:,} layer runs)" for cell in cells}
+    return (
+        f"# Claims\n\nCommand: `{command}`. Code: {code}. Requests: "
+        f"{', '.join(f'{model} {count}' for model, count in served.items())}.\n\n"
+        "Changes in per cent, lower is better. Megatron-LM is `static`. Evidence: *synthetic* is made-up routing with "
+        "the model's shapes, *simulated* is real routing. † changes the model's outputs. `moeless:oracle` has perfect "
+        "forecasts, which the paper's system cannot exceed.\n\n"
+        f"## Against each baseline\n\n{relative(rows)}\n"
+        "The paper bill counts every system's experts only while their own layer runs. The last column bills "
+        "Megatron-LM for all layers' experts all the time, MoEless by its own rule.\n\n"
+        f"## How sure\n\n{certain(rows)}\n"
+        f"Per cent; {serving.PAIRED}. They speak of this workload's iterations, not of other models or days.\n\n"
+        f"## What would have to be true\n\n{needed(rows)}\n"
+        "If the paper's five means compose, MoEless is billed for "
+        f"{want['MoEless memory']:.3f} of Megatron-LM's memory, EPLB for {want['EPLB memory']:.2f} times as much, and "
+        f"the Oracle takes {want['Oracle latency']:.3f} of Megatron-LM's time, so that Megatron-LM's slowest GPU takes "
+        f"{1 / want['Oracle latency']:.2f} times the mean. A plan holds at least one copy of every expert: billed by "
+        "one rule for all, MoEless's memory cannot lie below Megatron-LM's. The stated savings need a baseline that is "
+        "billed for all its layers while MoEless is billed for some. The last row says for how many layer times each "
+        "of MoEless's copies would be billed (its own, those before it in which it is pre-warmed, those after it in "
+        "which it is kept) if the stated saving against Megatron-LM were met exactly.\n\n"
+        f"## Absolute figures\n\n{absolute(rows)}"
+    )
 
 
 def main() -> None:
@@ -123,9 +300,9 @@ def main() -> None:
     rate = "" if arguments.rate is None else f" --rate {arguments.rate:g}"
     command = f"python -m moeless.experiments.claims --requests {requests} --gpt-oss-requests {recorded}"
     command += f" --batching {arguments.batching}{rate}"
-    result = Result(command, tuple(claims_table.cells_of(rows)))
+    result = Result(command, tuple(serving.cell(row) for row in rows))
     write_result(arguments.out / "result.json", result)
-    write_text(arguments.out / "table.md", claims_table.document(rows, command, state))
+    write_text(arguments.out / "table.md", document(rows, command, state))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from moeless.experiments.recipes import Recipe, recipes
 from moeless.experiments.runner import closure
 from moeless.experiments.statements import read_claims
 from moeless.files import read_json, write_json, write_text
-from moeless.report.page import cell_text
+from moeless.report.page import markdown
 
 REFERENCE = Path("results/reference/reproduction")
 DOCUMENT = Path("docs/reproduction.md")
@@ -52,13 +52,6 @@ the same commands that run here; without the weights each ends in a sentence tha
 """
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(cell_text(cell).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(columns), "|" + "---|" * len(columns), *map(line, rows)]) + "\n"
-
-
 def render(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The document's text."""
     experiments = record["experiments"]
@@ -67,10 +60,10 @@ def render(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         _HEAD,
         _made(record, facts),
         "## Claims\n\n",
-        _table(CLAIM_COLUMNS, claim_rows(claims)),
+        markdown(CLAIM_COLUMNS, claim_rows(claims)),
         _CLAIM_WORDS,
         "## What the paper says in words\n\n",
-        _table(FINDING_COLUMNS, finding_rows(experiments)),
+        markdown(FINDING_COLUMNS, finding_rows(experiments)),
         "\nWhere we agree and differ, and why:\n\n",
         *(f"- {text}\n" for text in explanations.paragraphs(record)),
         "\n",
@@ -102,7 +95,7 @@ def _durations(experiments: Sequence[Mapping[str, Any]], facts: Mapping[str, Any
         [f"`moeless reproduce {entry['name']}`", entry["title"], round(entry["seconds"], 1), entry["computed"]]
         for entry in experiments
     ]
-    table = _table(["command", "what", "seconds in that run", "results computed"], rows)
+    table = markdown(["command", "what", "seconds in that run", "results computed"], rows)
     if "full_minutes" not in facts:
         return table
     return (
@@ -123,7 +116,7 @@ def _section(entry: Mapping[str, Any]) -> str:
         parts.append("\n")
     for shown in entry["shown"].values():
         if len(shown["rows"]) <= LONGEST:
-            parts.append(f"\n{shown['caption']}:\n\n{_table(shown['columns'], shown['rows'])}")
+            parts.append(f"\n{shown['caption']}:\n\n{markdown(shown['columns'], shown['rows'])}")
     parts += [f"\n> {warning}\n" for warning in entry["warnings"]]
     return "".join(parts)
 

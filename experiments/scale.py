@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments import serving, study
+from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.metrics import catalogue
 from moeless.metrics.result import Cell
 from moeless.report import line_figures
 
@@ -16,10 +17,10 @@ EPLB = ("eplb:history", "eplb-hierarchical:history")
 POLICIES = ("static", *EPLB, "moeless:history", "elastic:history", "oracle")
 GPUS = (8, 32, 128, 512, 1024)
 MODEL = "deepseek-v3"
-COLUMNS = (
-    "GPUs", *study.COLUMNS[1:6], "experts (ms)", "all-to-all (ms)", "control (ms)", "waiting (ms)",
-    "first iteration (ms)", "later ones (ms)", "layer runs",
-)  # fmt: skip
+#: Part of a layer's time to its heading.
+PARTS = {"expert": "experts (ms)", "all_to_all": "all-to-all (ms)", "control": "control (ms)", "stall": "waiting (ms)"}
+#: Setting of a run that holds a time to its heading.
+SPLIT = {"first_ms": "first iteration (ms)", "later_ms": "later ones (ms)"}
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
@@ -34,7 +35,7 @@ def _jobs(options: Options) -> Mapping[str, Job]:
                 "prompt_tokens": 16,
                 "output_tokens": options.pick(16, 128),
                 "policy": policy,
-                "costs": study.physical(options),
+                "costs": serving.physical(options),
                 "extra_slots": 1,
                 "plan_every": 8,
                 "seed": options.seed,
@@ -45,26 +46,31 @@ def _jobs(options: Options) -> Mapping[str, Job]:
 
 
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
-    found = {(gpus, policy): study.found(results, str(gpus), policy) for gpus in GPUS for policy in POLICIES}
-    rows = []
-    for (gpus, policy), one in found.items():
-        layer = one.layer
-        parts = [layer.parts_ms[name] for name in ("expert", "all_to_all", "control", "stall")]
-        split = [one.settings[name] for name in ("first_ms", "later_ms")]
-        figures = [layer.mean_ms, layer.p99_ms, layer.imbalance, layer.replicas]
-        rows.append([gpus, policy, *figures, *parts, *split, layer.samples])
+    found = {(gpus, policy): serving.found(results, str(gpus), policy) for gpus in GPUS for policy in POLICIES}
+    rows = [
+        [
+            gpus,
+            policy,
+            *catalogue.values("scale", one),
+            *(one.layer.parts_ms[name] for name in PARTS),
+            *(one.settings[name] for name in SPLIT),
+            one.layer.samples,
+        ]
+        for (gpus, policy), one in found.items()
+    ]
+    columns = ("GPUs", "policy", *catalogue.headings("scale"), *PARTS.values(), *SPLIT.values(), "layer runs")
     series = {}
     for policy in POLICIES:
         ratio_X3 = np.array([serving.ratio(results[f"{gpus}|{policy}"], results[f"{gpus}|static"]) for gpus in GPUS])
-        series[policy] = line_figures.Line(GPUS, ratio_X3[:, 0], ratio_X3[:, 1], ratio_X3[:, 2])
-    runs = min(one.layer.samples for one in found.values())
+        series[policy] = line_figures.Line(GPUS, *ratio_X3.T)
+    runs = serving.fewest_runs(found.values())
     plot = Plot(
         line_figures.lines(
             series, xlabel="GPUs", ylabel="mean layer time ÷ static EP's", title="Layer time over GPUs",
             policies=True, log_x=True, ylim=(0, None),
         ),
         f"32 decoding requests a GPU (prompts included), {MODEL} shapes, nodes of eight H100, "
-        f"{study.physical(options)} costs, one extra slot per GPU; n = {runs:,} layer runs a point; bands: "
+        f"{serving.physical(options)} costs, one extra slot per GPU; n = {runs:,} layer runs a point; bands: "
         f"{serving.PAIRED}.",
         "synthetic",
         "synthetic routing",
@@ -75,8 +81,8 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         base = found[gpus, "static"].layer.mean_ms
         text.append(
             f"{gpus} GPUs: {best} is fastest without changing outputs, "
-            f"{study.change(found[gpus, best].layer.mean_ms, base)} against static EP; "
-            f"elastic {study.change(found[gpus, 'elastic:history'].layer.mean_ms, base)}."
+            f"{serving.change_text(found[gpus, best].layer.mean_ms, base)} against static EP; "
+            f"elastic {serving.change_text(found[gpus, 'elastic:history'].layer.mean_ms, base)}."
         )
         text += _split(gpus, *(found[gpus, policy] for policy in ("static", "eplb:history", "elastic:history")))
     text.append(
@@ -87,7 +93,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     notes = [
         text for text in dict.fromkeys(note for one in found.values() for note in one.warnings) if "p99" not in text
     ]
-    return Drawn({"gpus": plot}, {"points": Data(COLUMNS, rows, "Each policy", show=True)}, text=text, warnings=notes)
+    return Drawn({"gpus": plot}, {"points": Data(columns, rows, "Each policy", show=True)}, text=text, warnings=notes)
 
 
 def _split(gpus: int, static: Cell, eplb: Cell, elastic: Cell) -> list[str]:
@@ -96,16 +102,18 @@ def _split(gpus: int, static: Cell, eplb: Cell, elastic: Cell) -> list[str]:
         return []
     said = []
     for name, what in (("first_ms", "the first iteration, all prompts at once"), ("later_ms", "the later ones")):
-        mine, theirs = (study.change(one.settings[name], static.settings[name]) for one in (elastic, eplb))
+        mine, theirs = (serving.change_text(one.settings[name], static.settings[name]) for one in (elastic, eplb))
         said.append(f"in {what}, elastic is {mine} and EPLB {theirs} against static EP")
     return [f"{gpus} GPUs, where elastic is behind EPLB: {'; '.join(said)}."]
 
 
-EXPERIMENT = Experiment(
-    name="scale",
-    title="Beyond the paper: 8 to 1,024 GPUs",
-    question="Which policy helps how much as the cluster grows over nodes with two link tiers?",
-    stated="Eight GPUs of one machine; nothing larger is shown.",
-    jobs=_jobs,
-    draw=_draw,
+EXPERIMENTS = (
+    Experiment(
+        name="scale",
+        title="Beyond the paper: 8 to 1,024 GPUs",
+        question="Which policy helps how much as the cluster grows over nodes with two link tiers?",
+        stated="Eight GPUs of one machine; nothing larger is shown.",
+        jobs=_jobs,
+        draw=_draw,
+    ),
 )

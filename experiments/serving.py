@@ -1,22 +1,21 @@
-"""What the serving figures share: the systems that are compared, the workload, and how results are read back."""
+"""What the serving figures share: the systems that are compared, the workloads, how results are read, tables, lines."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moeless.contracts import FloatArray
-from moeless.experiments.base import Job, Options
+from moeless.experiments.base import Data, Job, Options, Plot
 from moeless.experiments.cells import intervals
-from moeless.experiments.sources import Source
-from moeless.metrics import schema
-from moeless.metrics.catalogue import BY_KEY
+from moeless.experiments.sources import Source, at_hand, common_kind, common_label, synthetic
+from moeless.metrics import catalogue, schema
 from moeless.metrics.result import Cell
+from moeless.report import line_figures
 
-_SERVE = "moeless.experiments.cells.serving:serve"
 #: Requests of a full run: the paper's planner, planning anew in every layer of every iteration, simulates some
 #: thousand layers a second, so that all figures together take hours.
 FULL = 200
@@ -24,18 +23,10 @@ FULL = 200
 BASELINES = ("static", "eplb:history", "oracle")
 #: How the paper calls them.
 PAPER_NAMES = {"static": "Megatron-LM", "eplb": "EPLB", "moeless": "MoEless", "oracle": "Oracle"}
-
-
-def workload(options: Options, source: Source) -> dict[str, Any]:
-    """The paper's workload: Azure arrivals, one-second batches; lengths are the trace's own."""
-    return {
-        "cluster": source.cluster or options.cluster,
-        "arrivals": "azure-like",
-        "batching": "one-second",
-        "lengths": "trace",
-        "max_requests": options.pick(source.quick_requests, FULL),
-        "seed": options.seed,
-    }
+#: Continuous batching, as engines serve. Planning every fourth iteration keeps a quick study within seconds.
+CONTINUOUS: Mapping[str, Any] = {"batching": "continuous", "plan_every": 4}
+#: Objectives of the studies that count goodput, loose enough for eight A6000.
+OBJECTIVES = ("ttft:1000", "tpot:100")
 
 
 def moeless_policy(source: Source, distance: int = 1) -> str:
@@ -43,33 +34,36 @@ def moeless_policy(source: Source, distance: int = 1) -> str:
     return f"moeless:{source.predictor}" + ("" if source.predictor == "history" else f":{distance}")
 
 
-def systems(source: Source) -> tuple[str, ...]:
-    """Policies of the paper's comparison, in its order."""
-    return (*BASELINES, moeless_policy(source))
-
-
 def job(options: Options, source: Source, policy: str, costs: str, **changes: Any) -> Job:
-    """One simulated run; ``changes`` replace parts of the workload."""
+    """One simulated run of the paper's workload: Azure arrivals, one-second batches, the trace's own lengths.
+
+    ``changes`` replace parts of the workload.
+    """
     planner, _, predictor = policy.partition(":")
-    needs: tuple[Job, ...] = (source.job,)
-    if planner not in ("static", "oracle") and predictor.partition(":")[0] in source.fitted:
-        needs = (source.job, source.fitted[predictor.partition(":")[0]])
+    fitted = source.fitted.get(predictor.partition(":")[0]) if planner not in ("static", "oracle") else None
+    params = {
+        "cluster": source.cluster or options.cluster,
+        "arrivals": "azure-like",
+        "batching": "one-second",
+        "lengths": "trace",
+        "max_requests": options.pick(source.quick_requests, FULL),
+        "seed": options.seed,
+        "policy": policy,
+        "costs": costs,
+        **changes,
+    }
     detail = "".join(f", {key} {value}" for key, value in changes.items())
-    return Job(
-        f"serve {source.title} by {policy}, {costs} costs{detail}",
-        _SERVE,
-        {**workload(options, source), "policy": policy, "costs": costs, **changes},
-        needs,
-    )
+    label = f"serve {source.title} by {policy}, {costs} costs{detail}"
+    return Job(label, "moeless.experiments.cells.serving:serve", params, (source.job, *([fitted] if fitted else [])))
 
 
-def jobs(options: Options, sources: Iterable[Source], policies: Sequence[str] = (), **changes: Any) -> dict[str, Job]:
-    """Every (source, cost model, policy); names are ``title|costs|policy``."""
+def jobs(options: Options, sources: Iterable[Source], policies: Sequence[str] = ()) -> dict[str, Job]:
+    """Every source, cost model and policy, the paper's four by default; names are ``key|costs|policy``."""
     return {
-        f"{source.key}|{costs}|{policy}": job(options, source, policy, costs, **changes)
+        f"{source.key}|{costs}|{policy}": job(options, source, policy, costs)
         for source in sources
         for costs in options.costs
-        for policy in policies or systems(source)
+        for policy in policies or (*BASELINES, moeless_policy(source))
     }
 
 
@@ -85,34 +79,33 @@ def cell(data: Mapping[str, Any]) -> Cell:
     return _READ[id(data)][1]
 
 
-def read(data: Mapping[str, Any], name: str) -> float:
-    """A figure of a result row such as ``layer.mean_ms``; NaN where it is undefined."""
-    group, _, field = name.partition(".")
-    value = (data[group] or {}).get(field)
+def read(data: Mapping[str, Any], key: str) -> float:
+    """A metric of a result row such as ``layer.mean_ms``; NaN where it is undefined."""
+    group, _, name = key.partition(".")
+    value = (data[group] or {}).get(name)
     return math.nan if value is None else float(value)
 
 
-def interval(data: Mapping[str, Any], name: str) -> tuple[Any, Any]:
-    """Low and high of a result row's figure such as ``layer.mean_ms`` or ``cdf_ms``; NaN where none is known."""
-    low, high = data.get("intervals", {}).get(name, (math.nan, math.nan))
+def interval(data: Mapping[str, Any], key: str) -> tuple[Any, Any]:
+    """Low and high of a result row's metric, or of its ``cdf_ms``; NaN where none is known."""
+    low, high = data.get("intervals", {}).get(key, (math.nan, math.nan))
     return low, high
 
 
-def ratio(mine: Mapping[str, Any], base: Mapping[str, Any], what: str = "seconds") -> tuple[float, float, float]:
+def ratio(mine: Mapping[str, Any], base: Mapping[str, Any], key: str = "layer.mean_ms") -> tuple[float, float, float]:
     """``mine`` over ``base`` with low and high, both resampled in the same blocks of the same workload.
 
     Args:
-        what: ``seconds``, the mean layer time; ``bill``, the paper's rule; or ``replicas`` of a layer.
+        key: one of the metrics of ``intervals.BLOCK_NAMES``.
     """
-    name = {"seconds": "layer.mean_ms", "bill": "billing.paper", "replicas": "layer.replicas"}[what]
-    under = read(base, name)
-    middle = read(mine, name) / under if under else math.nan
+    under = read(base, key)
+    middle = read(mine, key) / under if under else math.nan
     blocks = [data.get("intervals", {}).get("blocks") for data in (mine, base)]
     if None in blocks or len(blocks[0]["runs"]) != len(blocks[1]["runs"]):
         return middle, math.nan, math.nan
-    mine_X, base_X = (intervals.per_run(each, what) for each in blocks)
-    if what == "bill":
-        # a bill is for the whole run: how many iterations it took belongs to it
+    mine_X, base_X = (intervals.per_run(each, intervals.BLOCK_NAMES[key]) for each in blocks)
+    if catalogue.BY_KEY[key].over == "total":
+        # how many iterations the run took belongs to it
         mine_X = mine_X * (sum(blocks[0]["runs"]) / sum(blocks[1]["runs"]))
     if not base_X.all():
         return middle, math.nan, math.nan
@@ -133,14 +126,14 @@ PAIRED = "90 % interval of the ratio, bootstrap over blocks of consecutive itera
 WHISKERS = f"Whiskers on the paper's rule: {BAND}; the other rules bill one run's wall-clock time."
 
 
-def cells(results: Mapping[str, Any], source: Source, costs: str) -> list[Cell]:
-    """Rows of one source under one cost model, in the order of their jobs."""
-    return [cell(data) for data in rows_of(results, source, costs)]
-
-
 def rows_of(results: Mapping[str, Any], source: Source, costs: str) -> list[Mapping[str, Any]]:
-    """The same rows as they are kept, intervals included."""
+    """Rows of one source under one cost model as they are kept, intervals included, in the order of their jobs."""
     return [data for name, data in results.items() if name.startswith(f"{source.key}|{costs}|")]
+
+
+def cells(results: Mapping[str, Any], source: Source, costs: str) -> list[Cell]:
+    """The same rows without intervals."""
+    return [cell(data) for data in rows_of(results, source, costs)]
 
 
 def of(rows: Sequence[Cell], planner: str) -> Cell:
@@ -148,52 +141,137 @@ def of(rows: Sequence[Cell], planner: str) -> Cell:
     return next(row for row in rows if row.policy.partition(":")[0] == planner)
 
 
-def reduction(mine: float, theirs: float) -> float:
-    """How much lower ``mine`` is, per cent of ``theirs`` (negative: higher)."""
-    return 100.0 * (1.0 - mine / theirs) if theirs else 0.0
+def change(mine: float, theirs: float | None) -> float:
+    """``mine`` against ``theirs``, a change in per cent; 0 where there is nothing to compare with."""
+    return 100.0 * (mine / theirs - 1.0) if theirs else 0.0
 
 
 def changed(rows: Sequence[Cell], against: str, mine: str, theirs: str) -> float:
     """MoEless's metric against another system's, a change in per cent."""
-    one, other = BY_KEY[mine].of(of(rows, "moeless")), BY_KEY[theirs].of(of(rows, against))
+    one, other = catalogue.BY_KEY[mine].of(of(rows, "moeless")), catalogue.BY_KEY[theirs].of(of(rows, against))
     assert one is not None
-    return -reduction(one, other or 0.0)
+    return change(one, other)
 
 
-COLUMNS = (
-    "source",
-    "costs",
-    "policy",
-    "mean layer (ms)",
-    "p50 (ms)",
-    "p99 (ms)",
-    "replicas per layer",
-    "imbalance",
-    "warm (%)",
-    "paper bill (GB·s)",
-    "resident bill (GB·s)",
-    "GPU·s",
-    "layer runs",
-    "evidence",
-)
+def change_text(mine: float, theirs: float) -> str:
+    """``mine`` against ``theirs``, per cent with its sign."""
+    return f"{change(mine, theirs):+.1f} %".replace("-", "−") if theirs else "from nothing"
 
 
-def row(source: Source, one: Cell) -> list[Any]:
-    """A result as a row of COLUMNS."""
-    layer, bill = one.layer, one.billing
-    return [
-        source.title,
-        one.costs,
-        one.policy + (" †" if one.lossy else ""),
-        layer.mean_ms,
-        layer.p50_ms,
-        layer.p99_ms,
-        layer.replicas,
-        layer.imbalance,
-        100.0 * layer.warm_rate,
-        bill.paper,
-        bill.resident,
-        bill.gpu_seconds,
-        layer.samples,
-        one.evidence,
-    ]
+def fewest_runs(cells: Iterable[Cell]) -> int:
+    """Layer runs of the result that stands on the fewest."""
+    return min(one.layer.samples for one in cells)
+
+
+def table(
+    view: catalogue.View,
+    lead: Sequence[str],
+    rows: Iterable[tuple[Sequence[Any], Cell]],
+    caption: str,
+    *,
+    show: bool = True,
+    evidence: bool = True,
+) -> Data:
+    """A table of metrics.
+
+    Args:
+        view: the metrics, see ``moeless.metrics.catalogue``.
+        lead: names of the columns before them.
+        rows: each row's values of those, and its result.
+        evidence: whether the last column tells on what a row stands.
+    """
+    last = ["evidence"] if evidence else []
+    made = [[*first, *catalogue.values(view, one), *([one.evidence] if evidence else [])] for first, one in rows]
+    return Data([*lead, *catalogue.headings(view), *last], made, caption, show)
+
+
+def systems(rows: Iterable[tuple[Source, Cell]], caption: str, *, show: bool = True) -> Data:
+    """The table of the compared systems."""
+    lead = ("source", "costs", "policy")
+    named = (((source.title, one.costs, one.policy + (" †" if one.lossy else "")), one) for source, one in rows)
+    return table("systems", lead, named, caption, show=show)
+
+
+# studies beyond the paper: one source, one cost model, settings by policies
+
+
+def sources_of(options: Options) -> list[Source]:
+    """The reader's traces, or made-up routing of the first model asked for."""
+    return at_hand(options, [synthetic(options, (options.models or ("phi-3.5-moe",))[0], "lmsys")])
+
+
+def source_of(options: Options) -> Source:
+    """The first of them."""
+    return sources_of(options)[0]
+
+
+def physical(options: Options) -> str:
+    """The cost model of studies about time that the paper's formula has no term for."""
+    return next((name for name in options.costs if name != "paper"), options.costs[0])
+
+
+def setting_jobs(
+    options: Options, policies: Sequence[str], points: Mapping[str, Mapping[str, Any]], **common: Any
+) -> dict[str, Job]:
+    """One run per setting and policy, named ``setting|policy``; ``points`` and ``common`` change the workload."""
+    source, costs = source_of(options), physical(options)
+    return {
+        f"{label}|{policy}": job(options, source, policy, costs, **{**CONTINUOUS, **common, **changes})
+        for label, changes in points.items()
+        for policy in policies
+    }
+
+
+def found(results: Mapping[str, Any], label: str, policy: str) -> Cell:
+    """One run's result."""
+    return cell(results[f"{label}|{policy}"])
+
+
+def settings(results: Mapping[str, Any], pairs: Iterable[tuple[str, str]], caption: str) -> Data:
+    """The table of a study's runs, a row for each (setting, policy)."""
+    return table("study", ("setting", "policy"), ((pair, found(results, *pair)) for pair in pairs), caption)
+
+
+def lines(
+    options: Options,
+    results: Mapping[str, Any],
+    x: Mapping[str, float],
+    policies: Sequence[str],
+    value: str | Callable[[Cell], float],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log_x: bool = False,
+) -> Plot:
+    """A figure over the settings whose place on the axis ``x`` gives, a line per policy.
+
+    Args:
+        value: what is read off each run: a metric such as ``layer.mean_ms``, drawn with its interval where the run
+            knows one, or a function.
+    """
+    source, banded, series = source_of(options), "", {}
+    for policy in policies:
+        rows = [results[f"{label}|{policy}"] for label in x]
+        if callable(value):
+            series[policy] = line_figures.Line(list(x.values()), [value(cell(row)) for row in rows])
+            continue
+        low, high = zip(*(interval(row, value) for row in rows), strict=True)
+        series[policy] = line_figures.Line(list(x.values()), [read(row, value) for row in rows], low, high)
+        if np.isfinite(low).any():
+            band = "90 % interval, bootstrap over requests" if value.startswith("request.") else BAND
+            banded = f"; bands: {band}"
+    runs = fewest_runs(found(results, label, policy) for label in x for policy in policies)
+    figure = line_figures.lines(
+        series, xlabel=xlabel, ylabel=ylabel, title=title, policies=True, log_x=log_x, ylim=(0, None)
+    )
+    caption = (
+        f"{title}: {source.title} on {source.cluster or options.cluster}, {physical(options)} costs, continuous "
+        f"batching, one run per point (n = {runs:,} layer runs or more){banded}."
+    )
+    return Plot(figure, caption, common_kind([source]), common_label([source]))
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What the runs say of themselves, each sentence once."""
+    return list(dict.fromkeys(text for data in results.values() for text in cell(data).warnings))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless.experiments import serving, study
+from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, synthetic
 from moeless.report import line_figures
@@ -48,7 +48,7 @@ def _sources(options: Options) -> list[Source]:
 
 def _workload(options: Options, gpus: int) -> dict[str, Any]:
     return {
-        **study.CONTINUOUS,
+        **serving.CONTINUOUS,
         "cluster": f"h100x{gpus}",
         "arrivals": f"gamma:{RATE}:{SHAPE}",
         "max_requests": None,
@@ -58,7 +58,7 @@ def _workload(options: Options, gpus: int) -> dict[str, Any]:
 
 
 def _jobs(options: Options) -> Mapping[str, Job]:
-    made, sources, costs = {}, _sources(options), study.physical(options)
+    made, sources, costs = {}, _sources(options), serving.physical(options)
     for gpus in GPUS:
         changes = _workload(options, gpus)
         for name, (policy, returns) in OWN.items():
@@ -174,7 +174,7 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             reference_label="objective",
         ),
         f"{TENANTS} models of {sources[0].title}'s shapes with bursts of their own (gamma gaps, shape {SHAPE:g}, "
-        f"{RATE:g} requests/s each), {GPUS[0]} to {GPUS[-1]} H100 for each or for all, {study.physical(options)} "
+        f"{RATE:g} requests/s each), {GPUS[0]} to {GPUS[-1]} H100 for each or for all, {serving.physical(options)} "
         f"costs; objectives {' and '.join(OBJECTIVES)} ms. Of own GPUs the worst tenant's share is shown. "
         f"Bands: 90 % Wilson intervals (n from {min(w.requests for w in ways)} to {max(w.requests for w in ways)} "
         "requests a point).",
@@ -199,16 +199,18 @@ def _text(ways: list[_Way], names: list[str]) -> list[str]:
         else:
             text.append(
                 f"{name}: {way.gpus} GPUs meet the objective, {way.gpu_seconds:.0f} GPU·s, "
-                f"{study.change(way.gpu_seconds, base.gpu_seconds)} against {names[0]}."
+                f"{serving.change_text(way.gpu_seconds, base.gpu_seconds)} against {names[0]}."
             )
     return text
 
 
-EXPERIMENT = Experiment(
-    name="sharing",
-    title="Beyond the paper: several models on one pool of GPUs",
-    question="Is one pool for several models cheaper at the same objective than GPUs for each?",
-    stated="One model at a time is served; sharing, where serverless should win, is not shown.",
-    jobs=_jobs,
-    draw=_draw,
+EXPERIMENTS = (
+    Experiment(
+        name="sharing",
+        title="Beyond the paper: several models on one pool of GPUs",
+        question="Is one pool for several models cheaper at the same objective than GPUs for each?",
+        stated="One model at a time is served; sharing, where serverless should win, is not shown.",
+        jobs=_jobs,
+        draw=_draw,
+    ),
 )

@@ -1,15 +1,15 @@
-"""What Figures 13 to 16 share: the paper's system at every prediction distance, or at every threshold V."""
+"""Figures 13 to 16: the paper's system at every prediction distance, or at every threshold V."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from moeless.experiments import serving
-from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
+from moeless.experiments.base import Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, distances, sweep_sources
 from moeless.experiments.statements import SMALL, Finding, unanimous
 from moeless.metrics.result import Cell
@@ -18,7 +18,7 @@ from moeless.report import line_figures
 
 #: Workloads a point stands on at full size, one at quick size; they differ in arrivals and in which requests come.
 WORKLOADS = 3
-#: Requests of each workload at full size.
+#: Requests of each workload at full size: sweeps have many points.
 FULL = 60
 
 
@@ -28,24 +28,23 @@ class Sweep:
 
     Attributes:
         points: of a source.
-        job: the run of (options, source, cost model, point, seed).
+        run: the policy of (source, point), and changes of the workload.
     """
 
     xlabel: str
     short: str
     points: Callable[[Source], Sequence[float]]
-    job: Callable[[Options, Source, str, Any, int], Job]
+    run: Callable[[Source, Any], tuple[str, dict[str, Any]]]
     whole: bool = False
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read off each run: a field of the result, and what its blocks call it; ``relative`` divides by each
-    line's first point."""
+    """What is read off each run: a metric; ``relative`` divides by each line's first point."""
 
+    name: str
     ylabel: str
-    field: str
-    what: Literal["seconds", "replicas"]
+    metric: str
     relative: bool = False
 
 
@@ -53,61 +52,110 @@ DISTANCE = Sweep(
     "prediction distance d (layers)",
     "d",
     distances,
-    lambda options, source, costs, d, seed: serving.job(
-        options, source, serving.moeless_policy(source, d), costs, seed=seed
-    ),
+    lambda source, d: (serving.moeless_policy(source, d), {}),
     whole=True,
 )
 THRESHOLD = Sweep(
     "threshold V on the coefficient of variation",
     "V",
     lambda _: (0.2, 0.4, 0.6, 0.8, 1.0),
-    lambda options, source, costs, v, seed: serving.job(
-        options,
-        source,
+    # the paper's own threshold is the planner's default, whose runs other figures share
+    lambda source, v: (
         serving.moeless_policy(source),
-        costs,
-        seed=seed,
-        # the paper's own threshold is the planner's default, whose runs other figures share
-        **({} if v == PaperParams().cv_threshold else {"planner": {"cv_threshold": v}}),
+        {} if v == PaperParams().cv_threshold else {"planner": {"cv_threshold": v}},
     ),
 )
-TIME = Reading("mean layer time (ms)", "layer.mean_ms", "seconds", relative=True)
-REPLICAS = Reading("replicas per layer", "layer.replicas", "replicas")
-
-
-def experiment(
-    number: int, sweep: Sweep, reading: Reading, *, title: str, question: str, stated: str, rises: bool
-) -> Experiment:
-    """One figure: a sweep and what is read off it; ``rises`` is the direction that the paper states."""
-
-    def jobs(options: Options) -> Mapping[str, Job]:
-        return {
-            _name(source, costs, point, seed): _sized(options, sweep.job(options, source, costs, point, seed))
-            for source in sweep_sources(options)
-            for costs in options.costs
-            for point in sweep.points(source)
-            for seed in _seeds(options)
-        }
-
-    def draw(options: Options, results: Mapping[str, Any]) -> Drawn:
-        return _draw(options, results, sweep, reading, title, Stated(stated, rises))
-
-    name = f"fig{number}"
-    return Experiment(name, f"Figure {number}: {title}", question, stated, jobs, draw)
+TIME = Reading("Layer time", "mean layer time (ms)", "layer.mean_ms", relative=True)
+REPLICAS = Reading("Replicas", "replicas per layer", "layer.replicas")
 
 
 @dataclass(frozen=True)
-class Stated:
-    """The paper's statement and its direction."""
+class Figure:
+    """One figure: a sweep, what is read off it, and the direction that the paper states."""
 
-    text: str
+    number: int
+    sweep: Sweep
+    reading: Reading
+    title: str
+    question: str
+    stated: str
     rises: bool
 
+    def experiment(self) -> Experiment:
+        """The figure as an experiment."""
+        title = f"Figure {self.number}: {self.title}"
+        return Experiment(f"fig{self.number}", title, self.question, self.stated, self.jobs, self.draw)
 
-def _sized(options: Options, job: Job) -> Job:
-    """Full sweeps have many points: each takes fewer requests than the other figures' runs."""
-    return replace(job, params={**job.params, "max_requests": FULL}) if options.full else job
+    def jobs(self, options: Options) -> Mapping[str, Job]:
+        """One run per source, cost model, point and workload."""
+        made = {}
+        for source in sweep_sources(options):
+            for point in self.sweep.points(source):
+                policy, changes = self.sweep.run(source, point)
+                for costs in options.costs:
+                    for seed in _seeds(options):
+                        job = serving.job(options, source, policy, costs, seed=seed, **changes)
+                        sized = {**job.params, "max_requests": FULL} if options.full else job.params
+                        made[_name(source, costs, point, seed)] = replace(job, params=sized)
+        return made
+
+    def draw(self, options: Options, results: Mapping[str, Any]) -> Drawn:
+        """A line per source."""
+        sources, reading = sweep_sources(options), self.reading
+        plots: dict[str, Plot] = {}
+        rows: list[tuple[list[Any], Cell]] = []
+        findings = []
+        shown, band = reading.ylabel, f"bands: {serving.PAIRED if reading.relative else serving.BAND}"
+        if reading.relative:
+            first = " or ".join(dict.fromkeys(str(self.sweep.points(source)[0]) for source in sources))
+            shown = f"layer time ÷ that at {self.sweep.short} = {first}"
+        if len(_seeds(options)) > 1:
+            band = f"mean and range of {WORKLOADS} workloads"
+        for costs in options.costs:
+            series: dict[str, line_figures.Line] = {}
+            changes = {}
+            for source in sources:
+                points, seeds = self.sweep.points(source), _seeds(options)
+                kept_PS = [[results[_name(source, costs, point, seed)] for seed in seeds] for point in points]
+                rows += [
+                    ([source.title, costs, point, seed], serving.cell(one))
+                    for point, kept_S in zip(points, kept_PS, strict=True)
+                    for seed, one in zip(seeds, kept_S, strict=True)
+                ]
+                value_PS = np.array([[serving.read(one, reading.metric) for one in kept_S] for kept_S in kept_PS])
+                changes[source.title] = 100.0 * (float((value_PS[-1] / value_PS[0]).mean()) - 1.0)
+                series[source.title] = _line(points, kept_PS, value_PS, reading)
+            plots[costs] = Plot(
+                line_figures.lines(
+                    series,
+                    xlabel=self.sweep.xlabel,
+                    ylabel=shown,
+                    title=f"{reading.name} over {self.sweep.short}, {costs} costs",
+                    ylim=(None, None) if reading.relative else (0, None),
+                    reference=1.0 if reading.relative else None,
+                    whole_x=self.sweep.whole,
+                ),
+                f"MoEless on {options.cluster} under {costs} costs "
+                f"(n = {serving.fewest_runs(one for _, one in rows):,} layer runs or more a point); {band}.",
+                common_kind(sources),
+                common_label(sources),
+            )
+            findings.append(
+                Finding(
+                    f"{reading.metric}-over-{self.sweep.short}-{costs}",
+                    self.stated.rstrip("."),
+                    "{costs} costs, first point to last: {each}",
+                    changes,
+                    unanimous(change >= SMALL if self.rises else change <= -SMALL for change in changes.values()),
+                    common_kind(sources),
+                    each="{name} {value:change}",
+                    metric=reading.metric,
+                    costs=costs,
+                )
+            )
+        lead = ("source", "costs", self.sweep.xlabel, "seed")
+        data = {"points": serving.table("sweep", lead, rows, "", show=False, evidence=False)}
+        return Drawn(plots, data, findings=findings)
 
 
 def _seeds(options: Options) -> list[int]:
@@ -118,88 +166,62 @@ def _name(source: Source, costs: str, point: float, seed: int) -> str:
     return f"{source.key}|{costs}|{point}|{seed}"
 
 
-def _draw(
-    options: Options, results: Mapping[str, Any], sweep: Sweep, reading: Reading, title: str, stated: Stated
-) -> Drawn:
-    sources = sweep_sources(options)
-    plots: dict[str, Plot] = {}
-    rows: list[list[Any]] = []
-    findings = []
-    shown = reading.ylabel
-    if reading.relative:
-        first = " or ".join(dict.fromkeys(str(sweep.points(source)[0]) for source in sources))
-        shown = f"layer time ÷ that at {sweep.short} = {first}"
-    for costs in options.costs:
-        series: dict[str, line_figures.Line] = {}
-        changes = {}
-        for source in sources:
-            points = sweep.points(source)
-            kept_PS = [[results[_name(source, costs, point, seed)] for seed in _seeds(options)] for point in points]
-            rows += [
-                [source.title, costs, point, seed, *_figures(serving.cell(one))]
-                for point, kept_S in zip(points, kept_PS, strict=True)
-                for seed, one in zip(_seeds(options), kept_S, strict=True)
-            ]
-            value_PS = np.array([[serving.read(one, reading.field) for one in kept_S] for kept_S in kept_PS])
-            changes[source.title] = 100.0 * (float((value_PS[-1] / value_PS[0]).mean()) - 1.0)
-            series[source.title] = _line(points, kept_PS, reading)
-        plots[costs] = Plot(
-            line_figures.lines(
-                series,
-                xlabel=sweep.xlabel,
-                ylabel=shown,
-                title=f"{'Layer time' if reading.relative else 'Replicas'} over {sweep.short}, {costs} costs",
-                ylim=(None, None) if reading.relative else (0, None),
-                reference=1.0 if reading.relative else None,
-                whole_x=sweep.whole,
-            ),
-            f"MoEless on {options.cluster} under {costs} costs (n = {min(row[-1] for row in rows):,} layer runs or "
-            f"more a point); {_band(options, reading)}.",
-            common_kind(sources),
-            common_label(sources),
-        )
-        findings.append(
-            Finding(
-                f"{reading.field}-over-{sweep.short}-{costs}",
-                stated.text.rstrip("."),
-                "{costs} costs, first point to last: {each}",
-                changes,
-                # every source's change has the stated sign
-                unanimous(change >= SMALL if stated.rises else change <= -SMALL for change in changes.values()),
-                common_kind(sources),
-                each="{name} {value:change}",
-                metric=reading.field,
-                costs=costs,
-            )
-        )
-    columns = ["source", "costs", sweep.xlabel, "seed", "mean layer (ms)", "replicas per layer", "warm rate"]
-    return Drawn(plots, {"points": Data([*columns, "layer runs"], rows)}, findings=findings)
-
-
 def _line(
-    points: Sequence[float], kept_PS: Sequence[Sequence[Mapping[str, Any]]], reading: Reading
+    points: Sequence[float], kept_PS: Sequence[Sequence[Mapping[str, Any]]], value_PS: Any, reading: Reading
 ) -> line_figures.Line:
     """Mean and range over workloads; of a single workload, its value and its bootstrap interval."""
     if len(kept_PS[0]) == 1:
         # sources differ by orders of magnitude, workloads too: each is compared with itself
         shown_P3 = [
-            serving.ratio(kept_S[0], kept_PS[0][0], reading.what)
+            serving.ratio(kept_S[0], kept_PS[0][0], reading.metric)
             if reading.relative
-            else (serving.read(kept_S[0], reading.field), *serving.interval(kept_S[0], reading.field))
-            for kept_S in kept_PS
+            else (value, *serving.interval(kept_S[0], reading.metric))
+            for kept_S, (value,) in zip(kept_PS, value_PS, strict=True)
         ]
         middle, low, high = zip(*shown_P3, strict=True)
         return line_figures.Line(points, middle, low, high)
-    value_PS = np.array([[serving.read(one, reading.field) for one in kept_S] for kept_S in kept_PS])
     shown_PS = value_PS / value_PS[0] if reading.relative else value_PS
     return line_figures.Line(points, shown_PS.mean(1), shown_PS.min(1), shown_PS.max(1))
 
 
-def _band(options: Options, reading: Reading) -> str:
-    if len(_seeds(options)) > 1:
-        return f"mean and range of {WORKLOADS} workloads"
-    return f"bands: {serving.PAIRED if reading.relative else serving.BAND}"
-
-
-def _figures(one: Cell) -> list[float]:
-    return [one.layer.mean_ms, one.layer.replicas, one.layer.warm_rate, one.layer.samples]
+EXPERIMENTS = tuple(
+    figure.experiment()
+    for figure in (
+        Figure(
+            13,
+            DISTANCE,
+            TIME,
+            "layer time against prediction distance",
+            "What does looking further ahead cost in time?",
+            "Layer time rises with the distance d, 1 to 5.",
+            rises=True,
+        ),
+        Figure(
+            14,
+            DISTANCE,
+            REPLICAS,
+            "replicas against prediction distance",
+            "How many copies does a layer have when the forecast looks further ahead?",
+            "The mean number of replicas per layer falls with the distance d, 1 to 5.",
+            rises=False,
+        ),
+        Figure(
+            15,
+            THRESHOLD,
+            TIME,
+            "layer time against the threshold V",
+            "What does tolerating more imbalance cost in time?",
+            "A larger V (0.2 to 1.0) is slower.",
+            rises=True,
+        ),
+        Figure(
+            16,
+            THRESHOLD,
+            REPLICAS,
+            "replicas against the threshold V",
+            "How many copies does each threshold need?",
+            "A larger V (0.2 to 1.0) needs fewer replicas.",
+            rises=False,
+        ),
+    )
+)

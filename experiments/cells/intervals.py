@@ -20,6 +20,8 @@ from moeless.spec import MoESpec
 #: Blocks of a run at most, and the fewest that say something.
 BLOCKS, FEWEST = 30, 8
 RESAMPLES = 400
+#: Metric by which two runs can be compared in pairs, to its name in a run's blocks.
+BLOCK_NAMES = {"layer.mean_ms": "seconds", "billing.paper": "bill", "layer.replicas": "replicas"}
 #: Per cent below and above the interval.
 TAILS = (5.0, 95.0)
 #: Points that stand for a block's distribution when blocks are pooled.

@@ -13,8 +13,22 @@ from typing import Literal
 from moeless.errors import UserError
 from moeless.metrics.result import Cell
 
-#: The tables that show metrics: in the terminal, on a page (three tables), and of runs side by side.
-View = Literal["terminal", "layer page", "billing page", "request page", "compare"]
+#: The tables that show metrics: in the terminal, on a page (three tables), of runs side by side, and those of
+#: experiments: the compared systems, a study's settings, a sweep, an ablation, clusters of many sizes, the headline
+#: claims.
+View = Literal[
+    "terminal",
+    "layer page",
+    "billing page",
+    "request page",
+    "compare",
+    "systems",
+    "study",
+    "sweep",
+    "ablation",
+    "scale",
+    "claims",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Column:
         form: how the number is written; where empty, the table decides.
         change: heading of a column after this one, with a difference against the base in per cent.
         change_of: key of the metric whose difference that is; the column's own where empty.
+        after: key of the metric that it stands after in this table; where empty, the catalogue's order holds.
     """
 
     label: str
@@ -34,6 +49,12 @@ class Column:
     form: str = ""
     change: str = ""
     change_of: str = ""
+    after: str = ""
+
+
+def _in(column: Column, *views: View) -> dict[View, Column]:
+    """The same column in several tables."""
+    return dict.fromkeys(views, column)
 
 
 @dataclass(frozen=True)
@@ -44,10 +65,12 @@ class Metric:
         key: group and name, as in ``result.json``.
         definition: one sentence.
         better: which values are; None where neither is.
+        over: how the run's layers or requests make one figure; a total grows with the run.
         columns: how a table shows it, by table; absent where it does not.
         logged: name in W&B's rows; empty where it is not logged.
         objective: name as an objective of tuning; empty where it is none.
         label: name and unit in a sentence, on an axis or as an objective.
+        rule: name of a billing rule in a sentence; empty where it is no bill to compare by.
         value: computes it; None reads ``key`` from the cell.
     """
 
@@ -56,9 +79,11 @@ class Metric:
     label: str
     definition: str
     better: Literal["lower", "higher"] | None
+    over: Literal["mean", "median", "p99", "total", "rate"]
     columns: dict[View, Column]
     logged: str = ""
     objective: str = ""
+    rule: str = ""
     value: Callable[[Cell], float | None] | None = None
 
     @property
@@ -83,10 +108,13 @@ METRICS: tuple[Metric, ...] = (
         "mean MoE-layer time (ms)",
         "Mean forward time of a MoE layer over all iterations and layers, stalls and exposed control included.",
         "lower",
+        "mean",
         {
             "terminal": Column("layer mean µs", 1e3, ".4g"),
             "layer page": Column("mean layer (ms)", change="vs static (%)"),
             "compare": Column("mean layer (ms)", change="vs first run (%)"),
+            "claims": Column("layer µs", 1e3, ".4g"),
+            **_in(Column("mean layer (ms)"), "systems", "study", "sweep", "ablation", "scale"),
         },
         logged="layer_mean_ms",
         objective="latency",
@@ -97,7 +125,8 @@ METRICS: tuple[Metric, ...] = (
         "median MoE-layer time (ms)",
         "Median forward time of a MoE layer.",
         "lower",
-        {"layer page": Column("p50 (ms)")},
+        "median",
+        _in(Column("p50 (ms)"), "layer page", "systems"),
     ),
     Metric(
         "layer.p99_ms",
@@ -105,10 +134,10 @@ METRICS: tuple[Metric, ...] = (
         "p99 MoE-layer time (ms)",
         "99th percentile of the forward time of a MoE layer.",
         "lower",
+        "p99",
         {
             "terminal": Column("p99 µs", 1e3, ".4g", change="vs static", change_of="layer.mean_ms"),
-            "layer page": Column("p99 (ms)"),
-            "compare": Column("p99 (ms)"),
+            **_in(Column("p99 (ms)"), "layer page", "compare", "systems", "study", "scale"),
         },
         logged="layer_p99_ms",
         objective="p99-latency",
@@ -119,7 +148,13 @@ METRICS: tuple[Metric, ...] = (
         "imbalance over GPUs",
         "Mean over iterations and layers of the largest GPU load divided by the mean GPU load.",
         "lower",
-        {"terminal": Column("imbalance", form=".3f"), "layer page": Column("imbalance")},
+        "mean",
+        {
+            "terminal": Column("imbalance", form=".3f"),
+            "claims": Column("imbalance", form=".4g"),
+            "systems": Column("imbalance", after="layer.replicas"),
+            **_in(Column("imbalance"), "layer page", "study", "scale"),
+        },
         logged="imbalance",
         objective="imbalance",
     ),
@@ -129,7 +164,12 @@ METRICS: tuple[Metric, ...] = (
         "live replicas a layer",
         "Mean number of live expert replicas of a layer.",
         "lower",
-        {"terminal": Column("replicas", form=".1f"), "layer page": Column("replicas per layer")},
+        "mean",
+        {
+            "terminal": Column("replicas", form=".1f"),
+            "claims": Column("replicas", form=".4g"),
+            **_in(Column("replicas per layer"), "layer page", "systems", "study", "sweep", "ablation", "scale"),
+        },
         logged="replicas",
         objective="replicas",
     ),
@@ -139,7 +179,22 @@ METRICS: tuple[Metric, ...] = (
         "warm replicas",
         "Replicas found in memory when their layer ran, divided by all planned ones.",
         "higher",
-        {"terminal": Column("warm", 100.0, ".1f|%"), "layer page": Column("warm (%)", 100.0)},
+        "mean",
+        {
+            "terminal": Column("warm", 100.0, ".1f|%"),
+            "sweep": Column("warm rate"),
+            **_in(Column("warm (%)", 100.0), "layer page", "systems", "study"),
+        },
+    ),
+    Metric(
+        "layer.stalls",
+        "s",
+        "waiting for weights (s)",
+        "Exposed waiting of layers, all causes together, over the whole run.",
+        "lower",
+        "total",
+        {"study": Column("waiting for weights (s)")},
+        value=lambda cell: sum(cell.layer.stalls.values()),
     ),
     Metric(
         "layer.moved_bytes",
@@ -147,6 +202,7 @@ METRICS: tuple[Metric, ...] = (
         "moved bytes",
         "Weight bytes that copies moved over the whole run.",
         "lower",
+        "total",
         {"layer page": Column("moved (GB)", 1e-9)},
         objective="moved",
     ),
@@ -156,7 +212,13 @@ METRICS: tuple[Metric, ...] = (
         "layer runs",
         "Number of (iteration, layer) pairs that the layer figures are taken over.",
         None,
-        {"layer page": Column("n")},
+        "total",
+        {
+            "layer page": Column("n"),
+            "sweep": Column("layer runs"),
+            "ablation": Column("layer runs", after="billing.resident"),
+            **_in(Column("layer runs", after="billing.gpu_seconds"), "systems", "study"),
+        },
     ),
     Metric(
         "request.mean_ttft_ms",
@@ -164,10 +226,10 @@ METRICS: tuple[Metric, ...] = (
         "mean TTFT (ms)",
         "Mean time from a request's arrival to its first output token.",
         "lower",
+        "mean",
         {
             "terminal": Column("TTFT ms", form=".1f"),
-            "request page": Column("TTFT mean (ms)"),
-            "compare": Column("TTFT mean (ms)"),
+            **_in(Column("TTFT mean (ms)"), "request page", "compare"),
         },
         logged="mean_ttft_ms",
         objective="ttft",
@@ -178,7 +240,8 @@ METRICS: tuple[Metric, ...] = (
         "p99 TTFT (ms)",
         "99th percentile of the time to the first output token.",
         "lower",
-        {"request page": Column("TTFT p99 (ms)")},
+        "p99",
+        {"request page": Column("TTFT p99 (ms)"), "study": Column("p99 TTFT (ms)")},
     ),
     Metric(
         "request.mean_tpot_ms",
@@ -186,10 +249,11 @@ METRICS: tuple[Metric, ...] = (
         "mean TPOT (ms)",
         "Mean of (end-to-end time − TTFT) / (output tokens − 1) over requests with at least two output tokens.",
         "lower",
+        "mean",
         {
             "terminal": Column("TPOT ms", form=".2f"),
-            "request page": Column("TPOT mean (ms)"),
-            "compare": Column("TPOT mean (ms)"),
+            "study": Column("mean TPOT (ms)"),
+            **_in(Column("TPOT mean (ms)"), "request page", "compare"),
         },
         logged="mean_tpot_ms",
         objective="tpot",
@@ -200,6 +264,7 @@ METRICS: tuple[Metric, ...] = (
         "p99 TPOT (ms)",
         "99th percentile of the time per output token.",
         "lower",
+        "p99",
         {"request page": Column("TPOT p99 (ms)")},
     ),
     Metric(
@@ -208,6 +273,7 @@ METRICS: tuple[Metric, ...] = (
         "mean end-to-end latency (ms)",
         "Mean time from a request's arrival to its last output token.",
         "lower",
+        "mean",
         {"request page": Column("E2E mean (ms)")},
         objective="e2e",
     ),
@@ -217,6 +283,7 @@ METRICS: tuple[Metric, ...] = (
         "p99 end-to-end latency (ms)",
         "99th percentile of the time from a request's arrival to its last output token.",
         "lower",
+        "p99",
         {"terminal": Column("p99 E2E s", 1e-3, ".2f")},
     ),
     Metric(
@@ -225,6 +292,7 @@ METRICS: tuple[Metric, ...] = (
         "output tokens/s",
         "Output tokens divided by the run's duration.",
         "higher",
+        "rate",
         {"request page": Column("output tokens/s")},
     ),
     Metric(
@@ -233,6 +301,7 @@ METRICS: tuple[Metric, ...] = (
         "completed requests",
         "Number of requests that were served to their end.",
         "higher",
+        "total",
         {"request page": Column("completed")},
     ),
     Metric(
@@ -241,13 +310,16 @@ METRICS: tuple[Metric, ...] = (
         "the paper's bill (GB·s)",
         "Memory of a layer's replicas times that layer's duration, summed over all layer runs.",
         "lower",
+        "total",
         {
             "terminal": Column("paper GB·s", change="vs static"),
             "billing page": Column("paper's rule (GB·s)", change="vs static (%)"),
-            "compare": Column("paper bill (GB·s)"),
+            "claims": Column("paper bill GB·s", form=".4g"),
+            **_in(Column("paper bill (GB·s)"), "compare", "systems", "study", "ablation"),
         },
         logged="bill_paper",
         objective="paper-cost",
+        rule="the paper's rule",
     ),
     Metric(
         "billing.paper_whole",
@@ -255,7 +327,8 @@ METRICS: tuple[Metric, ...] = (
         "the paper's bill, all layers (GB·s)",
         "Memory of all layers' replicas times every layer's duration: what a serverful system holds while it works.",
         "lower",
-        {},
+        "total",
+        {"claims": Column("paper bill, all layers GB·s", form=".4g")},
     ),
     Metric(
         "billing.resident",
@@ -263,13 +336,16 @@ METRICS: tuple[Metric, ...] = (
         "resident bill (GB·s)",
         "Memory of every resident expert copy times the time it is resident, keep-alive included.",
         "lower",
+        "total",
         {
             "terminal": Column("resident GB·s", change="vs static"),
             "billing page": Column("resident experts (GB·s)", change="vs static (%)"),
-            "compare": Column("resident bill (GB·s)"),
+            "claims": Column("resident GB·s", form=".4g"),
+            **_in(Column("resident bill (GB·s)"), "compare", "systems", "study", "ablation"),
         },
         logged="bill_resident",
         objective="cost",
+        rule="resident memory",
     ),
     Metric(
         "billing.gpu_seconds",
@@ -277,13 +353,15 @@ METRICS: tuple[Metric, ...] = (
         "GPU-seconds",
         "Time that each GPU was held, summed over GPUs.",
         "lower",
+        "total",
         {
-            "terminal": Column("GPU·s"),
             "billing page": Column("whole GPUs (GPU·s)", change="vs static (%)"),
-            "compare": Column("GPU·s"),
+            "claims": Column("GPU·s", form=".4g"),
+            **_in(Column("GPU·s"), "terminal", "compare", "systems", "study"),
         },
         logged="bill_gpu_seconds",
         objective="gpu-seconds",
+        rule="whole GPUs",
     ),
     Metric(
         "billing.gpu_dollars",
@@ -291,6 +369,7 @@ METRICS: tuple[Metric, ...] = (
         "list price ($)",
         "GPU-seconds at the device's price, US dollars.",
         "lower",
+        "total",
         {"billing page": Column("list price ($)")},
     ),
     Metric(
@@ -299,19 +378,28 @@ METRICS: tuple[Metric, ...] = (
         "goodput (requests/s)",
         "Requests that met every latency limit, divided by the run's duration.",
         "higher",
-        {"terminal": Column("goodput/s"), "request page": Column("goodput (req/s)")},
+        "rate",
+        {
+            "terminal": Column("goodput/s"),
+            "request page": Column("goodput (req/s)"),
+            "study": Column("goodput (requests/s)", after="request.mean_tpot_ms"),
+        },
         objective="goodput",
     ),
 )
 
 BY_KEY = {metric.key: metric for metric in METRICS}
+#: The bills that policies are compared by.
+BILLS = tuple(metric for metric in METRICS if metric.rule)
 #: What tuning may optimise, by its name there.
 OBJECTIVES = {metric.objective: metric for metric in METRICS if metric.objective}
 
 
 def shown(view: View) -> list[tuple[Metric, Column]]:
     """The metrics of a table with their columns, in order."""
-    return [(metric, metric.columns[view]) for metric in METRICS if view in metric.columns]
+    place = {metric.key: (index, 0) for index, metric in enumerate(METRICS)}
+    found = [(metric, metric.columns[view]) for metric in METRICS if view in metric.columns]
+    return sorted(found, key=lambda one: (place[one[1].after][0], 1) if one[1].after else place[one[0].key])
 
 
 def headings(view: View) -> list[str]:
@@ -325,7 +413,7 @@ def change(metric: Metric, cell: Cell, base: Cell | None) -> float | None:
     return None if mine is None or not theirs else 100.0 * (mine - theirs) / theirs
 
 
-def values(view: View, cell: Cell, base: Cell | None) -> list[float | None]:
+def values(view: View, cell: Cell, base: Cell | None = None) -> list[float | None]:
     """A cell's plain numbers under ``headings(view)``; differences rounded to hundredths of a per cent."""
     row: list[float | None] = []
     for metric, column in shown(view):
@@ -337,7 +425,7 @@ def values(view: View, cell: Cell, base: Cell | None) -> list[float | None]:
     return row
 
 
-def texts(view: View, cell: Cell, base: Cell | None) -> list[float | str | None]:
+def texts(view: View, cell: Cell, base: Cell | None = None) -> list[float | str | None]:
     """As :func:`values`, written as the columns ask for; differences carry a sign and ``%``."""
     row: list[float | str | None] = []
     for metric, column in shown(view):
@@ -386,5 +474,5 @@ def objectives(names: tuple[str, ...]) -> tuple[Metric, ...]:
 
 def reference() -> str:
     """The table of metrics in ``docs/formats.md``."""
-    rows = [f"| `{one.key}` | {one.unit} | {one.better or '–'} | {one.definition} |" for one in METRICS]
-    return "\n".join(["| Metric | Unit | Better | Meaning |", "|---|---|---|---|", *rows])
+    rows = [f"| `{one.key}` | {one.unit} | {one.better or '–'} | {one.over} | {one.definition} |" for one in METRICS]
+    return "\n".join(["| Metric | Unit | Better | Over the run | Meaning |", "|---|---|---|---|---|", *rows])

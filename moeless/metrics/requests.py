@@ -13,7 +13,8 @@ from moeless.errors import UserError
 from moeless.metrics.latency import Summary, summarise
 from moeless.metrics.result import RequestMetrics
 
-GOODPUT_METRICS = ("ttft", "tpot", "e2el")
+#: What a request waits for, by its name in objectives and in ``result.json``.
+WAITS = {"ttft": "time to first token", "tpot": "time per output token", "e2el": "whole answer"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def parse_goodput(texts: Sequence[str]) -> tuple[Objective, ...]:
     objectives: dict[str, Objective] = {}
     for part in " ".join(texts).replace(",", " ").split():
         match = re.fullmatch(r"([a-z0-9]+):(\d+(?:\.\d+)?)", part)
-        if not match or match[1] not in GOODPUT_METRICS or float(match[2]) <= 0:
+        if not match or match[1] not in WAITS or float(match[2]) <= 0:
             raise UserError(f"--goodput {part!r} is not of the form ttft:MS, tpot:MS or e2el:MS")
         if match[1] in objectives:
             raise UserError(f"--goodput names {match[1]} twice")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moeless.contracts import FloatArray, IntArray
 from moeless.report import style
 
 #: A bar so many times the shortest scale leaves the others invisible: then the axis is logarithmic.
@@ -23,9 +24,9 @@ class Bars:
     """
 
     values: ArrayLike
-    colours: str | Sequence[str]
     low: ArrayLike | None = None
     high: ArrayLike | None = None
+    colours: str | Sequence[str] = style.SERIES[0]
     alpha: float = 1.0
 
 
@@ -82,6 +83,23 @@ def bars(
             figure.legend(loc="outside lower center", ncols=2)
         plt.close(figure)
     return figure
+
+
+def policy_bars(
+    axes: Any, policies: Sequence[str], value_N: FloatArray, span_N2: FloatArray, *, height: float = 0.8
+) -> IntArray:
+    """Horizontal bars in the policies' looks, with whiskers where ``span_N2`` is known; returns their places on y."""
+    y, look = np.arange(len(policies))[::-1], style.looks(policies)
+    for place, value, policy in zip(y, value_N, policies, strict=True):
+        one = look[policy]
+        axes.barh(place, value, height, color=one.colour, hatch=one.hatch, edgecolor="white", linewidth=0)
+    known = np.isfinite(span_N2).all(1)
+    low_N, high_N = span_N2[known].T
+    whiskers(axes, value_N[known], y[known], low_N, high_N, horizontal=True)
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+    axes.locator_params(axis="x", nbins=4)
+    return y
 
 
 def whiskers(axes: Any, value: ArrayLike, place: ArrayLike, low: ArrayLike, high: ArrayLike, horizontal: bool) -> None:

@@ -185,6 +185,15 @@ def cell_text(value: Any) -> str:
     return str(value)
 
 
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(cell_text(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(columns), "|" + "---|" * len(columns), *map(line, rows)]) + "\n"
+
+
 #: Characters of a cell from which its column is a wide one.
 LONG = 60
 

@@ -11,7 +11,7 @@ from moeless.contracts import FloatArray
 from moeless.metrics import catalogue
 from moeless.metrics.result import Cell
 from moeless.report import style
-from moeless.report.bar_figures import whiskers
+from moeless.report.bar_figures import policy_bars
 from moeless.report.line_figures import legend_columns
 
 #: Part of a layer's time to its name and colour, in the order of the stack.
@@ -22,10 +22,8 @@ PARTS = {
     "control": ("control", "#e69f00"),
     "stall": ("waiting for weights", "#d55e00"),
 }
-#: Billing rule to the label of its axis: the bills whose difference to static EP is shown.
-BILLS = {
-    metric.key.partition(".")[2]: column.label for metric, column in catalogue.shown("billing page") if column.change
-}
+#: Billing rule to the label of its axis.
+BILLS = {metric.key.partition(".")[2]: metric.columns["billing page"].label for metric in catalogue.BILLS}
 
 
 def names(cells: Sequence[Cell]) -> list[str]:
@@ -111,31 +109,19 @@ def bills(
 
     ``spans`` are each cell's low and high by a rule; a whisker shows them.
     """
-    shown = names(cells)
-    look = style.looks([cell.policy for cell in cells])
-    with style.drawing() as plt:
-        figure, grid = plt.subplots(
-            1, 3, figsize=(style.WIDE, 0.95 + 0.24 * len(cells)), layout="constrained", sharey=True
-        )
-        y = np.arange(len(cells))[::-1]
+    policies, unknown = [cell.policy for cell in cells], [(np.nan, np.nan)] * len(cells)
+    size = (style.WIDE, 0.95 + 0.24 * len(cells))
+    with style.canvas(1, 3, figsize=size, sharey=True) as (figure, grid):
         for axes, (rule, label) in zip(grid, BILLS.items(), strict=True):
-            values = np.array([getattr(cell.billing, rule) for cell in cells])
-            for position, value, cell in zip(y, values, cells, strict=True):
-                one = look[cell.policy]
-                axes.barh(position, value, color=one.colour, hatch=one.hatch, edgecolor="white", linewidth=0)
-                low, high = (spans or {}).get(rule, [(np.nan, np.nan)] * len(cells))[len(cells) - 1 - int(position)]
-                if np.isfinite(low) and np.isfinite(high):
-                    whiskers(axes, [value], [position], [low], [high], horizontal=True)
-                end = np.nanmax([value, high])
-                axes.text(end, position, f" {_short(value)}", va="center", fontsize=7)
-            axes.grid(True, axis="x")
-            axes.grid(False, axis="y")
+            value_N = np.array([getattr(cell.billing, rule) for cell in cells])
+            span_N2 = np.array((spans or {}).get(rule, unknown))
+            y = policy_bars(axes, policies, value_N, span_N2)
+            for place, value, high in zip(y, value_N, span_N2[:, 1], strict=True):
+                axes.text(np.nanmax([value, high]), place, f" {_short(value)}", va="center", fontsize=7)
             axes.margins(x=0.22)
             axes.set_xlabel(label)
-            axes.locator_params(axis="x", nbins=4)
-        grid[0].set_yticks(y, shown)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
-        plt.close(figure)
+        grid[0].set_yticks(y, names(cells))
+        style.heading(figure, title)
     return figure
 
 

@@ -126,3 +126,17 @@ def drawing() -> Iterator[Any]:
 
     with mpl.rc_context(RC):
         yield plt
+
+
+@contextmanager
+def canvas(rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A new figure and its axes under this style; ``options`` are those of ``matplotlib.pyplot.subplots``."""
+    with drawing() as plt:
+        figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
+        yield figure, axes
+        plt.close(figure)
+
+
+def heading(figure: Any, text: str) -> None:
+    """The heading of a figure of several panels."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=8.5, fontweight="bold")

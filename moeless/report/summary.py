@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeless.metrics import catalogue
 from moeless.metrics.result import Cell, Result
 
 _GROUND = {
@@ -29,11 +30,6 @@ def baseline(cells: Sequence[Cell], cell: Cell | None = None) -> Cell | None:
         same = [other for other in static if other.settings == cell.settings]
         static = same or static
     return static[0] if static else None
-
-
-def change(value: float, reference: float) -> float | None:
-    """Difference to a reference in per cent of it; None where the reference is zero."""
-    return 100.0 * (value - reference) / reference if reference else None
 
 
 def _than_static(percent: float | None) -> str:
@@ -79,8 +75,7 @@ def _latency(result: Result) -> str:
         if best is static:
             parts.append(f"{where} no policy was faster than static EP ({_time(best.layer.mean_ms)} a layer)")
             continue
-        percent = change(best.layer.mean_ms, static.layer.mean_ms) if static else None
-        time = _time(best.layer.mean_ms)
+        percent, time = catalogue.change(catalogue.BY_KEY["layer.mean_ms"], best, static), _time(best.layer.mean_ms)
         parts.append(f"{where} **{best.policy}** had the lowest mean MoE-layer time, {time}, {_than_static(percent)}")
     return _sentence("; ".join(part.strip() for part in parts))
 
@@ -92,14 +87,9 @@ def _bill(result: Result) -> str:
         static = baseline(cells, best)
         if best is None or static is None or best is static:
             continue
-        paper = change(best.billing.paper, static.billing.paper)
-        resident = change(best.billing.resident, static.billing.resident)
-        gpu = change(best.billing.gpu_seconds, static.billing.gpu_seconds)
         name = f"{best.policy} ({costs} costs)" if len(groups(result)) > 1 else best.policy
-        parts.append(
-            f"{name}: {_than_static(paper)} by the paper's rule, {_than_static(resident)} by resident memory, "
-            f"{_than_static(gpu)} by whole GPUs"
-        )
+        told = [f"{_than_static(catalogue.change(bill, best, static))} by {bill.rule}" for bill in catalogue.BILLS]
+        parts.append(f"{name}: {', '.join(told)}")
     return _sentence("the bills of the fastest, " + "; ".join(parts)) if parts else "No policy's bill can be compared."
 
 

@@ -15,6 +15,7 @@ from moeless.experiments.cells import intervals
 from moeless.experiments.cells.serving import serve
 from moeless.experiments.drawing import drawn_in_turn
 from moeless.experiments.runner import closure
+from moeless.metrics.requests import WAITS
 from moeless.simulator import kernels
 from moeless.simulator.record import MARKS, LayerRecord
 from moeless.spec import preset
@@ -60,7 +61,7 @@ def test_runs_of_one_workload_are_compared_in_pairs(rows: dict) -> None:
     alone = np.array(serving.interval(other, "layer.mean_ms")) / static["layer"]["mean_ms"]
     # batches differ between each other more than systems do in one batch
     assert high - low < alone[1] - alone[0]
-    assert serving.ratio(other, static, "bill")[0] == pytest.approx(
+    assert serving.ratio(other, static, "billing.paper")[0] == pytest.approx(
         other["billing"]["paper"] / static["billing"]["paper"]
     )
     assert math.isnan(serving.ratio({**other, "intervals": {}}, static)[1])
@@ -83,7 +84,7 @@ def test_a_bill_that_grows_evenly_has_no_width_and_marks_stay_few() -> None:
 
 def test_end_to_end_latency_is_drawn_with_its_intervals(rows: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options()
-    (source,) = endtoend._sources(options)
+    (source,) = serving.sources_of(options)
     monkeypatch.setattr(endtoend, "_policies", lambda _: ("static", "eplb:history", "oracle"))
     results = {f"{source.key}|{costs}|{policy}": row for (policy, costs), row in rows.items()}
     drawn = endtoend._draw(options, results)
@@ -92,7 +93,7 @@ def test_end_to_end_latency_is_drawn_with_its_intervals(rows: dict, monkeypatch:
     assert len(table.rows) == 2 * 3 * 3
     assert all(row[5] <= row[4] * (1 + 1e-9) <= row[6] * (1 + 2e-9) for row in table.rows)
     figure = next(iter(drawn.plots.values())).figure
-    assert [axes.get_xlabel() for axes in figure.axes] == list(endtoend.METRICS.values())
+    assert [axes.get_xlabel() for axes in figure.axes] == [f"{wait} (ms)" for wait in WAITS.values()]
 
 
 def test_experiments_drawn_side_by_side_are_those_drawn_in_turn(tmp_path: Path) -> None:

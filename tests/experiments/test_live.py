@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from moeless.experiments.base import Options
-from moeless.experiments.live import EXPERIMENT
+from moeless.experiments.catalogue import find
 from moeless.metrics import schema
 from moeless.metrics.result import read_result
 
@@ -29,7 +29,8 @@ def test_the_page_says_how_the_live_layers_were_timed(layer_time: str, cores: in
     for cell in read_result(RESULT).cells:
         settings = {**cell.settings, "layer_time": layer_time}
         cells.append(schema.to_json(dataclasses.replace(cell, evidence="measured", settings=settings)))
-    drawn = EXPERIMENT.draw(Options(), {"live": {"cells": cells, "cores": cores, "host": "transformers"}})
+    (experiment,) = find("live")
+    drawn = experiment.draw(Options(), {"live": {"cells": cells, "cores": cores, "host": "transformers"}})
     plt.close("all")
     assert says in " ".join(drawn.text)
     assert ("left out" in " ".join(drawn.text)) == (layer_time != "wall clock")

@@ -10,7 +10,7 @@ import pytest
 
 from moeless.experiments.base import Options
 from moeless.experiments.catalogue import NAMES, PAPER, find
-from moeless.experiments.table2 import gate_bytes, scratch_bytes
+from moeless.experiments.tables import gate_bytes, scratch_bytes
 from moeless.spec import preset
 
 

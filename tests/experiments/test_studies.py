@@ -10,7 +10,7 @@ import pytest
 from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, Phase, PlanInput, Policy, Request
 from moeless.costs import COSTS
-from moeless.experiments import claims, claims_table, serving
+from moeless.experiments import claims, serving
 from moeless.experiments.cells import parts
 from moeless.experiments.cells.drift import in_blocks
 from moeless.experiments.cells.scale import serve
@@ -114,7 +114,7 @@ def test_elastic_starts_with_copies_on_many_gpus_and_as_before_on_few():
 
 
 def test_what_the_papers_means_imply_composes_back_to_them():
-    implied = claims_table.implied()
+    implied = claims.implied()
     mine = implied["MoEless latency"] * implied["MoEless memory"]
     assert 100 * (mine - 1) == pytest.approx(-92.68)
     assert 100 * (mine / (implied["EPLB latency"] * implied["EPLB memory"]) - 1) == pytest.approx(-95.11)
@@ -125,12 +125,12 @@ def test_what_the_papers_means_imply_composes_back_to_them():
 def test_claims_are_told_with_paired_intervals_and_the_codes_revision(monkeypatch):
     monkeypatch.setattr(claims, "POLICIES", (("static", 1), ("eplb:history", 1)))
     rows = claims.run_model("phi-3.5-moe", 3, "one-second", 1.0)
-    text = claims_table.document(rows, "a command", {"revision": "abc", "dirty": True})
+    text = claims.document(rows, "a command", {"revision": "abc", "dirty": True})
     assert "Code: abc, changed. Requests: phi-3.5-moe 3 (" in text
     for name in ("static", "eplb:history"):
         # every system has its row, the baselines too
         assert any(f"| roofline | {name} |" in line for line in text.partition("## How sure")[0].splitlines())
-    line = next(line for line in claims_table.certain(rows).splitlines() if "| paper | eplb:history |" in line)
+    line = next(line for line in claims.certain(rows).splitlines() if "| paper | eplb:history |" in line)
     change, against_itself, bill = (part.strip() for part in line.split("|")[4:7])
     assert against_itself == "–"
     for told, field in ((change, "layer.mean_ms"), (bill, "billing.paper")):
