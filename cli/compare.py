@@ -25,11 +25,11 @@ def command(
 
     Example: moeless compare results/runs/20260306T120000Z-serve-bench-a results/runs/20260306T130000Z-serve-bench-b
     """
-    from moeless.report import compare, index, page
+    from moeless.report import compare, page
     from moeless.tracking import start_run
 
     if not runs:
-        written = index.write_index(root)
+        written = compare.write_index(root)
         if as_json:
             common.print_json({"index": str(written)})
         else:

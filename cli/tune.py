@@ -128,17 +128,17 @@ command = common.command(
 def _figure(tuning: Tuning, outcome: Outcome) -> tuple[str, Any]:
     import numpy as np
 
-    from moeless.report import tuning_figures
+    from moeless.report import charts
 
     title = f"Tuning {tuning.policy}, {tuning.bench.spec.name} on {tuning.bench.cluster.name}"
     labels = [objective.label for objective in tuning.objectives]
     if len(labels) == 1:
         value_N = [trial["values"][tuning.objectives[0].objective] for trial in outcome.trials]
         found = np.array([np.nan if value is None else value for value in value_N])
-        return title, tuning_figures.progress(found, labels[0], maximise=tuning.objectives[0].maximise, title=title)
+        return title, charts.progress(found, labels[0], maximise=tuning.objectives[0].maximise, title=title)
     row = {number: index for index, number in enumerate(outcome.trial_N)}
     trial_of = {point.name: row[point.trial] for point in outcome.rows if point.trial is not None}
-    return title, tuning_figures.pareto(
+    return title, charts.pareto(
         outcome.values_NM,
         [row[number] for number in outcome.front],
         labels,

@@ -14,7 +14,7 @@ from moeless.experiments.sources import common_kind, common_label, sweep_sources
 from moeless.experiments.statements import SMALL, Finding, unanimous
 from moeless.metrics.result import Cell
 from moeless.report import style
-from moeless.report.bar_figures import Bars, bars
+from moeless.report.charts import Bars, bars
 
 #: Variant to (policy, changes of the workload); None is the full system's policy. The paper shows the first and last.
 VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {

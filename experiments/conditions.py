@@ -11,7 +11,7 @@ from moeless.experiments.base import Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.serving import change_text, found
 from moeless.experiments.sources import common_kind, common_label
 from moeless.report import style
-from moeless.report.bar_figures import Bars, bars
+from moeless.report.charts import Bars, bars
 
 COPYING = ("moeless:history", "elastic:history")
 #: Seconds that a function instance takes to start, beside the transfer of its weights.

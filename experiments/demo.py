@@ -15,7 +15,7 @@ import numpy as np
 
 from moeless.files import read_json
 from moeless.metrics.result import Result, read_result
-from moeless.report import line_figures, page, routing_figures, sections, summary
+from moeless.report import charts, page, result_page, summary
 from moeless.report.page import Figure, Section, Table, Text
 from moeless.traces import TokenTrace, open_trace
 from moeless.traces.compose import total_load
@@ -119,8 +119,8 @@ def write_page(run: Run, made: Sequence[Step]) -> tuple[Path, Result]:
     whole = Result(
         str(run.manifest["command_line"]), tuple(cell for result in results.values() for cell in result.cells)
     )
-    parts += sections.result_sections(run, whole, LABEL)
-    warnings = [f"{shapes(name)}: {text}" for name, result in results.items() for text in sections.warnings(result)]
+    parts += result_page.result_sections(run, whole, LABEL)
+    warnings = [f"{shapes(name)}: {text}" for name, result in results.items() for text in result_page.warnings(result)]
     run.write_result(whole)
     for warning in warnings:
         run.warn(warning)
@@ -149,13 +149,13 @@ def _routing(run: Run, trace: TokenTrace) -> Section:
     topk = trace.load_topk()
     spec = trace.spec
     load_LE = total_load(topk, spec.E)
-    heat = run.figure("popularity", routing_figures.popularity(load_LE, "Expert popularity, bundled model"))
+    heat = run.figure("popularity", charts.popularity(load_LE, "Expert popularity, bundled model"))
     series = {}
     for gpus in (4, 8):
         per_gpu = np.stack([part.sum(1) for part in np.array_split(load_LE, gpus, axis=1)], 1)
         series[f"{gpus} GPUs"] = per_gpu.max(1) / per_gpu.mean(1)
     balance = run.figure(
-        "imbalance", routing_figures.layer_imbalance(series, title="Imbalance of all tokens, contiguous experts")
+        "imbalance", charts.layer_imbalance(series, title="Imbalance of all tokens, contiguous experts")
     )
     text = (
         f"{trace.num_tokens:,} tokens of {trace.num_requests} bundled prompts in "
@@ -173,7 +173,7 @@ def _routing(run: Run, trace: TokenTrace) -> Section:
 
 def _prediction(run: Run) -> Section:
     rows: list[list[Any]] = []
-    series: dict[str, line_figures.Line] = {}
+    series: dict[str, charts.Line] = {}
     for name in METHODS:
         entries = read_json(run.path / f"predictor-{name}" / "metrics.json")
         found = [e for e in entries["rows"] if e["metric"] == "topk_recall" and e["phase"] == "all"]
@@ -183,14 +183,14 @@ def _prediction(run: Run) -> Section:
             if distance == 1:
                 by_layer = {e["layer"] + 1: e for e in chosen}
                 layers = sorted(by_layer)
-                series[name] = line_figures.Line(
+                series[name] = charts.Line(
                     layers,
                     [by_layer[i]["value"] for i in layers],
                     [by_layer[i]["low"] for i in layers],
                     [by_layer[i]["high"] for i in layers],
                 )
             rows.append([name, distance, float(np.mean([e["value"] for e in chosen])), sum(e["n"] for e in chosen)])
-    figure = line_figures.lines(
+    figure = charts.lines(
         series,
         xlabel="MoE layer that is forecast",
         ylabel="top-k recall",

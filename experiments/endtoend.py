@@ -12,7 +12,7 @@ from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label
 from moeless.metrics.requests import WAITS
 from moeless.report import style
-from moeless.report.bar_figures import policy_bars
+from moeless.report.charts import policy_bars
 
 #: Loose enough for eight A6000; the rate is what they serve without a growing queue.
 RATE = 4.0

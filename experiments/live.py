@@ -12,7 +12,7 @@ from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import bundled
 from moeless.experiments.statements import Finding, Measured
 from moeless.metrics.result import Cell, read_result
-from moeless.report import result_figures, sections
+from moeless.report import result_page
 
 RANKS = 8
 COMMAND = "moeless reproduce live"
@@ -87,21 +87,21 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     text = [_how_timed(rows[0], results["live"]["cores"])] if "live" in results else []
     plots = {
         "time": Plot(
-            result_figures.layer_time_parts(rows, "Live MoE-layer time"),
+            result_page.layer_time_parts(rows, "Live MoE-layer time"),
             f"Where a MoE layer's time goes when {model} really serves; control is forecasting, planning and "
             "dispatch in Python on the same processor cores.",
             "measured",
             label,
         ),
         "bills": Plot(
-            result_figures.bills(rows, "Three bills of the live run"),
+            result_page.bills(rows, "Three bills of the live run"),
             f"The live run of {model} billed by three rules.",
             "measured",
             label,
             wide=True,
         ),
     }
-    table, billing = sections.layer_table(rows), sections.billing_table(rows)
+    table, billing = result_page.layer_table(rows), result_page.billing_table(rows)
     data = {
         "layers": Data(table.columns, table.rows, "MoE-layer time over all iterations and layers, live", show=True),
         "bills": Data(billing.columns, billing.rows, "The three bills, live"),

@@ -12,7 +12,7 @@ from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import DISTANCES, Source, fitted_predictor, given, input_sources
 from moeless.experiments.statements import Claim, Finding, Measured, Stated
 from moeless.report import style
-from moeless.report.line_figures import Line, lines
+from moeless.report.charts import Line, lines
 
 _CELLS = "moeless.experiments.cells.prediction"
 #: Method to the name in figures.

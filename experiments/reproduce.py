@@ -18,7 +18,7 @@ from moeless.experiments.publish import RECORD, Publisher, Spent
 from moeless.experiments.runner import Progress, closure, run_jobs
 from moeless.experiments.sources import given
 from moeless.files import check_writable, read_json
-from moeless.report.result_figures import BILLS
+from moeless.report.result_page import BILLS
 from moeless.spec import preset
 from moeless.tracking import start_run
 

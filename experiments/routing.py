@@ -10,7 +10,7 @@ import numpy as np
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, routing_sources
 from moeless.experiments.statements import Finding, unanimous
-from moeless.report import routing_figures, style
+from moeless.report import charts, style
 
 #: The busiest expert at so many times the even share is strong skew: its GPU then works that much longer.
 SKEWED = 1.5
@@ -35,14 +35,14 @@ def _skew(options: Options, results: Mapping[str, Any]) -> Drawn:
         layers = {f"layer {layer}": load_LE[layer] for layer in sorted({0, len(load_LE) // 2, len(load_LE) - 1})}
         size = f"{found['tokens']:,} tokens of {found['requests']:,} requests"
         plots[source.title] = Plot(
-            routing_figures.expert_bars(layers, f"Load per expert, {source.title}"),
+            charts.expert_bars(layers, f"Load per expert, {source.title}"),
             f"Share of the load that each expert of {source.title} gets, in three layers; dashed: an even share "
             f"({size}).",
             source.routing,
             source.label,
         )
         plots[f"{source.title}-layers"] = Plot(
-            routing_figures.popularity(load_LE, f"All layers, {source.title}"),
+            charts.popularity(load_LE, f"All layers, {source.title}"),
             f"Load of every expert in every MoE layer of {source.title} ({size}).",
             source.routing,
             source.label,

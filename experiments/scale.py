@@ -11,7 +11,7 @@ from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.metrics import catalogue
 from moeless.metrics.result import Cell
-from moeless.report import line_figures
+from moeless.report import charts
 
 EPLB = ("eplb:history", "eplb-hierarchical:history")
 POLICIES = ("static", *EPLB, "moeless:history", "elastic:history", "oracle")
@@ -62,10 +62,10 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     series = {}
     for policy in POLICIES:
         ratio_X3 = np.array([serving.ratio(results[f"{gpus}|{policy}"], results[f"{gpus}|static"]) for gpus in GPUS])
-        series[policy] = line_figures.Line(GPUS, *ratio_X3.T)
+        series[policy] = charts.Line(GPUS, *ratio_X3.T)
     runs = serving.fewest_runs(found.values())
     plot = Plot(
-        line_figures.lines(
+        charts.lines(
             series, xlabel="GPUs", ylabel="mean layer time ÷ static EP's", title="Layer time over GPUs",
             policies=True, log_x=True, ylim=(0, None),
         ),

@@ -14,7 +14,7 @@ from moeless.experiments.cells import intervals
 from moeless.experiments.sources import Source, at_hand, common_kind, common_label, synthetic
 from moeless.metrics import catalogue, schema
 from moeless.metrics.result import Cell
-from moeless.report import line_figures
+from moeless.report import charts
 
 #: Requests of a full run: the paper's planner, planning anew in every layer of every iteration, simulates some
 #: thousand layers a second, so that all figures together take hours.
@@ -254,17 +254,15 @@ def lines(
     for policy in policies:
         rows = [results[f"{label}|{policy}"] for label in x]
         if callable(value):
-            series[policy] = line_figures.Line(list(x.values()), [value(cell(row)) for row in rows])
+            series[policy] = charts.Line(list(x.values()), [value(cell(row)) for row in rows])
             continue
         low, high = zip(*(interval(row, value) for row in rows), strict=True)
-        series[policy] = line_figures.Line(list(x.values()), [read(row, value) for row in rows], low, high)
+        series[policy] = charts.Line(list(x.values()), [read(row, value) for row in rows], low, high)
         if np.isfinite(low).any():
             band = "90 % interval, bootstrap over requests" if value.startswith("request.") else BAND
             banded = f"; bands: {band}"
     runs = fewest_runs(found(results, label, policy) for label in x for policy in policies)
-    figure = line_figures.lines(
-        series, xlabel=xlabel, ylabel=ylabel, title=title, policies=True, log_x=log_x, ylim=(0, None)
-    )
+    figure = charts.lines(series, xlabel=xlabel, ylabel=ylabel, title=title, policies=True, log_x=log_x, ylim=(0, None))
     caption = (
         f"{title}: {source.title} on {source.cluster or options.cluster}, {physical(options)} costs, continuous "
         f"batching, one run per point (n = {runs:,} layer runs or more){banded}."

@@ -12,7 +12,7 @@ import numpy as np
 from moeless.experiments import serving
 from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import Source, common_kind, common_label, synthetic
-from moeless.report import line_figures
+from moeless.report import charts
 
 TENANTS = 4
 GPUS = (2, 4, 8)
@@ -166,9 +166,9 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
     for name in names:
         mine = [way for way in ways if way.name == name]
         low, high = (100 * np.array([way.span[end] for way in mine]) for end in (0, 1))
-        series[name] = line_figures.Line([way.gpu_seconds for way in mine], [100 * way.good for way in mine], low, high)
+        series[name] = charts.Line([way.gpu_seconds for way in mine], [100 * way.good for way in mine], low, high)
     plot = Plot(
-        line_figures.lines(
+        charts.lines(
             series, xlabel="GPU·s of all models", ylabel="requests within objectives (%)",
             title=f"{TENANTS} models: service over cost", log_x=True, reference=100 * TARGET,
             reference_label="objective",

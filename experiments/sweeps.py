@@ -14,7 +14,7 @@ from moeless.experiments.sources import Source, common_kind, common_label, dista
 from moeless.experiments.statements import SMALL, Finding, unanimous
 from moeless.metrics.result import Cell
 from moeless.placement.paper import PaperParams
-from moeless.report import line_figures
+from moeless.report import charts
 
 #: Workloads a point stands on at full size, one at quick size; they differ in arrivals and in which requests come.
 WORKLOADS = 3
@@ -112,7 +112,7 @@ class Figure:
         if len(_seeds(options)) > 1:
             band = f"mean and range of {WORKLOADS} workloads"
         for costs in options.costs:
-            series: dict[str, line_figures.Line] = {}
+            series: dict[str, charts.Line] = {}
             changes = {}
             for source in sources:
                 points, seeds = self.sweep.points(source), _seeds(options)
@@ -126,7 +126,7 @@ class Figure:
                 changes[source.title] = 100.0 * (float((value_PS[-1] / value_PS[0]).mean()) - 1.0)
                 series[source.title] = _line(points, kept_PS, value_PS, reading)
             plots[costs] = Plot(
-                line_figures.lines(
+                charts.lines(
                     series,
                     xlabel=self.sweep.xlabel,
                     ylabel=shown,
@@ -168,7 +168,7 @@ def _name(source: Source, costs: str, point: float, seed: int) -> str:
 
 def _line(
     points: Sequence[float], kept_PS: Sequence[Sequence[Mapping[str, Any]]], value_PS: Any, reading: Reading
-) -> line_figures.Line:
+) -> charts.Line:
     """Mean and range over workloads; of a single workload, its value and its bootstrap interval."""
     if len(kept_PS[0]) == 1:
         # sources differ by orders of magnitude, workloads too: each is compared with itself
@@ -179,9 +179,9 @@ def _line(
             for kept_S, (value,) in zip(kept_PS, value_PS, strict=True)
         ]
         middle, low, high = zip(*shown_P3, strict=True)
-        return line_figures.Line(points, middle, low, high)
+        return charts.Line(points, middle, low, high)
     shown_PS = value_PS / value_PS[0] if reading.relative else value_PS
-    return line_figures.Line(points, shown_PS.mean(1), shown_PS.min(1), shown_PS.max(1))
+    return charts.Line(points, shown_PS.mean(1), shown_PS.min(1), shown_PS.max(1))
 
 
 EXPERIMENTS = tuple(

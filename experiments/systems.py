@@ -12,9 +12,9 @@ from moeless.experiments.base import Data, Drawn, Experiment, Job, Options, Plot
 from moeless.experiments.sources import DATASETS, Source, common_kind, common_label, serving_sources
 from moeless.experiments.statements import CHANGES, SMALL, Claim, Finding, Measured, Stated
 from moeless.metrics.result import Cell
-from moeless.report import line_figures, result_figures, style
-from moeless.report.bar_figures import whiskers
-from moeless.report.result_figures import BILLS, names
+from moeless.report import charts, result_page, style
+from moeless.report.charts import whiskers
+from moeless.report.result_page import BILLS, names
 
 
 def _shown(options: Options) -> Source:
@@ -40,7 +40,7 @@ def _kinds(options: Options, results: Mapping[str, Any]) -> Drawn:
         where = f"{source.title} on {options.cluster}, {costs} costs"
         runs = f"(n = {found[0].layer.samples:,} layer runs each)"
         plots[f"{costs}-time"] = Plot(
-            result_figures.layer_time_cdf(found, "MoE-layer time", [serving.distribution(data)[1:] for data in kept]),
+            result_page.layer_time_cdf(found, "MoE-layer time", [serving.distribution(data)[1:] for data in kept]),
             f"Serverful unbalanced (static), serverful balanced (EPLB), serverless (MoEless): {where} {runs}. "
             f"Bands: {serving.BAND}.",
             source.kind,
@@ -48,7 +48,7 @@ def _kinds(options: Options, results: Mapping[str, Any]) -> Drawn:
         )
         spans = {"paper": [serving.interval(data, "billing.paper") for data in kept]}
         plots[f"{costs}-bills"] = Plot(
-            result_figures.bills(found, "Cost of the same work", spans),
+            result_page.bills(found, "Cost of the same work", spans),
             f"The paper bills an expert while its own layer runs; the other two rules stand beside it: {where} {runs}. "
             f"{serving.WHISKERS}",
             source.kind,
@@ -162,7 +162,7 @@ def _distributions(options: Options, results: Mapping[str, Any], dataset: str, c
     curves: list[list[Any]] = []
     warned: dict[str, list[str]] = {}
     for costs in options.costs:
-        grid: dict[str, dict[str, line_figures.Line]] = {}
+        grid: dict[str, dict[str, charts.Line]] = {}
         samples = []
         for source in sources:
             kept = serving.rows_of(results, source, costs)
@@ -173,7 +173,7 @@ def _distributions(options: Options, results: Mapping[str, Any], dataset: str, c
                 warned.setdefault(text, []).append(source.title)
             shown = {name: serving.distribution(data) for name, data in zip(names(found), kept, strict=True)}
             grid[source.title] = {
-                name: line_figures.Line(middle, np.arange(101), left=left, right=right)
+                name: charts.Line(middle, np.arange(101), left=left, right=right)
                 for name, (middle, left, right) in shown.items()
             }
             curves += [
@@ -182,7 +182,7 @@ def _distributions(options: Options, results: Mapping[str, Any], dataset: str, c
                 for percent, times in enumerate(zip(*(each.tolist() for each in curve), strict=True))
             ]
         plots[costs] = Plot(
-            line_figures.panels(
+            charts.panels(
                 grid,
                 xlabel="time of one MoE layer (ms)",
                 ylabel="layers at most that slow (%)",

@@ -1,4 +1,4 @@
-"""Runs side by side: their results in one table per cost model, and what differs in how they were made."""
+"""Pages over several runs: side by side, with what differs in how they were made; and an index of all in a folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from moeless.errors import UserError
 from moeless.metrics import catalogue
 from moeless.metrics.result import Cell, Result, read_result
+from moeless.report import page
 from moeless.report.page import Section, Table, Text
-from moeless.tracking import read_manifest
+from moeless.tracking import find_runs, read_manifest
 
 COLUMNS = ("policy", "run", *catalogue.headings("compare"), "evidence")
 
@@ -119,3 +120,36 @@ def summary(runs: Sequence[Compared]) -> list[str]:
         else "**They read different inputs**, so times and bills are of different work."
     )
     return [first, same]
+
+
+def write_index(root: Path) -> Path:
+    """Write ``index.html`` into a folder of runs, newest first, with a link to each run's page.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    runs = find_runs(root)
+    if not runs:
+        raise UserError(f"{root} holds no run")
+    rows: list[list[Any]] = []
+    skipped = []
+    for path in reversed(runs):
+        try:
+            manifest = read_manifest(path)
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        has_page = (path / page.PAGE).is_file()
+        rows.append(
+            [
+                page.Link(path.name, f"{path.name}/{page.PAGE}") if has_page else path.name,
+                manifest["command"],
+                manifest["name"],
+                manifest["status"],
+                manifest["start"],
+                manifest["seconds"],
+            ]
+        )
+    table = Table(["run", "command", "on", "status", "started", "seconds"], rows)
+    text = f"{len(rows)} runs, newest first."
+    return page.write(root, "Runs", text, [Section("All runs", [table])], warnings=skipped)

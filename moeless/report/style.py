@@ -140,3 +140,9 @@ def canvas(rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[An
 def heading(figure: Any, text: str) -> None:
     """The heading of a figure of several panels."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+
+
+def horizontal(axes: Any) -> None:
+    """The grid of horizontal bars: lines for their values, none for their names."""
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")

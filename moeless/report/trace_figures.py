@@ -7,43 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from moeless.contracts import FloatArray
-from moeless.report import page, style
-from moeless.report.line_figures import Line, lines
-from moeless.report.routing_figures import layer_imbalance, popularity
+from moeless.files import write_json
+from moeless.report import page
+from moeless.report.charts import Bars, Line, bars, coactivation, layer_imbalance, lines, popularity
 from moeless.traces.inspect import Description
+from moeless.traces.statistics import imbalance_L
 from moeless.tracking.run import Run
-
-
-def coactivation(ratio_EE: FloatArray, layer: int) -> Any:
-    """Heat map of pairs of experts; 1 is independence."""
-    with style.drawing() as plt:
-        figure, axes = plt.subplots(figsize=(style.COLUMN, 3.0), layout="constrained")
-        log = np.log2(np.where(ratio_EE > 0, ratio_EE, np.nan))
-        finite = np.abs(log[np.isfinite(log)])
-        limit = max(0.5, float(np.quantile(finite, 0.98))) if len(finite) else 1.0
-        image = axes.imshow(log, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.grid(False)
-        axes.set(xlabel="expert", ylabel="expert", title=f"Experts used together, MoE layer {layer}")
-        bar = figure.colorbar(image, ax=axes, pad=0.02)
-        bar.set_label("log2 (observed ÷ independent)")
-        bar.outline.set_visible(False)
-        plt.close(figure)
-    return figure
-
-
-def bars(values: dict[str, float], title: str, xlabel: str) -> Any:
-    """Horizontal bars, the largest on top."""
-    names = sorted(values, key=lambda name: values[name])
-    with style.drawing() as plt:
-        figure, axes = plt.subplots(figsize=(style.COLUMN, 0.6 + 0.2 * len(names)), layout="constrained")
-        short = [name if len(name) <= 30 else f"…{name[-29:]}" for name in names]
-        axes.barh(np.arange(len(names)), [values[name] for name in names], color=style.SERIES[0], height=0.7)
-        axes.set_yticks(np.arange(len(names)), short)
-        axes.grid(False, axis="y")
-        axes.set(xlabel=xlabel, title=title)
-        plt.close(figure)
-    return figure
 
 
 def draw(made: Description, run: Run) -> list[page.Figure]:
@@ -114,15 +83,21 @@ def draw(made: Description, run: Run) -> list[page.Figure]:
             "Total-variation distance of each part's expert shares from the whole trace's, mean over layers.",
         )
     if made.categories:
+        far = sorted(made.categories.items(), key=lambda one: -one[1])
         add(
             "categories",
-            bars(made.categories, f"Categories differ{mark}", "share of load elsewhere"),
+            bars(
+                # long names end in what tells them apart
+                [name if len(name) <= 30 else f"…{name[-29:]}" for name, _ in far],
+                {"": Bars([share for _, share in far])},
+                xlabel="share of load elsewhere",
+                title=f"Categories differ{mark}",
+                reference=None,
+            ),
             "Total-variation distance of a category's expert shares from the whole trace's, mean over layers.",
         )
     prefill, decode = made.load_prefill_LE, made.load_decode_LE
     if prefill is not None and decode is not None and prefill.sum() and decode.sum():
-        from moeless.traces.statistics import imbalance_L
-
         add(
             "prefill-decode",
             layer_imbalance(
@@ -149,8 +124,6 @@ def _short(window: str) -> str:
 
 def write_page(made: Description, run: Run, trace: Path, notes: tuple[str, ...]) -> Path:
     """Write figures, ``inspect.json`` and the page of a trace into the run folder."""
-    from moeless.files import write_json
-
     figures = draw(made, run)
     write_json(run.path / "inspect.json", made.to_json())
     facts = page.Table(["", ""], [[name, value] for name, value in made.facts.items()])

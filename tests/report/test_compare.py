@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moeless.metrics.result import Result
-from moeless.report import index
+from moeless.report import compare
 from moeless.tracking import start_run
 
 
@@ -73,7 +73,7 @@ def test_the_index_lists_every_run_and_links_to_its_page(runs, tmp_path: Path, c
 
 def test_a_damaged_run_does_not_hide_the_others(runs, tmp_path: Path) -> None:
     (runs[1] / "manifest.json").write_text("{")
-    text = index.write_index(tmp_path).read_text()
+    text = compare.write_index(tmp_path).read_text()
     assert "run0" in text
     assert "is not valid JSON" in text
 
@@ -81,7 +81,7 @@ def test_a_damaged_run_does_not_hide_the_others(runs, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_comparison_and_index_fit_a_phone(runs, tmp_path: Path, cli, browser, dark: bool) -> None:
     assert cli("compare", *runs, "--out", tmp_path / "cmp")[0] == 0
-    for page in (tmp_path / "cmp" / "index.html", index.write_index(tmp_path)):
+    for page in (tmp_path / "cmp" / "index.html", compare.write_index(tmp_path)):
         seen = browser(page, 390, dark)
         assert seen["overflow"] <= 0
         assert seen["beyond"] == []

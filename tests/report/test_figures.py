@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moeless.report import line_figures, result_figures, routing_figures, style
+from moeless.report import charts, result_page, style
 
 
 def test_a_policy_has_one_colour_whatever_it_is_drawn_with() -> None:
@@ -41,14 +41,14 @@ def test_the_systems_of_the_paper_stay_apart_for_colour_blind_readers(kind: str)
 
 
 def test_popularity_shows_load_over_an_even_share() -> None:
-    figure = routing_figures.popularity([[3, 1], [0, 0]])
+    figure = charts.popularity([[3, 1], [0, 0]])
     assert figure.axes[0].images[0].get_array().tolist() == [[1.5, 0.5], [0.0, 0.0]]
     assert "n = 4" in figure.axes[0].get_xlabel()
 
 
 def test_stacked_parts_sum_to_the_mean_layer_time(result) -> None:
     cells = [cell for cell in result.cells if cell.costs == "paper"]
-    axes = result_figures.layer_time_parts(cells).axes[0]
+    axes = result_page.layer_time_parts(cells).axes[0]
     ends = {}
     for bar in axes.patches:
         ends[bar.get_y()] = max(ends.get(bar.get_y(), 0.0), bar.get_x() + bar.get_width())
@@ -59,35 +59,35 @@ def test_stacked_parts_sum_to_the_mean_layer_time(result) -> None:
 def test_fast_layers_are_shown_in_microseconds(result) -> None:
     static = result.cells[0]
     layer = dataclasses.replace(static.layer, mean_ms=0.25, parts_ms={"expert": 0.25})
-    axes = result_figures.layer_time_parts([dataclasses.replace(static, layer=layer)]).axes[0]
+    axes = result_page.layer_time_parts([dataclasses.replace(static, layer=layer)]).axes[0]
     assert "µs" in axes.get_xlabel()
 
 
 def test_the_distribution_draws_every_policy_that_kept_it(result) -> None:
     cells = [cell for cell in result.cells if cell.costs == "roofline"]
-    axes = result_figures.layer_time_cdf(cells).axes[0]
-    assert [line.get_label() for line in axes.lines] == result_figures.names(cells)
+    axes = result_page.layer_time_cdf(cells).axes[0]
+    assert [line.get_label() for line in axes.lines] == result_page.names(cells)
     assert axes.lines[0].get_xdata()[-1] == pytest.approx(6.0)
 
 
 def test_each_billing_rule_has_its_panel_and_unit(result) -> None:
     cells = [cell for cell in result.cells if cell.costs == "paper"]
-    figure = result_figures.bills(cells)
-    assert [axes.get_xlabel() for axes in figure.axes] == list(result_figures.BILLS.values())
+    figure = result_page.bills(cells)
+    assert [axes.get_xlabel() for axes in figure.axes] == list(result_page.BILLS.values())
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     assert widths == [cell.billing.paper for cell in cells]
 
 
 def test_a_band_spans_low_to_high() -> None:
-    line = line_figures.Line([0, 1], [0.5, 0.6], [0.4, 0.5], [0.6, 0.8])
-    figure = line_figures.lines({"a": line}, xlabel="d", ylabel="recall", title="t")
+    line = charts.Line([0, 1], [0.5, 0.6], [0.4, 0.5], [0.6, 0.8])
+    figure = charts.lines({"a": line}, xlabel="d", ylabel="recall", title="t")
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(0.4)
     assert band[:, 1].max() == pytest.approx(0.8)
 
 
 def test_small_multiples_share_one_legend() -> None:
-    line = line_figures.Line([0, 1], [0, 1])
+    line = charts.Line([0, 1], [0, 1])
     grid = {"m1": {"static": line, "eplb": line}, "m2": {"static": line}}
-    figure = line_figures.panels(grid, xlabel="x", ylabel="y", title="t", policies=True)
+    figure = charts.panels(grid, xlabel="x", ylabel="y", title="t", policies=True)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["static", "eplb"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeless.report import page, routing_figures
-from moeless.report.sections import result_sections, warnings
+from moeless.report import charts, page
+from moeless.report.result_page import result_sections, warnings
 from moeless.report.summary import summarise
 from moeless.tracking import start_run
 
@@ -44,8 +44,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, result) -> Path:
     with start_run("demo", "x", {"seed": 1}, 1, out=tmp_path / "run", wandb=False) as run:
         run.warn("only 12 requests: tail percentiles are single observations")
         load = np.random.default_rng(0).integers(1, 500, (8, 16))
-        first = run.figure("popularity", routing_figures.popularity(load))
-        second = run.figure("bars", routing_figures.expert_bars({"layer 0": load[0]}, "Load"))
+        first = run.figure("popularity", charts.popularity(load))
+        second = run.figure("bars", charts.expert_bars({"layer 0": load[0]}, "Load"))
         sections = [
             page.Section("Routing", [page.Figure(first, "Where tokens go.", "measured"), page.Figure(second, "Bars.")]),
             *result_sections(run, result),

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from moeless.metrics.result import Result
-from moeless.report.sections import billing_table, layer_table, warnings
+from moeless.report.result_page import billing_table, layer_table, warnings
 from moeless.report.summary import baseline, groups, summarise
 
 

@@ -126,10 +126,10 @@ def test_lineage_is_recorded_offline_too(tmp_path: Path, stand_in: StandInRun) -
 
 
 def test_a_figure_and_a_table_reach_wandb(tmp_path: Path, stand_in: StandInRun) -> None:
-    from moeless.report import routing_figures
+    from moeless.report import charts
 
     with start_run("reproduce", "x", {}, 0, [], tmp_path / "run") as run:
-        run.figure("loads", routing_figures.popularity([[1, 2], [3, 4]]), "Loads", "caption")
+        run.figure("loads", charts.popularity([[1, 2], [3, 4]]), "Loads", "caption")
         run.table("claims", ["claim", "ours"], [["time", None]])
     assert stand_in.rows[0]["figures/loads"]["caption"] == "Loads"
     assert stand_in.rows[0]["figures/loads"]["path"].endswith("loads.png")
