@@ -49,6 +49,7 @@ class LoadPredictor(ABC):
             iteration starts, so that no distance has to be chosen.
         forecasts_first: whether it forecasts the layers that none precedes by the distance (``layer`` below 0) better
             than history does.
+        token_part: the method that forecasts single tokens, whose sums :meth:`from_tokens` takes; None for none.
         spec: the model whose loads it forecasts.
     """
 
@@ -58,6 +59,7 @@ class LoadPredictor(ABC):
     needs_gates: ClassVar[bool] = False
     from_history: ClassVar[bool] = False
     forecasts_first: ClassVar[bool] = False
+    token_part: TokenLevel | None = None
 
     def __init__(self, spec: MoESpec) -> None:
         self.spec = spec
@@ -128,11 +130,6 @@ class LoadPredictor(ABC):
             device: a ``torch.device`` or its name.
         """
         return self
-
-    @property
-    def token_part(self) -> TokenLevel | None:
-        """The :class:`~moeless.predictors.token_level.TokenLevel` whose sums :meth:`from_tokens` takes, or None."""
-        return None
 
     def from_tokens(self, mean_E: FloatArray, context: Context, layer: int, distance: int) -> Forecast:
         """The forecast, given what :attr:`token_part` sums up to over the iteration's tokens."""
@@ -223,6 +220,22 @@ class LoadPredictor(ABC):
         if share_E is None:
             share_E, source = np.full(self.spec.E, 1.0 / self.spec.E), "uniform"
         return self.scaled(share_E, context.tokens, source)
+
+    def expecting(
+        self, load_E: NDArray[Any] | None, what: str, context: Context, target: int, variance: float = 1.0
+    ) -> Forecast:
+        """Forecast a load in proportion to ``load_E``; :meth:`fallback` where that is None or zero everywhere.
+
+        Args:
+            load_E: loads or shares ``[E]``.
+            what: what it is called in an error.
+            variance: of the forecast, over its mean; 1 is that of a Poisson count.
+        """
+        self._check_target(target)
+        share_E = share_of(load_E, self.spec.E, what)
+        if share_E is None:
+            return self.fallback(context, target)
+        return self.scaled(share_E, context.tokens, self.name, variance)
 
     def scaled(self, share_E: FloatArray, tokens: int, source: str, variance: float = 1.0) -> Forecast:
         """Shares times an iteration's assignments, with a variance in proportion to the mean."""

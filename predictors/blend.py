@@ -96,7 +96,8 @@ class Blend(LoadPredictor):
         shape = (len(pairs), 2, len(sizes))
         if weight_PHNS.shape != (*shape, 3) or variance_PHNV.shape != (*shape, 2) or error_PHNX.shape != (*shape, 2):
             raise ValueError(f"weights of shape {weight_PHNS.shape} for {len(pairs)} pairs and {len(sizes)} sizes")
-        self.part, self.pairs, self.sizes, self.table = part, tuple(pairs), tuple(sizes), table
+        self.part = self.token_part = part
+        self.pairs, self.sizes, self.table = tuple(pairs), tuple(sizes), table
         self._row = {pair: row for row, pair in enumerate(self.pairs)}
         self._weight_PHNS = weight_PHNS.astype(np.float32)
         self._variance_PHNV, self._error_PHNX = variance_PHNV.astype(np.float32), error_PHNX.astype(np.float32)
@@ -147,11 +148,6 @@ class Blend(LoadPredictor):
             given.report(cls.name, row + 1, {"validation_error": float(error[row, ..., 0].mean())})
         return cls(rows.spec, part, [*pairs, *first], sizes, weight, variance, error, table)
 
-    @property
-    def token_part(self) -> TokenLevel:
-        """The method inside."""
-        return self.part
-
     def predict_topk(self, inputs: NDArray[Any], layer: int, distance: int) -> IntArray:
         """The method inside says which experts single tokens choose."""
         return self.part.predict_topk(inputs, layer, distance)
@@ -174,37 +170,38 @@ class Blend(LoadPredictor):
                 self.part.check_inputs(inputs, layer, distance)
             else:
                 mean_E = self.part.mean_load(inputs, layer, distance)
-        return self._mix(mean_E, context, layer, distance)
-
-    def from_tokens(self, mean_E: FloatArray, context: Context, layer: int, distance: int) -> Forecast:
-        """The mixture, given the sum over the tokens."""
-        return self._mix(mean_E, context, layer, distance)
+        return self.from_tokens(mean_E, context, layer, distance)
 
     def weights(self, layer: int, distance: int, phase: Phase, tokens: int) -> FloatArray:
         """Weights of tokens, history and the last iteration, ``[S]``; history alone where nothing was fitted."""
-        weight_S = self._at(self._weight_PHNS, layer, distance, phase, tokens)
-        return np.array([0.0, 1.0, 0.0]) if weight_S is None else weight_S
+        return self._at(self._weight_PHNS, (0.0, 1.0, 0.0), layer, distance, phase, tokens)
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
         """1 − error / history's error on validation; see :meth:`LoadPredictor.skill`."""
-        found = self._at(self._error_PHNX, layer, distance, phase, tokens)
-        if found is None:
+        error, history = self._at(self._error_PHNX, (0.0, np.nan), layer, distance, phase, tokens).tolist()
+        if np.isnan(history):
             return None
-        error, history = found.tolist()
         return 1.0 - error / history if history > 0 else 0.0
 
     def _at(
-        self, value_PHNX: NDArray[np.float32], layer: int, distance: int, phase: Phase, tokens: int
-    ) -> FloatArray | None:
-        """A pair's values for an iteration, None where none were fitted."""
+        self,
+        value_PHNX: NDArray[np.float32],
+        unfitted: Sequence[float],
+        layer: int,
+        distance: int,
+        phase: Phase,
+        tokens: int,
+    ) -> FloatArray:
+        """A pair's values for an iteration; those given where none were fitted."""
         # targets that no layer precedes by the distance are one pair, however far back the source would be
         row = self._row.get((layer, distance) if layer >= 0 else (BEFORE, layer + distance + 1))
         if row is None:
-            return None
+            return np.array(unfitted)
         # a mixed iteration is mostly prompts, by tokens
         return blend_weights.at_size(self.sizes, value_PHNX[row, int(phase == Phase.DECODE)], tokens)
 
-    def _mix(self, mean_E: FloatArray | None, context: Context, layer: int, distance: int) -> Forecast:
+    def from_tokens(self, mean_E: FloatArray | None, context: Context, layer: int, distance: int) -> Forecast:
+        """The mixture, given the sum over the tokens, None where they say nothing."""
         experts, asked = self.spec.E, (layer, distance, context.phase, context.tokens)
         shares = (
             share_of(mean_E, experts, "the tokens' forecast"),
@@ -226,8 +223,7 @@ class Blend(LoadPredictor):
         mean_E = proportional(share_E, context.tokens * self.spec.K)
         used = np.flatnonzero(weight_S)
         alone = len(used) == 1 and used[0] != blend_weights.TOKENS
-        coefficients = self._at(self._variance_PHNV, *asked)
-        variance = Variance() if coefficients is None else Variance(*coefficients.tolist())
+        variance = Variance(*self._at(self._variance_PHNV, (1.0, 0.0), *asked).tolist())
         source = blend_weights.SOURCES[int(used[0])] if alone else self.name
         return Forecast(mean_E, variance.of(mean_E), context.tokens, source)
 

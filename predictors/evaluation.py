@@ -6,8 +6,8 @@ Axes: I iterations, E experts, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -223,11 +223,6 @@ class Evaluator:
 def _interval(values: Sequence[float]) -> tuple[float, float]:
     low, high = np.quantile(np.asarray(values), [0.05, 0.95])
     return float(low), float(high)
-
-
-def to_json(rows: Sequence[Row], notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``metrics.json``."""
-    return {"format": 1, "notes": dict(notes), "rows": [asdict(row) for row in rows]}
 
 
 def mean_of(rows: Sequence[Row], metric: str, distance: int, phase: str, batch_tokens: int) -> float | None:

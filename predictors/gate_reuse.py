@@ -88,7 +88,8 @@ class GateReuse(TokenLevel):
 
 def gates_from(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Gates:
     """The gates that a predictor's folder holds."""
-    return Gates.of(tensors, RouterRule(**settings["rule"]), str(settings["source"]))
+    gate_LEH, rule = tensors["gate"].astype(np.float32), RouterRule(**settings["rule"])
+    return Gates(gate_LEH, tensors.get("bias"), tensors.get("correction"), rule, str(settings["source"]))
 
 
 def checked_gates(given: FitInput, name: str) -> Gates:

@@ -6,7 +6,6 @@ Axes: L MoE layers, E experts, H hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,6 @@ class Gates:
         """The arrays as predictors keep them: weights in 16 bits, as served models hold them."""
         kept = {"gate": self.weight_LEH.astype(np.float16), "bias": self.bias_LE, "correction": self.correction_LE}
         return {name: array for name, array in kept.items() if array is not None}
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, NDArray[Any]], rule: RouterRule, source: str) -> Gates:
-        """Rebuild from :meth:`arrays`."""
-        return cls(arrays["gate"].astype(np.float32), arrays.get("bias"), arrays.get("correction"), rule, source)
 
     def check(self, spec: MoESpec) -> None:
         """Refuse gates of another shape than the model's.

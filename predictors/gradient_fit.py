@@ -93,16 +93,13 @@ class HeadFit:
         self._correction = None
         if correction_LE is not None:
             self._correction = torch.from_numpy(correction_LE).to(self._device)[self._target_LD].unsqueeze(2)
-        self._heads = {name: torch.nn.Parameter(start.clone().to(self._device)) for name, start in parameters.items()}
-        self._log_temperature = torch.nn.Parameter(
-            torch.full(self._valid_LD.shape, float(np.log(temperature or 1.0)), device=self._device),
-            requires_grad=temperature is not None,
-        )
-        self._values = {**self._heads, TEMPERATURE: self._log_temperature}
+        start = {**parameters, TEMPERATURE: torch.full(self._valid_LD.shape, float(np.log(temperature or 1.0)))}
+        self._values = {name: torch.nn.Parameter(value.clone().to(self._device)) for name, value in start.items()}
+        self._values[TEMPERATURE].requires_grad_(temperature is not None)
         self._optimiser = torch.optim.AdamW(
             [
-                {"params": list(self._heads.values()), "weight_decay": weight_decay, "peak": 1.0},
-                {"params": [self._log_temperature], "weight_decay": 0.0, "peak": 10.0},
+                {"params": [self._values[name] for name in parameters], "weight_decay": weight_decay, "peak": 1.0},
+                {"params": [self._values[TEMPERATURE]], "weight_decay": 0.0, "peak": 10.0},
             ],
             lr=options.learning_rate,
         )
@@ -114,22 +111,22 @@ class HeadFit:
     @property
     def best(self) -> dict[str, torch.Tensor]:
         """Parameters by name, on the host."""
-        return {name: self._best[name].cpu() for name in self._heads}
+        return {name: value.cpu() for name, value in self._best.items()}
 
     @property
     def temperature_LD(self) -> torch.Tensor:
         """What each pair's scores are divided by before a softmax, on the host."""
-        return torch.exp(self._best[TEMPERATURE]).cpu()
+        return torch.exp(self.best[TEMPERATURE])
 
     def run(self, sample: Sample, validation: Sample, below: float = math.inf) -> Self:
         """Fit the pairs whose recall is below a threshold at the start; the others keep their start."""
         options, optimiser = self._options, self._optimiser
         if not self.resume():
-            self.start(self._recall(validation))
+            self.start_LD = self.best_LD = self._recall(validation)
         wanted_LD = self._valid_LD & (self.start_LD < below)
         steps = options.epochs * -(-sample.tokens // options.batch_tokens)
         while bool(wanted_LD.any()) and self._epoch < options.epochs and self._since_better < options.patience:
-            total_LD, count = torch.zeros_like(self._log_temperature), 0
+            total_LD, count = torch.zeros_like(self._values[TEMPERATURE]), 0
             for block in sample.blocks(self._rng, options.batch_tokens):
                 loss_LD = self._loss(block)
                 # a sum, so that each pair's step does not depend on how many others there are
@@ -145,10 +142,6 @@ class HeadFit:
             curves = _curves({"loss": total_LD / max(1, count), "validation_recall": recall_LD}, wanted_LD)
             self._given.report(self._stage, self._epoch, curves)
         return self
-
-    def start(self, recall_LD: torch.Tensor) -> None:
-        """Note how good the heads are untrained."""
-        self.start_LD, self.best_LD = recall_LD, recall_LD.clone()
 
     def end_epoch(self, better_LD: torch.Tensor, recall_LD: torch.Tensor) -> None:
         """Keep the pairs that got better, and the state on disk."""
@@ -188,12 +181,12 @@ class HeadFit:
         # a view: matrix products read tokens at any stride, and a copy in the other order takes longer than they do
         inputs = torch.from_numpy(block.input_TLX).to(self._device).transpose(0, 1)
         chosen = torch.from_numpy(block.topk_TLK).to(self._device).transpose(0, 1).contiguous()
-        return self._rule.scores(self._logits(self._heads, inputs), self._correction), chosen[self._target_LD]
+        return self._rule.scores(self._logits(self._values, inputs), self._correction), chosen[self._target_LD]
 
     def _loss(self, block: Block) -> torch.Tensor:
         """Mean cross-entropy of each pair, ``[L, D]``; 0 where there is no target."""
         scores, chosen = self._scores(block)
-        logp = torch.log_softmax(scores * torch.exp(-self._log_temperature)[:, :, None, None], -1)
+        logp = torch.log_softmax(scores * torch.exp(-self._values[TEMPERATURE])[:, :, None, None], -1)
         return torch.where(self._valid_LD, -logp.gather(-1, chosen).mean((-1, -2)), 0.0)
 
     @torch.inference_mode()

@@ -55,7 +55,7 @@ class TokenLevel(LoadPredictor):
         self.distances = None if distances is None else tuple(distances)
         self._kept = dict(arrays)
         self._computed = {name: torch.from_numpy(array.astype(np.float32)) for name, array in self._kept.items()}
-        self._device = torch.device("cpu")
+        self._device, self.token_part = torch.device("cpu"), self
 
     @abstractmethod
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
@@ -108,11 +108,6 @@ class TokenLevel(LoadPredictor):
             return np.asarray(torch.bincount(chosen.flatten(), minlength=self.spec.E).numpy(force=True), np.float64)
         summed = self.probabilities(inputs, layer, distance).sum(0, dtype=torch.float64).numpy(force=True)
         return proportional(summed, len(inputs) * self.spec.K)
-
-    @property
-    def token_part(self) -> TokenLevel:
-        """Itself."""
-        return self
 
     def from_tokens(self, mean_E: FloatArray, context: Context, layer: int, distance: int) -> Forecast:
         """The forecast, given the sum over the tokens."""

@@ -8,7 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from moeless.allocator import keep_freed_memory
 from moeless.devices import auto_device
@@ -16,13 +18,13 @@ from moeless.errors import UserError
 from moeless.files import check_writable, folder_atomic, sha256, write_json
 from moeless.predictors import PREDICTORS, load_predictor
 from moeless.predictors.base import METRICS_FILE, LoadPredictor
+from moeless.predictors.checkpoints import Checkpoints
+from moeless.predictors.evaluation import EvaluationSettings, Evaluator, Row, mean_of, predict_microseconds
+from moeless.predictors.fitting import FitInput, Report
+from moeless.predictors.gates import read_gates
 from moeless.predictors.request_split import SplitBy, split_requests
-
-if TYPE_CHECKING:
-    from moeless.predictors.evaluation import Row
-    from moeless.predictors.fitting import Report
-    from moeless.predictors.trace_rows import Rows
-    from moeless.traces import TokenTrace
+from moeless.predictors.trace_rows import Rows
+from moeless.traces import TokenTrace, open_trace, require_kind
 
 SHOWN = ("relative_l1", "pearson", "hottest_hit", "straggler_hit", "coverage_90")
 
@@ -98,7 +100,6 @@ class FitJob:
 class Done:
     """What a fit or an evaluation left: figures to print."""
 
-    predictor: LoadPredictor
     summary: dict[str, Any]
     columns: list[str]
     table: list[list[Any]]
@@ -110,11 +111,6 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
     Raises:
         UserError: the request is wrong; nothing is written then.
     """
-    from moeless.predictors.checkpoints import Checkpoints
-    from moeless.predictors.fitting import FitInput
-    from moeless.predictors.gates import read_gates
-    from moeless.predictors.trace_rows import Rows
-
     # every step makes and frees the same large buffers
     keep_freed_memory()
     trace = job.open()
@@ -122,7 +118,7 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         raise UserError(f"{out} already exists; choose another --out or remove it first")
     check_writable(out)
     reading = job.fitting_class(trace)
-    rows = Rows(trace, inputs=reading.reads == "router_inputs")
+    rows = Rows(trace)
     split = split_requests(trace.requests.category, job.split_by, job.seed)
     model = job.model or trace.info.source.get("model")
     if reading.needs_gates and not model:
@@ -171,7 +167,7 @@ def run_fit(job: FitJob, out: Path, report: Report | None = None) -> Done:
         "memory (MB)": predictor.memory_bytes / 1e6,
         "seconds to fit": seconds,
     }
-    return _done(predictor, summary, measured, job)
+    return _done(summary, measured, job)
 
 
 def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
@@ -180,16 +176,13 @@ def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
     Raises:
         UserError: the folder is no predictor, or of another model than the trace's.
     """
-    from moeless.predictors.evaluation import mean_of
-    from moeless.predictors.trace_rows import Rows
-
     target = (out or folder) / METRICS_FILE
     check_writable(target)
     predictor = load_predictor(folder)
     trace = _open(job.trace, "evaluate-predictor")
     predictor.check_spec(trace.spec, f"the trace {job.trace}")
     _check_inputs(trace, predictor, predictor.name)
-    rows = Rows(trace, inputs=predictor.reads == "router_inputs")
+    rows = Rows(trace)
     started = time.perf_counter()
     notes = {"trace": str(job.trace), "predictor": str(folder), "split_by": job.split_by, "seed": job.seed}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -203,12 +196,10 @@ def run_evaluation(folder: Path, job: FitJob, out: Path | None) -> Done:
         "seconds": time.perf_counter() - started,
         "metrics": str(target),
     }
-    return _done(predictor, summary, measured, job)
+    return _done(summary, measured, job)
 
 
 def _open(path: Path, command: str) -> TokenTrace:
-    from moeless.traces import TokenTrace, open_trace, require_kind
-
     opened = open_trace(path)
     require_kind(opened, "tokens", command=command)
     assert isinstance(opened, TokenTrace)
@@ -224,8 +215,6 @@ def _check_inputs(trace: TokenTrace, reading: LoadPredictor | type[LoadPredictor
 
 
 def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, notes: Mapping[str, Any]) -> list[Row]:
-    from moeless.predictors.evaluation import EvaluationSettings, Evaluator, predict_microseconds, to_json
-
     split = split_requests(rows.trace.requests.category, job.split_by, job.seed)
     settings = EvaluationSettings(distances=job.distances, batch_tokens=job.batch_tokens, gpus=job.gpus, seed=job.seed)
     measured = Evaluator(rows, split, settings).evaluate(predictor)
@@ -235,26 +224,22 @@ def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, note
         "predict_microseconds": predict_microseconds(predictor, job.distances[0], job.batch_tokens),
         "gpus": job.gpus,
     }
-    write_json(path, to_json(measured, {**notes, **extra}))
+    write_json(path, {"format": 1, "notes": {**notes, **extra}, "rows": [asdict(row) for row in measured]})
     return measured
 
 
-def _done(predictor: LoadPredictor, summary: dict[str, Any], measured: list[Row], job: FitJob) -> Done:
+def _done(summary: dict[str, Any], measured: list[Row], job: FitJob) -> Done:
     """With the table of means over layers."""
-    from moeless.predictors.evaluation import mean_of
-
     kinds = sorted({(row.distance, row.phase, row.batch_tokens) for row in measured if row.phase != "all"})
     table = [
         [f"d = {d}, {phase}, {size}", mean_of(measured, "topk_recall", d, "all", 1)]
         + [mean_of(measured, name, d, phase, size) for name in SHOWN]
         for d, phase, size in kinds
     ]
-    return Done(predictor, summary, ["distance, phase, tokens", "recall", *SHOWN], table)
+    return Done(summary, ["distance, phase, tokens", "recall", *SHOWN], table)
 
 
 def _device(name: str) -> str:
-    import torch
-
     if name == "auto":
         chosen, remark = auto_device()
         if remark is not None:

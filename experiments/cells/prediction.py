@@ -118,7 +118,7 @@ def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     trace = open_trace(Path(needs[0]))
     assert isinstance(trace, TokenTrace)
     predictor = load_predictor(Path(needs[1]))
-    rows = Rows(trace, inputs=predictor.reads == "router_inputs")
+    rows = Rows(trace)
     split = split_requests(trace.requests.category, "request", params["seed"])
     distance, size = params["distance"], params["batch_tokens"]
     settings = EvaluationSettings(distances=(distance,), batch_tokens=(size,), resamples=2, seed=params["seed"])

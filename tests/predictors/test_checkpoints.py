@@ -65,13 +65,17 @@ def test_another_request_does_not_take_up_what_is_not_its_own(made, tmp_path, mo
     other = FitJob(made.path, "layer_aware", (1,), options=OPTIONS["layer_aware"], device="cpu", seed=1)
     run_fit(other, tmp_path / "whole")
 
+    end_epoch = HeadFit.end_epoch
+
     def killed(self, *args):
+        end_epoch(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(HeadFit, "start", killed)
+        patch.setattr(HeadFit, "end_epoch", killed)
         with pytest.raises(KeyboardInterrupt):
             run_fit(first, tmp_path / "p")
+    assert (tmp_path / "p.partial" / "layer_aware.pt").is_file()
     run_fit(other, tmp_path / "p")
     assert files(tmp_path / "p") == files(tmp_path / "whole")
 

@@ -29,7 +29,7 @@ FITTED = ("gate_reuse", "layer_aware", "from_scratch", "transition", "frequency"
 
 @pytest.fixture(scope="module")
 def world(made):
-    rows = Rows(made.trace, inputs=True)
+    rows = Rows(made.trace)
     split = split_requests(made.trace.requests.category)
     gates = read_gates(made.model, made.spec)
     # enough passes for 1,000 tokens
