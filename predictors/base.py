@@ -42,14 +42,15 @@ class LoadPredictor(ABC):
 
     Attributes:
         name: the registry's name of the method.
-        reads: what it takes from :class:`~moeless.contracts.Context` besides past loads and the tokens' number.
+        reads: what it takes from :class:`~moeless.contracts.Context` besides past loads and the number of tokens.
         needs_fitting: whether it has to be fitted on a trace before it forecasts.
         needs_gates: whether it is made from the model's gates.
-        from_history: whether every forecast is ``Context.history_E`` alone, which is known of all layers before an
-            iteration starts, so that no distance has to be chosen.
-        forecasts_first: whether it forecasts the layers that none precedes by the distance (``layer`` below 0) better
-            than history does.
-        token_part: the method that forecasts single tokens, whose sums :meth:`from_tokens` takes; None for none.
+        from_history: whether every forecast is ``Context.history_E`` alone. History is known before an iteration
+            starts, so such a predictor needs no distance.
+        forecasts_first: whether it has more than history for the first layers, which have no source layer (``layer``
+            below 0).
+        token_part: the method that forecasts single tokens, whose sum :meth:`from_tokens` takes; None where the
+            predictor forecasts loads only.
         spec: the model whose loads it forecasts.
     """
 
@@ -66,13 +67,13 @@ class LoadPredictor(ABC):
 
     @abstractmethod
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
-        """Forecast the load of layer ``layer + distance``; its mean sums to ``tokens * K``.
+        """Forecast the load ``[E]`` of layer ``layer + distance``, in tokens; its mean sums to ``tokens * K``.
 
-        Where the method has no source (``layer`` below 0, or nothing fitted for that pair) it falls back to history,
-        else the last load, else equal shares, and says so in ``Forecast.source``.
+        Without a source (``layer`` below 0, or nothing fitted for that pair) the forecast is history, else the last
+        load, else equal shares; ``Forecast.source`` names which.
 
         Raises:
-            UserError: the target is no layer, an input is missing, holds NaN or has another shape.
+            UserError: the model has no such target layer, or an input is missing, holds NaN or has another shape.
         """
 
     def predict_topk(self, inputs: NDArray[Any], layer: int, distance: int) -> IntArray:
@@ -88,10 +89,10 @@ class LoadPredictor(ABC):
 
     @classmethod
     def unfitted(cls, spec: MoESpec, gates: Gates | None = None) -> Self:
-        """The method as it is without a fit, from the model's gates where it is made from them.
+        """Make a predictor that needs no fitting, from the model's gates where it uses them.
 
         Raises:
-            UserError: it has to be fitted, or has no gates to be made from.
+            UserError: the method has to be fitted, or uses gates and none are given.
         """
         if cls.needs_fitting or (cls.needs_gates and gates is None):
             raise UserError(
@@ -102,7 +103,7 @@ class LoadPredictor(ABC):
 
     @classmethod
     def fit(cls, given: FitInput) -> Self:
-        """Fit on a trace; a method that learns nothing is as it is without a fit.
+        """Fit on a trace; the default is for methods that learn nothing.
 
         Raises:
             UserError: an option is unknown or refused, or the trace lacks what the method reads.
@@ -113,18 +114,18 @@ class LoadPredictor(ABC):
 
     @classmethod
     def fitting_class(cls, options: Mapping[str, Any], has_router_inputs: bool) -> type[LoadPredictor]:  # noqa: ARG003
-        """The class whose ``reads`` and ``needs_gates`` say what fitting needs: its own, or that of a part inside."""
+        """The class whose ``reads`` and ``needs_gates`` say what a fit needs: this one, or that of a method inside."""
         return cls
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
-        """How much better than history it did on validation requests, for an iteration of that size.
+        """How much better than history it was on validation requests, for an iteration of ``tokens`` tokens.
 
         1 is exact, 0 is as good as history, below 0 is worse; None where it was not measured.
         """
         return None
 
     def to(self, device: Any) -> Self:
-        """Keep fitted arrays on a device, where inputs lie that are to be forecast from; the object itself is changed.
+        """Move the fitted arrays, in place, to the device that holds the inputs.
 
         Args:
             device: a ``torch.device`` or its name.
@@ -132,11 +133,11 @@ class LoadPredictor(ABC):
         return self
 
     def from_tokens(self, mean_E: FloatArray, context: Context, layer: int, distance: int) -> Forecast:
-        """The forecast, given what :attr:`token_part` sums up to over the iteration's tokens."""
+        """The forecast, given the load ``[E]`` that :attr:`token_part` forecasts for the iteration's tokens."""
         return self.predict(context, layer, distance)
 
     def settings(self) -> dict[str, Any]:
-        """What ``predictor.json`` keeps besides name and model: JSON values."""
+        """Values that ``predictor.json`` keeps besides name and model; all are JSON."""
         return {}
 
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -150,17 +151,17 @@ class LoadPredictor(ABC):
         settings: Mapping[str, Any],  # noqa: ARG003
         tensors: Mapping[str, NDArray[Any]],  # noqa: ARG003
     ) -> Self:
-        """Rebuild from :meth:`settings` and :meth:`tensors`, of which a method without a fit has none."""
+        """Rebuild a predictor from its :meth:`settings` and :meth:`tensors`."""
         return cls(spec)
 
     @property
     def num_parameters(self) -> int:
-        """Fitted numbers."""
+        """How many numbers were fitted."""
         return sum(int(array.size) for array in self.tensors().values())
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the fitted arrays as they are kept."""
+        """Bytes of the fitted arrays in the precision in which they are stored."""
         return sum(int(array.nbytes) for array in self.tensors().values())
 
     def write(self, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -186,7 +187,7 @@ class LoadPredictor(ABC):
         """Read a folder that :meth:`save` wrote.
 
         Raises:
-            UserError: it is not one of this method, or is damaged.
+            UserError: the folder holds another method, or is damaged.
         """
         name, spec, settings = read_head(path)
         if name != cls.name:
@@ -197,7 +198,7 @@ class LoadPredictor(ABC):
             raise UserError(f"{path} does not hold a complete predictor {name!r} ({error!r}); fit it again") from None
 
     def check_spec(self, spec: MoESpec, what: str) -> None:
-        """Refuse to work on another model than the one it was fitted on.
+        """Refuse a model other than the one that the predictor was fitted on.
 
         Only what routing depends on is compared: name, layers, experts, experts per token, hidden size.
 
@@ -238,7 +239,13 @@ class LoadPredictor(ABC):
         return self.scaled(share_E, context.tokens, self.name, variance)
 
     def scaled(self, share_E: FloatArray, tokens: int, source: str, variance: float = 1.0) -> Forecast:
-        """Shares times an iteration's assignments, with a variance in proportion to the mean."""
+        """Forecast a load in proportion to ``share_E``, which sums to ``tokens * K``.
+
+        Args:
+            share_E: loads or shares ``[E]``.
+            source: what ``Forecast.source`` says.
+            variance: of the forecast, over its mean; 1 is that of a Poisson count.
+        """
         mean_E = proportional(share_E, tokens * self.spec.K)
         return Forecast(mean_E, variance * mean_E, tokens, source)
 
@@ -276,18 +283,18 @@ def load_predictor(path: Path) -> LoadPredictor:
 
 
 def _routing_of(spec: MoESpec) -> tuple[Any, ...]:
-    """What a predictor depends on in a model."""
+    """The properties of a model that its routing depends on."""
     return spec.name, spec.moe_layers, spec.num_experts, spec.top_k, spec.hidden_size
 
 
 def share_of(load_E: NDArray[Any] | None, num_experts: int, what: str) -> FloatArray | None:
-    """A load as shares that sum to 1; None where there is none, or it is zero everywhere.
+    """A load as shares ``[E]`` that sum to 1; None if there is no load or it is zero everywhere.
 
     Args:
         what: what the load is called in an error.
 
     Raises:
-        UserError: another length, a NaN or a negative entry.
+        UserError: the load has another length, a NaN or a negative entry.
     """
     if load_E is None:
         return None
@@ -301,7 +308,7 @@ def share_of(load_E: NDArray[Any] | None, num_experts: int, what: str) -> FloatA
 
 
 def proportional(weight_E: FloatArray, total: float) -> FloatArray:
-    """Weights scaled so that they sum to ``total``; equal ones where all are zero."""
+    """Weights ``[E]`` scaled to sum to ``total``; equal ones if all are zero."""
     weight = np.maximum(weight_E, 0.0)
     mass = float(weight.sum())
     if mass <= 0:

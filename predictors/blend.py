@@ -1,13 +1,13 @@
-"""Ours: the tokens' forecast, history and the last iteration in proportions that training data chose.
+"""A weighted mean of a token-level forecast, history and the last iteration; this project's own predictor.
 
-Each is best somewhere: tokens one layer before a large iteration, history where an iteration is small or far away, the
-last iteration where the same requests decode on. Weights are per (layer, distance), phase and size of the iteration;
-where validation does not show a gain, history alone remains.
+Each of the three is best somewhere: tokens for large iterations one layer ahead, history for small iterations or far
+layers, the last iteration where the same requests go on decoding. The weights depend on (layer, distance), phase and
+size of the iteration. Where validation requests show no gain over history, the forecast is history alone.
 
-Weights and variances are chosen on all validation requests, whatever the token-level part was fitted on: how far whole
-iterations stray depends on their texts, so that few requests make variances too narrow. Variances are such that a
-normal 90 % interval holds 90 % of new loads; what few texts leave unseen in iterations of whole texts (prefill) is
-corrected by 1 + 1/n, n being the iterations' worth of different tokens.
+Weights and variances are chosen on all validation requests, also where the token-level part was fitted on fewer: the
+error of a whole iteration depends on its texts, so few requests would give variances that are too narrow. A variance is
+such that a normal 90 % interval holds 90 % of new loads. For iterations of whole texts (prefill) it is multiplied by
+1 + 1/n, with n the number of iterations that the different validation tokens would fill.
 
 Importing needs torch, NumPy and safetensors only.
 
@@ -37,7 +37,7 @@ from moeless.predictors.trace_rows import Rows
 from moeless.predictors.variance import Variance, fit_variance, widen
 from moeless.spec import MoESpec
 
-#: The source "layer" of targets that no layer precedes by the distance.
+#: Source layer of targets that have none.
 BEFORE = -1
 #: Sizes at which weights are chosen, as far as the validation requests reach.
 SIZES = (8, 32, 128, 512, 2048)
@@ -46,12 +46,12 @@ PHASES = (Phase.PREFILL, Phase.DECODE)
 
 @dataclass(frozen=True)
 class BlendOptions:
-    """Parameters; every other option goes to the part.
+    """Parameters of the blend; every other option goes to its token-level part.
 
     Attributes:
         part: the token-level method inside; ``auto`` is layer_aware where gate inputs are recorded, else transition.
         steps: weights are multiples of ``1 / steps``.
-        windows: iterations of each size and phase that choose them.
+        windows: iterations of each size and phase on which weights are chosen.
     """
 
     part: str = "auto"
@@ -64,21 +64,20 @@ class BlendOptions:
 
 
 class Blend(LoadPredictor):
-    """A token-level method inside, and how it is mixed.
+    """A token-level method with the weights of its forecast, of history and of the last iteration.
 
     Args:
         part: the token-level method.
-        pairs: (layer, distance) of each row; layer −1 and distance t + 1 mean target t as one of the first layers.
-        sizes: tokens at which weights were chosen.
-        weight_PHNS: weights of the sources.
+        pairs: (layer, distance) of each row P; (−1, t + 1) stands for target layer t without a source layer.
+        sizes: tokens of the iterations for which weights were chosen, ascending.
+        weight_PHNS: weights of the three sources, in the order of ``blend_weights.SOURCES``.
         variance_PHNV: scale and spread of the forecast's variance (:class:`~moeless.predictors.variance.Variance`).
-        error_PHNX: mean relative L1 on validation, and that of history alone there.
-        table: what token ids say of the first layers, None where the trace does not know them.
+        error_PHNX: mean relative L1 error on validation requests of the blend and of history alone.
+        table: forecasts the first layers from token ids; None where the trace does not hold the ids.
     """
 
     name = "blend"
     needs_fitting = True
-    #: Layers that nothing precedes have weights of their own.
     forecasts_first = True
 
     def __init__(
@@ -105,7 +104,7 @@ class Blend(LoadPredictor):
 
     @classmethod
     def fitting_class(cls, options: Mapping[str, Any], has_router_inputs: bool) -> type[LoadPredictor]:
-        """The part that will be inside."""
+        """The class of the token-level part."""
         return _part_of(options, has_router_inputs)[1]
 
     @classmethod
@@ -127,19 +126,17 @@ class Blend(LoadPredictor):
         weight, error, variance = np.zeros((*shape, 3)), np.zeros((*shape, 2)), np.zeros((*shape, 2))
         for row, (layer, distance) in enumerate([*pairs, *first]):
             for column, phase in enumerate(PHASES):
-                sure_S = None
+                smaller_S = None
                 for index, size in enumerate(sizes):
                     iterations = known[phase, size]
                     independent = independent_of[phase, size]
                     share_SIE, load_IE = _sources(tokens, table, share_LE, iterations, layer, distance)
                     true_IE = load_IE / load_IE.sum(1, keepdims=True)
-                    found = blend_weights.choose(share_SIE, true_IE, independent, options.steps)
+                    found = blend_weights.choose(share_SIE, true_IE, independent, smaller_S, options.steps)
                     if independent >= blend_weights.FEWEST:
-                        sure_S = found.weight_S
-                    elif sure_S is not None:
-                        found = blend_weights.borrow(sure_S, share_SIE, true_IE)
+                        smaller_S = found.weight_S
                     mean_IE = np.tensordot(found.weight_S, share_SIE, 1) * load_IE.sum(1, keepdims=True)
-                    # a decode iteration draws from all requests: chance, not which texts it holds, makes it stray
+                    # decode iterations draw from all requests, so their errors do not depend on the choice of texts
                     texts = independent if phase == Phase.PREFILL else float("inf")
                     spread = widen(fit_variance(mean_IE, load_IE), mean_IE, load_IE, texts)
                     at = row, column, index
@@ -149,16 +146,16 @@ class Blend(LoadPredictor):
         return cls(rows.spec, part, [*pairs, *first], sizes, weight, variance, error, table)
 
     def predict_topk(self, inputs: NDArray[Any], layer: int, distance: int) -> IntArray:
-        """The method inside says which experts single tokens choose."""
+        """The token-level part's forecast of single tokens, ``[T, K]``."""
         return self.part.predict_topk(inputs, layer, distance)
 
     def to(self, device: str | torch.device) -> Self:
-        """The method inside on a device."""
+        """Move the token-level part."""
         self.part.to(device)
         return self
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
-        """Mix what is known; see :class:`LoadPredictor`."""
+        """The weighted mean of those sources that are known; see :class:`LoadPredictor`."""
         target, mean_E = layer + distance, None
         self._check_target(target)
         if layer < 0:
@@ -173,11 +170,11 @@ class Blend(LoadPredictor):
         return self.from_tokens(mean_E, context, layer, distance)
 
     def weights(self, layer: int, distance: int, phase: Phase, tokens: int) -> FloatArray:
-        """Weights of tokens, history and the last iteration, ``[S]``; history alone where nothing was fitted."""
+        """Weights ``[S]`` of tokens, history and the last iteration, sum 1; history alone where nothing was fitted."""
         return self._at(self._weight_PHNS, (0.0, 1.0, 0.0), layer, distance, phase, tokens)
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
-        """1 − error / history's error on validation; see :meth:`LoadPredictor.skill`."""
+        """1 − error / error of history, on validation requests; see :meth:`LoadPredictor.skill`."""
         error, history = self._at(self._error_PHNX, (0.0, np.nan), layer, distance, phase, tokens).tolist()
         if np.isnan(history):
             return None
@@ -192,16 +189,16 @@ class Blend(LoadPredictor):
         phase: Phase,
         tokens: int,
     ) -> FloatArray:
-        """A pair's values for an iteration; those given where none were fitted."""
-        # targets that no layer precedes by the distance are one pair, however far back the source would be
+        """The values ``[X]`` of a pair for an iteration, ``unfitted`` where the pair was not fitted."""
+        # first layers have one row each, whatever the distance
         row = self._row.get((layer, distance) if layer >= 0 else (BEFORE, layer + distance + 1))
         if row is None:
             return np.array(unfitted)
-        # a mixed iteration is mostly prompts, by tokens
+        # a mixed iteration counts as prefill: most of its tokens are prompts
         return blend_weights.at_size(self.sizes, value_PHNX[row, int(phase == Phase.DECODE)], tokens)
 
     def from_tokens(self, mean_E: FloatArray | None, context: Context, layer: int, distance: int) -> Forecast:
-        """The mixture, given the sum over the tokens, None where they say nothing."""
+        """The weighted mean, given the tokens' forecast load ``[E]``, or None where there is none."""
         experts, asked = self.spec.E, (layer, distance, context.phase, context.tokens)
         shares = (
             share_of(mean_E, experts, "the tokens' forecast"),
@@ -213,7 +210,7 @@ class Blend(LoadPredictor):
             return self.fallback(context, layer + distance)
         weight_S = np.where(known_S, self.weights(*asked), 0.0)
         if weight_S.sum() <= 0:
-            # what was wanted is not known: history stands in for the others, they for it, the last load last
+            # no source with a weight is known: take history, else the tokens, else the last load
             order = (blend_weights.HISTORY, blend_weights.TOKENS, blend_weights.LAST)
             weight_S[next(s for s in order if known_S[s])] = 1.0
         share_E = np.zeros(experts)
@@ -228,7 +225,7 @@ class Blend(LoadPredictor):
         return Forecast(mean_E, variance.of(mean_E), context.tokens, source)
 
     def settings(self) -> dict[str, Any]:
-        """The part, and where weights stand."""
+        """The token-level part, and the pairs, sizes and sources of the weights."""
         return {
             "part": self.part.name,
             "part_settings": self.part.settings(),
@@ -238,14 +235,14 @@ class Blend(LoadPredictor):
         }
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """The part's arrays, the weights, and what they were worth on validation."""
+        """The arrays of the part and of the table, and the weights with their variances and errors."""
         inner = {f"part.{name}": array for name, array in self.part.tensors().items()}
         inner |= {} if self.table is None else self.table.tensors()
         return inner | {"weight": self._weight_PHNS, "variance": self._variance_PHNV, "error": self._error_PHNX}
 
     @classmethod
     def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
-        """Rebuild."""
+        """See :class:`LoadPredictor`."""
         inner = {name.removeprefix("part."): array for name, array in tensors.items() if name.startswith("part.")}
         part = PREDICTORS.get(str(settings["part"])).from_state(spec, settings["part_settings"], inner)
         if part.token_part is not part:
@@ -282,7 +279,7 @@ def _part_of(
 
 
 def _table(given: FitInput, mean_ME: FloatArray) -> TokenTable | None:
-    """What token ids say of the first layers, from the training sample."""
+    """Expected loads of the first layers by token id, from the training sample; None where ids are unknown."""
     token_T = given.rows.token_T
     if token_T is None:
         return None
@@ -293,9 +290,9 @@ def _table(given: FitInput, mean_ME: FloatArray) -> TokenTable | None:
 def _validation_iterations(
     rows: Rows, requests: IntArray, tokens: TokenLoads, count: int, seed: int
 ) -> dict[tuple[Phase, int], list[ComposedIteration]]:
-    """Iterations by phase and size, of rows that were forecast; a size that never fills is left out.
+    """Iterations by phase and size, made of rows that were forecast.
 
-    A phase that the trace does not hold has the other's.
+    Sizes larger than the validation requests are left out; a phase that the trace does not hold gets the other's.
     """
     phases = available_phases(rows)
     found: dict[tuple[Phase, int], list[ComposedIteration]] = {}
@@ -322,7 +319,7 @@ def _validation_iterations(
 
 
 def _independent(iterations: Sequence[ComposedIteration]) -> float:
-    """How many iterations' worth of different tokens they hold: those of several shuffles overlap."""
+    """How many iterations their different tokens would fill; iterations of several shuffles share tokens."""
     row_T = np.concatenate([each.row_T for each in iterations])
     return min(float(len(iterations)), len(iterations) * len(np.unique(row_T)) / max(1, len(row_T)))
 
@@ -335,7 +332,7 @@ def _sources(
     layer: int,
     distance: int,
 ) -> tuple[FloatArray, IntArray]:
-    """Shares by source ``[S, I, E]``, and true loads ``[I, E]``; history stands for a source that knows nothing."""
+    """Load shares by source ``[S, I, E]``, history's for a source that is unknown, and true loads ``[I, E]``."""
     rows, target, row_I = tokens.rows, layer + distance, [each.row_T for each in iterations]
     load_IE, last_IE = rows.load_IE(row_I, target), rows.load_IE([each.previous_T for each in iterations], target)
     history_IE = np.broadcast_to(share_LE[target], load_IE.shape)

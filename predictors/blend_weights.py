@@ -1,9 +1,9 @@
-"""How much of a forecast comes from the tokens, from history and from the last iteration.
+"""The weights of a blend: how much of a forecast comes from the tokens, from history and from the last iteration.
 
-The three are load shares, and a mixture of them is one again, so the weights lie on the simplex. They are chosen where
-the mean relative L1 error over held-out iterations is least, among all weights in steps of one twentieth: an exact
-search of 231 mixtures, which no local minimum misleads. Small iterations are mostly chance, large ones mostly text, so
-weights are chosen per size and interpolated over the logarithm of the tokens.
+The three sources are load shares, so weights that sum to 1 give load shares again. Of all weights in steps of one
+twentieth (231 of them) those are chosen that have the least mean relative L1 error over held-out iterations. Loads of
+small iterations depend mostly on chance and those of large ones mostly on their text, so weights are chosen for several
+sizes and interpolated over the logarithm of the tokens.
 
 Axes: C candidate weights, S sources, I iterations, E experts, N sizes.
 """
@@ -21,11 +21,11 @@ from moeless.contracts import FloatArray
 
 SOURCES = ("tokens", "history", "last")
 TOKENS, HISTORY, LAST = range(3)
-#: Iterations on tokens of their own that a choice needs at least.
+#: Fewest iterations, counted by their different tokens, on which weights are chosen.
 FEWEST = 2
-#: One-sided normal quantile: a mixture is kept where its gain over history is above nought with 95 % confidence.
+#: One-sided normal quantile: weights are kept if their gain over history is above 0 with 95 % confidence.
 CONFIDENCE = 1.6448536269514722
-#: Times that two equally good forecasts differ by: ties go to the mixture with less of what must be computed.
+#: Errors that differ by less are equal; ties go to the weights that need less computation.
 TIE = 1e-9
 
 
@@ -42,10 +42,11 @@ def simplex(steps: int) -> FloatArray:
 
 @dataclass(frozen=True)
 class Choice:
-    """Weights of one size, and what they cost on the iterations that chose them.
+    """Weights for one size of iteration, and their error on the iterations that chose them.
 
     Attributes:
-        error: mean relative L1 of the mixture; ``history_error``: of history alone.
+        weight_S: weights of the sources, which sum to 1.
+        error: mean relative L1 error with these weights; ``history_error``: of history alone.
     """
 
     weight_S: FloatArray
@@ -53,46 +54,37 @@ class Choice:
     history_error: float
 
 
-def relative_error(share_IE: FloatArray, true_IE: FloatArray) -> FloatArray:
-    """Relative L1 of load shares, ``[I]``."""
-    return np.asarray(np.abs(share_IE - true_IE).sum(1))
+def choose(
+    share_SIE: FloatArray, true_IE: FloatArray, independent: float, smaller_S: FloatArray | None = None, steps: int = 20
+) -> Choice:
+    """The weights with the least error, or history alone where their gain over it is not certain.
 
-
-def choose(share_SIE: FloatArray, true_IE: FloatArray, independent: float, steps: int = 20) -> Choice:
-    """The best weights, or history alone where they do not surely beat it.
+    Where the iterations are too few to choose from, the weights of a smaller size are taken if they have a smaller
+    error than history here: with more tokens there is less chance in a load, while history knows its text no better, so
+    a forecast that beats history in small iterations should beat it in large ones.
 
     Args:
-        share_SIE: shares that each source forecasts, in the order of ``SOURCES``.
-        true_IE: true shares.
-        independent: how many of the iterations stand on tokens of their own; fewer than two prove nothing.
+        share_SIE: load shares that each source forecasts, in the order of ``SOURCES``.
+        true_IE: true load shares.
+        independent: how many iterations their different tokens would fill.
+        smaller_S: weights chosen for a smaller size, multiples of ``1 / steps``; None if there are none.
     """
-    candidates = simplex(steps)
-    error_CI = np.stack([relative_error(np.tensordot(weight_S, share_SIE, 1), true_IE) for weight_S in candidates])
+    candidates, history = simplex(steps), 0
+    error_CI = np.stack([np.abs(np.tensordot(weight_S, share_SIE, 1) - true_IE).sum(1) for weight_S in candidates])
     error_C = error_CI.mean(1)
-    history = 0
-    best = int(np.flatnonzero(error_C <= error_C.min() + TIE)[0])
-    gain_I = error_CI[history] - error_CI[best]
-    doubt = CONFIDENCE * float(gain_I.std()) / max(1.0, independent) ** 0.5
-    if independent < FEWEST or float(gain_I.mean()) <= doubt:
-        best = history
+    if independent < FEWEST:
+        borrowed = history if smaller_S is None else int(np.flatnonzero((candidates == smaller_S).all(1))[0])
+        best = borrowed if error_C[borrowed] < error_C[history] else history
+    else:
+        best = int(np.flatnonzero(error_C <= error_C.min() + TIE)[0])
+        gain_I = error_CI[history] - error_CI[best]
+        if float(gain_I.mean()) <= CONFIDENCE * float(gain_I.std()) / independent**0.5:
+            best = history
     return Choice(candidates[best].copy(), float(error_C[best]), float(error_C[history]))
 
 
-def borrow(weight_S: FloatArray, share_SIE: FloatArray, true_IE: FloatArray) -> Choice:
-    """Weights of a smaller size where iterations of this one are too few to prove anything, unless they speak against.
-
-    Chance shrinks with the tokens while history's distance from the text stays, so what surely wins in small iterations
-    is no less to be expected in large ones. Axes as in :func:`choose`.
-    """
-    history_S = simplex(1)[0]
-    error, history = (
-        float(relative_error(np.tensordot(mixed_S, share_SIE, 1), true_IE).mean()) for mixed_S in (weight_S, history_S)
-    )
-    return Choice(weight_S.copy(), error, history) if error < history else Choice(history_S.copy(), history, history)
-
-
 def at_size(size_N: Sequence[int], value_NX: NDArray[np.floating], tokens: int) -> FloatArray:
-    """Values between two sizes, linear in the logarithm of the tokens; the nearest size's beyond the ends."""
+    """Values ``[X]`` for a size: linear between two sizes in the logarithm of the tokens, constant beyond the ends."""
     if len(size_N) == 1:
         return np.asarray(value_NX[0], np.float64)
     position = np.interp(np.log(max(1, tokens)), np.log(size_N), np.arange(len(size_N)))

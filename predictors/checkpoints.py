@@ -1,7 +1,7 @@
-"""Where a fit stands, on disk after every epoch, so that a killed one goes on and ends in the same bytes.
+"""The state of a fit, saved after every epoch, so that an interrupted fit can be resumed and ends in the same bytes.
 
-A fit to ``DIR`` keeps its state in ``DIR.partial`` until it is done: one file a stage (the search's fits, the fit
-proper), and the request that it belongs to. The same request again goes on from there; another one starts anew.
+A fit to ``DIR`` keeps its state in ``DIR.partial`` until it is done: one file for each stage (each fit of a search, and
+the final one) and the request. The same request resumes the fit; any other request starts anew.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from moeless.files import read_json, write_atomic, write_json
 
 
 class Checkpoints:
-    """All stages of the fit to ``out``.
+    """The saved stages of the fit to ``out``.
 
     Args:
-        request: what is fitted on what; the state of another request is thrown away.
+        request: everything that the fit depends on; the state of another request is deleted.
     """
 
     def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
@@ -37,13 +37,13 @@ class Checkpoints:
             self.clear()
 
     def save(self, stage: str, state: Mapping[str, Any]) -> None:
-        """Replace a stage's state (tensors and plain values), whole or not at all."""
+        """Save a stage's state (tensors and plain values) atomically, in place of the one before."""
         if not self._file.is_file():
             write_json(self._file, self._request)
         write_atomic(self._folder / f"{stage}.pt", lambda partial: torch.save(dict(state), partial))
 
     def load(self, stage: str) -> dict[str, Any] | None:
-        """The state of a stage's last epoch; None where there is none that can be read, on the host."""
+        """The state of a stage's last epoch, with tensors on the CPU; None if there is none or it is damaged."""
         try:
             state: dict[str, Any] = torch.load(self._folder / f"{stage}.pt", "cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError):
@@ -51,5 +51,5 @@ class Checkpoints:
         return state
 
     def clear(self) -> None:
-        """Forget everything: the fit is done, or was refused."""
+        """Delete the state: the fit is done, or was refused."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What fitting a predictor is given, and the calibration of its variance.
+"""The input of every fit, and the calibration of a fitted predictor's variance.
 
 Axes: I iterations, E experts.
 """
@@ -21,7 +21,7 @@ from moeless.predictors.token_loads import TokenLoads
 from moeless.predictors.trace_rows import Rows, Sample
 from moeless.predictors.variance import fit_variance
 
-#: (what, epoch or step, values by name), for progress and curves.
+#: Called with (stage, epoch or step, values by name) for progress and curves.
 Report = Callable[[str, int, Mapping[str, float]], None]
 Options = TypeVar("Options")
 Method = TypeVar("Method", bound=TokenLevel)
@@ -34,16 +34,17 @@ CALIBRATION_TOKENS, CALIBRATION_ITERATIONS = (32, 256, 1024), 24
 
 @dataclass(frozen=True)
 class FitInput:
-    """What a method's fit is given.
+    """What :meth:`LoadPredictor.fit` gets.
 
     Attributes:
-        split: fitting uses the training requests alone.
+        split: the requests; a fit uses only those for training.
         distances: the distances to fit.
-        max_tokens: tokens of training requests that are used; 50,000 cover every expert of the supported models
-            hundreds of times.
+        max_tokens: training tokens at most; 50,000 reach every expert of the supported models hundreds of times.
+        device: where gradient fits run, as torch names it.
         options: the method's own parameters, by name.
-        gates: the model's, where the method starts from them.
-        checkpoints: where stages keep their state, None where they cannot be taken up again.
+        gates: the model's gates, if the method needs them.
+        report: called with a stage, its epoch and its curves.
+        checkpoints: where stages save their state; None for a fit that cannot be resumed.
     """
 
     rows: Rows
@@ -67,17 +68,17 @@ class FitInput:
             raise UserError(f"distance {max(self.distances)} leaves no layer: {spec.name} has {spec.L} MoE layers")
 
     def calibration(self, reads: Reads) -> Sample:
-        """Validation requests that variances and mixtures are chosen on: all of them, up to ``CALIBRATION_LIMIT``.
+        """The sample for variances and blend weights: all validation requests, up to ``CALIBRATION_LIMIT`` tokens.
 
-        A quarter of the training tokens is enough to stop early by, since tokens are many; how far whole iterations
-        stray is known from requests alone, which are few.
+        It is larger than the validation sample for early stopping, because errors of whole iterations vary from request
+        to request, and requests are few.
         """
         return Sample(self.rows, self.split.validation, reads, CALIBRATION_LIMIT, self.seed)
 
     def sample(
         self, reads: Reads, *, validation: bool = False, share: float = 1.0, kind: type[Sample] = Sample
     ) -> Sample:
-        """The training or the validation sample, or a share of it."""
+        """The training sample or a share of it, or the validation sample, a quarter as large."""
         requests = self.split.validation if validation else self.split.fit
         limit = self.max_tokens // 4 if validation else self.max_tokens
         if share < 1.0:
@@ -85,7 +86,7 @@ class FitInput:
         return kind(self.rows, requests, reads, max(1, limit), self.seed)
 
     def parsed(self, kind: type[Options]) -> Options:
-        """The method's parameters, checked against their dataclass.
+        """The method's parameters as an instance of their dataclass.
 
         Raises:
             UserError: a name is unknown or a value is refused.
@@ -98,7 +99,7 @@ class FitInput:
 
 
 def calibrated(predictor: Method, given: FitInput) -> Method:
-    """The predictor with a variance and a skill for each pair, from iterations composed of validation requests."""
+    """The predictor, its variance and skill set for each pair from iterations composed of validation requests."""
     rows, sample = given.rows, given.calibration(predictor.reads)
     pairs = pairs_of(rows.spec.L, given.distances)
     tokens = TokenLoads(predictor, rows, sample.row_T, pairs)
@@ -120,5 +121,5 @@ def calibrated(predictor: Method, given: FitInput) -> Method:
 
 
 def pairs_of(num_layers: int, distances: Sequence[int]) -> list[Pair]:
-    """Every (layer, distance) whose target exists."""
+    """All (layer, distance) whose target layer exists."""
     return [(layer, d) for d in distances for layer in range(num_layers - d)]

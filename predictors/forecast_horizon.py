@@ -1,9 +1,9 @@
-"""How many iterations what a forecast says stays so: what a planner may weigh against the time of bringing copies.
+"""For how many iterations a forecast stays useful, which a planner weighs against the time to load copies.
 
-A forecast of the coming iteration says more than the past does, but not for long: the requests of a prefill are gone
-with it, those of a decode step stay for a while. Let a forecast's deviation from history fade by a factor r from one
-iteration of a phase to the next. Gaining g now is then worth g / (1 - r) over its life. r is estimated as the run goes,
-by the regression of each deviation on the one before, over all layers. A forecast from the past itself has no such end.
+A forecast of the next iteration knows more than history, but not for long: a prefill's requests are gone after it,
+those of a decode step stay for a while. Assume that a forecast's deviation from history shrinks by a factor r from one
+iteration of a phase to the next. A gain g in this iteration is then worth g / (1 - r) in all. r is estimated during the
+run by regressing each deviation on the one before, over all layers. A forecast from history itself has no such limit.
 
 Axes: E experts, L layers.
 """
@@ -14,19 +14,19 @@ import numpy as np
 
 from moeless.contracts import FloatArray, Forecast, Phase
 
-#: Weight that past deviations keep, a layer's forecast at a time.
+#: Factor by which past deviations lose weight with each forecast of a layer.
 DECAY = 0.999
-#: Movement of the past itself, in shares, after which what a forecast says is taken to be there to stay.
+#: Change of history, in shares, after which a forecast counts as lasting.
 SETTLED = 0.05
-#: The longest life that is told.
+#: The longest horizon, in iterations.
 LONGEST = 256
 
 
 class ForecastHorizon:
-    """The rule for one policy's forecasts, of one run.
+    """The estimate for one policy's forecasts during one run.
 
     Args:
-        deployed_LE: load shares that the first plans were made for.
+        deployed_LE: load shares for which the first plans were made.
     """
 
     def __init__(self, deployed_LE: FloatArray) -> None:
@@ -36,10 +36,10 @@ class ForecastHorizon:
         self._sums: dict[Phase, FloatArray] = {}
 
     def horizon(self, layer: int, phase: Phase, forecast: Forecast, history_E: FloatArray | None) -> int:
-        """``PlanInput.horizon_iterations`` for a plan from this forecast; 0 where it has no end that could be told.
+        """``PlanInput.horizon_iterations`` of a plan made from this forecast; 0 for no limit.
 
         Args:
-            history_E: the layer's past load shares, None before there are any.
+            history_E: the layer's past load shares; None before the first iteration.
         """
         total = forecast.mean_E.sum()
         if forecast.source == "history" or history_E is None or total <= 0:
@@ -54,10 +54,10 @@ class ForecastHorizon:
         if np.abs(history_E - self._settled_LE[layer]).sum() > SETTLED:
             self._settled_LE[layer] = history_E
             return 0
-        return self.life(phase)
+        return self.iterations(phase)
 
-    def life(self, phase: Phase) -> int:
-        """Iterations over which a phase's forecasts pay, as known so far; 1 before anything is known."""
+    def iterations(self, phase: Phase) -> int:
+        """Iterations for which a phase's forecasts stay useful, by the estimate so far; 1 before there is one."""
         together, power = self._sums.get(phase, np.zeros(2))
         fades = min(max(together / power, 0.0), 1.0 - 1.0 / LONGEST) if power > 0.0 else 0.0
         return round(1.0 / (1.0 - fades))

@@ -1,8 +1,8 @@
 """Networks trained from scratch, one per (layer, distance), as ProMoE has them (arXiv 2410.22134).
 
-The paper's Table 2 fixes their size: H × 512 × E in 16 bits gives its ProMoE column. They see the same gate inputs as
-the fine-tuned gates, on the same tokens, and know nothing of the model's gates. A search over learning rates and weight
-decays gives them their best chance.
+Their size is that of the paper's Table 2: H × 512 × E in 16 bits gives its ProMoE column. They see the same gate inputs
+and tokens as the fine-tuned gates, but not the model's gates. Learning rate and weight decay are searched, so that the
+comparison is fair.
 
 Axes: L MoE layers, D distances, E experts, H hidden size, F hidden units.
 """
@@ -30,13 +30,13 @@ NETWORK = ("first", "first_bias", "second", "second_bias")
 
 @dataclass(frozen=True)
 class ScratchOptions(TrainOptions):
-    """Parameters; ProMoE and the paper state none but the size. Fits are long: nothing is there to start from.
+    """Parameters; ProMoE and the paper state only the size. Epochs are more than for gates, which start near the goal.
 
     Attributes:
         hidden: units of the hidden layer; 512 gives the memory of the paper's Table 2.
-        learning_rate, weight_decay: searched where negative, by validation recall over a part of the sample at the
-            shortest and the longest distance: first the rate, then the decay at the best rate.
-        search_epochs, search_share: length of the search's fits and their share of the training tokens.
+        learning_rate, weight_decay: if negative, the ones with the best validation recall at the shortest and the
+            longest distance: first the rate is searched, then the decay at the best rate.
+        search_epochs, search_share: epochs of the search's fits and their share of the training tokens.
     """
 
     hidden: int = 512
@@ -56,7 +56,7 @@ class ScratchOptions(TrainOptions):
 
 
 class FromScratch(PairNetworks):
-    """Two-layer networks.
+    """Two-layer networks with a ReLU between.
 
     Args:
         arrays: ``first [L, D, F, H]``, ``first_bias [L, D, F]``, ``second [L, D, E, F]``, ``second_bias [L, D, E]``,
@@ -69,7 +69,7 @@ class FromScratch(PairNetworks):
 
     @classmethod
     def fit(cls, given: FitInput) -> Self:
-        """Search, then fit every (layer, distance) at once."""
+        """Search learning rate and weight decay, then fit all (layer, distance) at once."""
         options, spec = given.parsed(ScratchOptions), given.rows.spec
         sample, validation = given.sample(cls.reads), given.sample(cls.reads, validation=True)
         part = given.sample(cls.reads, share=options.search_share)
@@ -117,17 +117,17 @@ class FromScratch(PairNetworks):
         return torch.nn.functional.linear(inner, part["second"], part["second_bias"])
 
     def temperature(self, layer: int, distance: int) -> float:
-        """Fitted with the network."""
+        """See :class:`TokenLevel`; fitted with the network."""
         return float(self._kept["temperature"][self.at(layer, distance)])
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the pairs that exist: the arrays have a row for every layer, also the last ones that reach none."""
+        """Bytes of the networks that have a target; the arrays also have rows for the last layers, which have none."""
         return 2 * self.num_parameters
 
     @property
     def num_parameters(self) -> int:
-        """Numbers of the pairs that exist."""
+        """Parameters of the networks that have a target."""
         pairs = sum(self.spec.L - d for d in self.distances or ())
         return sum(int(self._kept[name][0, 0].size) for name in NETWORK) * pairs
 
@@ -135,7 +135,7 @@ class FromScratch(PairNetworks):
 def perceptron_logits(
     parameters: Mapping[str, torch.Tensor], input_LTH: torch.Tensor, distances: tuple[int, ...]
 ) -> torch.Tensor:
-    """Logits ``[L, D, T, E]``; those of source layers without a target are zero and count for nothing."""
+    """Logits ``[L, D, T, E]`` of inputs ``[L, T, H]``; zero for source layers without a target."""
     found = []
     for at, distance in enumerate(distances):
         here = slice(0, len(input_LTH) - distance)
@@ -148,7 +148,7 @@ def perceptron_logits(
 
 
 def _start(layers: int, distances: int, width: int, hidden: int, experts: int, seed: int) -> dict[str, torch.Tensor]:
-    """Parameters drawn at random."""
+    """Random parameters to start from."""
     shape, generator = (layers, distances), torch.Generator().manual_seed(seed)
     return {
         "first": torch.randn(*shape, hidden, width, generator=generator) * (2.0 / width) ** 0.5,
@@ -159,7 +159,7 @@ def _start(layers: int, distances: int, width: int, hidden: int, experts: int, s
 
 
 def _scales(sample: Sample) -> torch.Tensor:
-    """Root mean square of each layer's inputs over the first block, ``[L]``: all that a network may know of them."""
+    """Root mean square ``[L]`` of each layer's inputs over the first block, to scale them by."""
     block = next(iter(sample.blocks()))
     square_L = (block.input_TLX.astype(np.float64) ** 2).mean((0, 2))
     return torch.from_numpy(np.sqrt(np.maximum(square_L, 1e-12))).to(torch.float32)

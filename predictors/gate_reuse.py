@@ -1,6 +1,6 @@
-"""The raw gate of layer l + d applied to what layer l's gate sees (Mixtral-offloading, arXiv 2312.17238).
+"""The unchanged gate of layer l + d, applied to the inputs of layer l's gate (Mixtral-offloading, arXiv 2312.17238).
 
-Works as far as residual connections keep gate inputs similar from layer to layer.
+It works as far as residual connections keep gate inputs similar from layer to layer.
 
 Axes: T tokens, L MoE layers, E experts, H hidden size.
 """
@@ -29,13 +29,13 @@ CHECK_TOKENS = 512
 
 
 class GateReuse(TokenLevel):
-    """The model's own gates, any distance; held in 16 bits as served models hold them.
+    """The model's own gates, at any distance; weights are kept in 16 bits, as in served models.
 
     Args:
         arrays: fitted arrays besides the gates.
 
     Raises:
-        UserError: the gates are another model's.
+        UserError: the gates have not the model's shape.
     """
 
     name = "gate_reuse"
@@ -57,13 +57,13 @@ class GateReuse(TokenLevel):
 
     @classmethod
     def fit(cls, given: FitInput) -> Self:
-        """The raw gates, with variances calibrated on validation requests."""
+        """Take the gates as they are; calibrate variances on validation requests."""
         if given.options:
             raise UserError(f"predictor {cls.name!r} has no parameters")
         return calibrated(cls(given.rows.spec, checked_gates(given, cls.name)), given)
 
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        """The target gate's selection scores; at distance 0 the layer's own router's."""
+        """See :class:`TokenLevel`; at distance 0 these are the scores of the layer's own router."""
         target, bias_LE = layer + distance, self._computed.get("bias")
         return self._score(
             input_TX, self._computed["gate"][target], None if bias_LE is None else bias_LE[target], target
@@ -77,26 +77,26 @@ class GateReuse(TokenLevel):
         return self.rule.scores(logits, None if correction_LE is None else correction_LE[target])
 
     def settings(self) -> dict[str, Any]:
-        """The router's rule, where the gates were read, and the variance."""
+        """The router's rule, the gates' source and the variance."""
         return {"rule": asdict(self.rule), "source": self.source, "variance": super().settings()["variance"]}
 
     @classmethod
     def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
-        """Rebuild."""
+        """See :class:`LoadPredictor`."""
         return cls(spec, gates_from(settings, tensors), cls.variance_from(settings))
 
 
 def gates_from(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Gates:
-    """The gates that a predictor's folder holds."""
+    """The gates from a predictor's folder."""
     gate_LEH, rule = tensors["gate"].astype(np.float32), RouterRule(**settings["rule"])
     return Gates(gate_LEH, tensors.get("bias"), tensors.get("correction"), rule, str(settings["source"]))
 
 
 def checked_gates(given: FitInput, name: str) -> Gates:
-    """The gates that a fit starts from.
+    """The gates that a fit starts from, after a check that they are the trace's.
 
     Raises:
-        UserError: there are none, or they do not explain the trace's routing.
+        UserError: there are none, or they do not reproduce the trace's routing.
     """
     rows = given.rows
     if given.gates is None:

@@ -38,10 +38,11 @@ class Gates:
     """All gates of a model, in order of its MoE layers.
 
     Attributes:
-        weight_LEH: float32.
-        bias_LE: added to the logits, None where the family has none.
-        correction_LE: added to the scores for the choice alone, None where the family has none.
-        source: where they were read.
+        weight_LEH: the gates, float32.
+        bias_LE: added to the logits; None if the family has none.
+        correction_LE: added to the scores when experts are chosen; None if the family has none.
+        rule: how the router chooses experts from logits.
+        source: the model or folder that they were read from.
     """
 
     weight_LEH: FloatMatrix
@@ -51,15 +52,15 @@ class Gates:
     source: str
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays as predictors keep them: weights in 16 bits, as served models hold them."""
+        """The arrays as predictors keep them, with weights in 16 bits."""
         kept = {"gate": self.weight_LEH.astype(np.float16), "bias": self.bias_LE, "correction": self.correction_LE}
         return {name: array for name, array in kept.items() if array is not None}
 
     def check(self, spec: MoESpec) -> None:
-        """Refuse gates of another shape than the model's.
+        """Check that the gates have the model's shape.
 
         Raises:
-            UserError: they are.
+            UserError: they have not.
         """
         wanted = (spec.L, spec.E, spec.hidden_size)
         if self.weight_LEH.shape != wanted:

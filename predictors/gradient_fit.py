@@ -1,8 +1,8 @@
-"""Fitting the heads of all (layer, distance) pairs at once, by gradient, over streamed tokens.
+"""Gradient descent for the networks ("heads") of all (layer, distance) pairs at once, over streamed tokens.
 
-Heads that read the same layer are one matrix product, and all layers are one batched product, so layers train in
-parallel on any device. Every pair keeps the weights of its own best epoch on the validation sample. A fit that was
-killed goes on from its checkpoint and ends in the same bytes.
+All layers are one batched matrix product, so they train in parallel on any device. Each pair keeps the parameters of
+its own best epoch, by top-k recall on the validation sample. An interrupted fit resumes from its checkpoint and ends in
+the same bytes.
 
 Axes: L MoE layers, D distances, T tokens, E experts, K experts per token, X input width.
 """
@@ -31,13 +31,13 @@ TEMPERATURE = "log_temperature"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How heads are fitted by gradient; methods that are add their own parameters and defaults.
+    """Parameters of gradient descent; methods add their own and set their own defaults.
 
     Attributes:
-        epochs: passes over the sample at most.
-        patience: epochs without a better validation recall of any pair before fitting stops.
-        learning_rate: Adam's, at its peak; falls to a tenth along a cosine.
-        batch_tokens: tokens of one step.
+        epochs: passes over the training sample at most.
+        patience: fitting stops after this many epochs in which no pair's validation recall improved.
+        learning_rate: the peak rate of AdamW; it falls to a tenth along a cosine.
+        batch_tokens: tokens of one optimiser step.
     """
 
     epochs: int = 10
@@ -47,23 +47,24 @@ class TrainOptions:
 
 
 class HeadFit:
-    """A fit of all pairs; deterministic for a seed on one machine.
+    """One fit of all pairs; deterministic for a seed on one machine.
 
-    The loss is the cross-entropy between a softmax of the router's own selection scores over a fitted temperature
-    and the chosen experts at weight 1/K each: minimised where K times the softmax is the expected assignment, so
-    that sums over tokens are unbiased loads.
+    The loss is the cross-entropy between the softmax of the router's selection scores, divided by a fitted temperature,
+    and the chosen experts at weight 1/K each. It is least where K times the softmax is the expected assignment, so that
+    sums over tokens are unbiased loads.
 
     Args:
-        stage: what is fitted, for progress and the checkpoint.
-        parameters: where the heads start, by name; the first axes are (L, D).
-        distances: the axis D, those of the fit where None is given.
+        stage: name of the fit in progress reports and in the checkpoint.
+        parameters: initial parameters by name; their first axes are (L, D).
+        logits: computes logits ``[L, D, T, E]`` from parameters and inputs ``[L, T, X]``.
+        distances: the axis D; those of ``given`` by default.
         rule, correction_LE: the router whose choices are learnt.
-        weight_decay: decoupled; none for fine-tuned gates, which should stay near where they start.
-        temperature: where it starts; None for scores that need none.
+        weight_decay: of AdamW; 0 keeps fine-tuned gates near their start.
+        temperature: initial temperature; None for scores without one.
 
     Attributes:
-        best: each pair's parameters of its best epoch.
-        start_LD, best_LD: top-k recall on the validation sample before and after; NaN where ``l + d >= L``.
+        start_LD, best_LD: top-k recall on the validation sample before the first and after the best epoch; NaN where
+            ``l + d >= L``.
     """
 
     def __init__(
@@ -110,16 +111,16 @@ class HeadFit:
 
     @property
     def best(self) -> dict[str, torch.Tensor]:
-        """Parameters by name, on the host."""
+        """Each pair's parameters of its best epoch, on the CPU."""
         return {name: value.cpu() for name, value in self._best.items()}
 
     @property
     def temperature_LD(self) -> torch.Tensor:
-        """What each pair's scores are divided by before a softmax, on the host."""
+        """Each pair's temperature, which scores are divided by before a softmax, on the CPU."""
         return torch.exp(self.best[TEMPERATURE])
 
     def run(self, sample: Sample, validation: Sample, below: float = math.inf) -> Self:
-        """Fit the pairs whose recall is below a threshold at the start; the others keep their start."""
+        """Fit the pairs whose initial recall is under ``below``; the others keep their initial parameters."""
         options, optimiser = self._options, self._optimiser
         if not self.resume():
             self.start_LD = self.best_LD = self._recall(validation)
@@ -144,7 +145,7 @@ class HeadFit:
         return self
 
     def end_epoch(self, better_LD: torch.Tensor, recall_LD: torch.Tensor) -> None:
-        """Keep the pairs that got better, and the state on disk."""
+        """Keep the parameters of the pairs that improved, and save the state."""
         for name, value in self._values.items():
             self._best[name][better_LD] = value.detach()[better_LD]
         self.best_LD = torch.where(better_LD, recall_LD, self.best_LD)
@@ -162,7 +163,7 @@ class HeadFit:
             self._given.checkpoints.save(self._stage, state)
 
     def resume(self) -> bool:
-        """Take up the state on disk, if there is one."""
+        """Load the saved state; returns whether there was one."""
         state = None if self._given.checkpoints is None else self._given.checkpoints.load(self._stage)
         if state is None:
             return False
@@ -177,21 +178,21 @@ class HeadFit:
         return True
 
     def _scores(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        """Selection scores ``[L, D, T, E]``, and the experts that the targets chose, ``[L, D, T, K]``."""
+        """Selection scores ``[L, D, T, E]`` and the experts chosen in the target layers ``[L, D, T, K]``."""
         # a view: matrix products read tokens at any stride, and a copy in the other order takes longer than they do
         inputs = torch.from_numpy(block.input_TLX).to(self._device).transpose(0, 1)
         chosen = torch.from_numpy(block.topk_TLK).to(self._device).transpose(0, 1).contiguous()
         return self._rule.scores(self._logits(self._values, inputs), self._correction), chosen[self._target_LD]
 
     def _loss(self, block: Block) -> torch.Tensor:
-        """Mean cross-entropy of each pair, ``[L, D]``; 0 where there is no target."""
+        """Mean cross-entropy ``[L, D]`` of each pair; 0 where there is no target."""
         scores, chosen = self._scores(block)
         logp = torch.log_softmax(scores * torch.exp(-self._values[TEMPERATURE])[:, :, None, None], -1)
         return torch.where(self._valid_LD, -logp.gather(-1, chosen).mean((-1, -2)), 0.0)
 
     @torch.inference_mode()
     def _recall(self, sample: Sample) -> torch.Tensor:
-        """Share of chosen experts that are forecast, ``[L, D]``."""
+        """Share ``[L, D]`` of the chosen experts that were forecast."""
         hits = torch.zeros(self._valid_LD.shape, dtype=torch.float64, device=self._device)
         for block in sample.blocks(size=self._options.batch_tokens):
             scores, chosen = self._scores(block)
@@ -202,7 +203,7 @@ class HeadFit:
 
 
 def _curves(value_LD: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> dict[str, Any]:
-    """Means over the pairs fitted, then over those of each source layer that has some (``loss/layer_03``, ...)."""
+    """Means over the fitted pairs, and over those of each source layer (``loss/layer_03``, ...)."""
     made = {name: float(value[wanted].mean()) for name, value in value_LD.items()}
     for layer in torch.nonzero(wanted.any(1)).flatten().tolist():
         for name, value in value_LD.items():
@@ -211,5 +212,5 @@ def _curves(value_LD: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> dict[
 
 
 def _cosine(progress: float) -> float:
-    """Share of the peak learning rate: 1 at first, falling to a tenth."""
+    """Factor on the peak learning rate: from 1 down to 0.1."""
     return 0.1 + 0.45 * (1 + float(np.cos(np.pi * min(1.0, progress))))

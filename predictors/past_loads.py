@@ -1,4 +1,4 @@
-"""Predictors that know loads and nothing of the iteration's tokens: its past, training requests, or the truth.
+"""Predictors that read loads only, not the iteration's tokens: past loads, training loads or the true load.
 
 Axes: L MoE layers, E experts.
 """
@@ -70,11 +70,11 @@ class Oracle(LoadPredictor):
     reads = "true_load"
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
-        """Exact at any distance; before the iteration it would be exact as well, which no run can be."""
+        """1 at any distance; 0 before the iteration starts, where no real run can know the load."""
         return 1.0 if layer >= 0 else 0.0
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
-        """The truth.
+        """The true load.
 
         Raises:
             UserError: the context does not hold the true load.
@@ -99,7 +99,7 @@ class Frequency(LoadPredictor):
 
     @classmethod
     def fit(cls, given: FitInput) -> Self:
-        """Count."""
+        """Count the training requests' assignments."""
         return cls(given.rows.spec, given.rows.share_LE(given.split.train))
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
@@ -108,7 +108,7 @@ class Frequency(LoadPredictor):
         return self.scaled(self._share_LE[layer + distance].astype(np.float64), context.tokens, self.name)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """The shares."""
+        """The shares, f32 ``[L, E]``."""
         return {"share": self._share_LE}
 
     @classmethod
@@ -118,5 +118,5 @@ class Frequency(LoadPredictor):
         settings: Mapping[str, Any],  # noqa: ARG003
         tensors: Mapping[str, NDArray[Any]],
     ) -> Self:
-        """Rebuild."""
+        """See :class:`LoadPredictor`."""
         return cls(spec, tensors["share"])

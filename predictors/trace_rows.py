@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -184,17 +183,19 @@ class Sample:
         starts = np.arange(0, self.tokens, size)
         if rng is not None:
             starts = rng.permutation(starts)
+        if self._few:
+            # a block is kept by its start: it has the size with which it was read first
+            for start in starts.tolist():
+                if start not in self._cache:
+                    self._cache[start] = self.block(self.row_T[start : start + size])
+                yield self._cache[start]
+            return
         # the next block is read while this one is worked on
         with ThreadPoolExecutor(1, "moeless-blocks") as reader:
-            coming = deque([reader.submit(self._part, int(starts[0]), size)])
-            for following in starts[1:].tolist():
-                coming.append(reader.submit(self._part, following, size))
-                yield coming.popleft().result()
-            yield coming.popleft().result()
-
-    def _part(self, start: int, size: int) -> Block:
-        """Rows of the sample, read now unless they are kept."""
-        block = self._cache.get(start) or self.block(self.row_T[start : start + size])
-        if self._few:
-            self._cache[start] = block
-        return block
+            coming = None
+            for start in starts.tolist():
+                read, coming = coming, reader.submit(self.block, self.row_T[start : start + size])
+                if read is not None:
+                    yield read.result()
+            if coming is not None:
+                yield coming.result()

@@ -46,8 +46,6 @@ def fit_variance(mean_N: NDArray[Any], load_N: NDArray[Any]) -> Variance:
     from scipy.optimize import nnls
 
     mean, load = np.asarray(mean_N, np.float64).ravel(), np.asarray(load_N, np.float64).ravel()
-    if len(mean) == 0:
-        return Variance()
     weight = 1.0 / (mean + 1.0)
     design = np.stack([mean, mean**2], 1) * weight[:, None]
     (scale, spread), _ = nnls(design, (load - mean) ** 2 * weight)
@@ -67,8 +65,6 @@ def widen(
         independent: n; infinity leaves what is seen.
     """
     mean, load = np.asarray(mean_N, np.float64).ravel(), np.asarray(load_N, np.float64).ravel()
-    if len(mean) == 0:
-        return variance
     # an interval reaches half a token further on both sides, since loads are whole numbers
     reach = np.maximum(np.abs(load - mean) - 0.5, 0.0) / np.sqrt(variance.of(mean))
     factor = (float(np.quantile(reach, 0.9)) / NORMAL_90) ** 2 * (1.0 + 1.0 / max(1.0, independent))

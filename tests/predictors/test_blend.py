@@ -158,11 +158,11 @@ def test_too_few_iterations_of_a_size_borrow_from_a_smaller_one_unless_they_spea
     true_IE = rng.dirichlet(np.ones(8), 2)
     even_IE = np.full_like(true_IE, 1 / 8)
     half_S = np.array([0.5, 0.5, 0.0])
-    kept = blend_weights.borrow(half_S, np.stack([true_IE, even_IE, even_IE]), true_IE)
+    kept = blend_weights.choose(np.stack([true_IE, even_IE, even_IE]), true_IE, 1, half_S)
     assert kept.weight_S.tolist() == [0.5, 0.5, 0.0]
     assert kept.error == pytest.approx(kept.history_error / 2)
     worse_IE = 2 * even_IE - true_IE
-    refused = blend_weights.borrow(half_S, np.stack([worse_IE, even_IE, even_IE]), true_IE)
+    refused = blend_weights.choose(np.stack([worse_IE, even_IE, even_IE]), true_IE, 1, half_S)
     assert refused.weight_S.tolist() == [0.0, 1.0, 0.0]
     assert refused.error == refused.history_error
 
