@@ -1,11 +1,10 @@
-"""Which distance to forecast each layer from: as near as the time to prepare a replica allows.
+"""The distance at which each layer is forecast: the best one that leaves time to prepare a replica.
 
-A forecast made nearer its target is better and later. One made d layers ahead has those layers' time for itself, for
-planning and for bringing weights; where that is not enough it does nothing for this iteration. So, for each target
-layer: of the distances whose layers take at least as long as a replica takes to prepare, the one with the most skill on
-validation (usually the nearest); where none is in time, or all have less skill than what is known before the iteration
-(history, the iteration before), the plan is made as the iteration starts. Layer times are those that the run itself
-shows, by phase, so that the choice follows the load.
+The nearer a forecast is made to its target, the better it is, and the less time is left to plan and to load weights. A
+plan that comes too late does nothing for the iteration. So each target layer gets, of the distances whose layers take
+at least as long as preparing a replica, the one with the most skill on validation requests (usually the nearest). If
+none is in time, or none has more skill than the forecast before the iteration (history, the iteration before), the
+layer is planned when the iteration starts. Layer times are means of the running iterations, by phase.
 
 Axes: L target layers.
 """
@@ -28,11 +27,11 @@ NEWEST = 0.2
 
 
 class DistanceRule:
-    """The rule of one policy.
+    """Chooses the distances of one policy.
 
     Args:
-        predictor: asked for its skill (:meth:`LoadPredictor.skill`).
-        prepare_seconds: from a layer's start until a replica planned from it can serve: forecast, plan, copy.
+        predictor: the policy's predictor, whose :meth:`LoadPredictor.skill` is compared.
+        prepare_seconds: seconds for forecast, plan and copy of a replica.
         longest: the largest distance to consider.
     """
 
@@ -42,19 +41,19 @@ class DistanceRule:
         self._seconds: dict[Phase, FloatArray] = {}
 
     def note(self, layer: int, phase: Phase, seconds: float) -> None:
-        """What a layer of that phase took, from its start to the next one's."""
+        """Record the seconds from a layer's start to that of the next."""
         if phase not in self._seconds:
-            # the first one stands for all until they have run
+            # the first time known stands for all layers until they have run
             self._seconds[phase] = np.full(self.layers, seconds)
         known_L = self._seconds[phase]
         known_L[layer] += NEWEST * (seconds - known_L[layer])
 
     def choose(self, phase: Phase, tokens: int) -> IntArray:
-        """Distance of each target layer, ``[L]``; ``target + 1`` means before the iteration starts."""
+        """Distance ``[L]`` of each target layer; ``target + 1`` for a plan made before the iteration starts."""
         seconds_L = self._seconds.get(phase)
         chosen_L = np.arange(1, self.layers + 1)
         if seconds_L is None:
-            # nothing has run yet: the farthest is the safest
+            # nothing has run yet: the farthest leaves the most time
             return np.asarray(np.minimum(chosen_L, max(1, self.longest)))
         for target in range(self.layers):
             best = self.predictor.skill(-1, target + 1, phase, tokens) or 0.0

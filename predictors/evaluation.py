@@ -33,11 +33,11 @@ class Row:
     """One line of ``metrics.json``.
 
     Attributes:
-        layer: source layer; the target is ``layer + distance``. −1: from what is known before any layer has run.
+        layer: source layer; the target is ``layer + distance``. −1: forecast before any layer has run.
         phase: ``prefill``, ``decode``, or ``all`` for figures of single tokens.
         batch_tokens: tokens of an iteration, 1 for figures of single tokens.
-        low, high: bootstrap 90 % interval over requests.
-        n: iterations, or requests, that the value is the mean of.
+        low, high: 90 % interval, by bootstrap over requests.
+        n: number of iterations, or of requests, of which the value is the mean.
     """
 
     layer: int
@@ -56,11 +56,11 @@ class EvaluationSettings:
     """How to evaluate.
 
     Attributes:
-        batch_tokens: sizes of iterations.
-        gpus: GPUs for the straggler hit, experts placed contiguously.
-        resamples: bootstrap resamples of the test requests; ``per_resample`` iterations are composed from each.
-        max_iterations: iterations behind the value itself.
-        max_tokens: test tokens at most, whole requests.
+        batch_tokens: sizes of the iterations, in tokens.
+        gpus: GPUs for the straggler hit; experts are placed contiguously.
+        resamples: bootstrap resamples of the test requests, each with ``per_resample`` iterations.
+        max_iterations: iterations of which a value is the mean, at most.
+        max_tokens: test tokens at most, in whole requests.
     """
 
     distances: tuple[int, ...] = (1,)
@@ -80,10 +80,10 @@ class EvaluationSettings:
 
 
 class Evaluator:
-    """Iterations and true loads of a trace's test requests, shared by all predictors that are compared.
+    """Measures predictors on the same iterations, composed of a trace's test requests.
 
     Attributes:
-        history_LE: load shares that predictors may know beforehand: those of the training requests.
+        history_LE: load shares of the training requests, which predictors get as history.
     """
 
     def __init__(self, rows: Rows, split: Split, settings: EvaluationSettings) -> None:
@@ -101,7 +101,7 @@ class Evaluator:
         }
 
     def _compose(self, phase: Phase, size: int) -> tuple[list[ComposedIteration], NDArray[np.int64]]:
-        """Iterations, and which resample each belongs to: -1 for the requests as they are."""
+        """Iterations, and the resample of each; −1 for those of the requests themselves."""
         rows, settings = self.rows, self.settings
         if phase == Phase.PREFILL:
             made = prefill_iterations(rows, self.requests, size, settings.max_iterations)
@@ -115,7 +115,7 @@ class Evaluator:
         return made, np.array(group)
 
     def evaluate(self, predictor: LoadPredictor) -> list[Row]:
-        """All rows of a predictor.
+        """All rows of ``metrics.json`` for a predictor.
 
         Raises:
             UserError: it was fitted on another model, or the trace lacks what it reads.
@@ -124,7 +124,7 @@ class Evaluator:
         pairs = pairs_of(self.rows.spec.L, self.settings.distances)
         tokens = self.token_loads(predictor, pairs)
         if predictor.forecasts_first:
-            # the first layers, from what is known before any has run
+            # the first layers have no source layer
             pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.settings.distances))]]
         made: list[Row] = []
         for layer, distance in pairs:
@@ -138,7 +138,7 @@ class Evaluator:
         return made
 
     def token_loads(self, predictor: LoadPredictor, pairs: Sequence[Pair]) -> TokenLoads | None:
-        """What the test tokens add to a predictor's forecasts, None where it forecasts no tokens."""
+        """The test tokens' part in a predictor's forecasts; None for one that forecasts loads only."""
         part = predictor.token_part
         return None if part is None else TokenLoads(part, self.rows, self.row_T, pairs)
 
@@ -150,7 +150,7 @@ class Evaluator:
         distance: int,
         iterations: Sequence[ComposedIteration],
     ) -> tuple[FloatArray, FloatArray, IntArray]:
-        """Means, variances and true loads of iterations, ``[I, E]`` each, given :meth:`token_loads`."""
+        """Forecast means, variances and true loads ``[I, E]`` of iterations; ``tokens`` is :meth:`token_loads`."""
         rows, target = self.rows, layer + distance
         load_IE, last_IE, recent_IE = (
             rows.load_IE(row_T, target)
@@ -187,10 +187,10 @@ class Evaluator:
         history_E: FloatArray,
         group: NDArray[np.int64],
     ) -> list[tuple[str, float, float, float, int]]:
-        """Every metric: name, value, interval, iterations.
+        """Every metric: name, value, low and high end of its interval, iterations.
 
-        ``l1_over_history`` is the relative L1 less that of history on the same iterations: below 0 is better, and an
-        interval wholly above 0 is worse.
+        ``l1_over_history`` is the relative L1 error minus that of history on the same iterations: below 0 is better
+        than history.
         """
         past_IE = history_E * load_IE.sum(1, keepdims=True)
         error_I = metrics.relative_l1(mean_IE, load_IE)
@@ -211,7 +211,7 @@ class Evaluator:
         return made
 
     def _recall(self, tokens: TokenLoads, layer: int, distance: int) -> Row:
-        """Top-k recall of single tokens, with an interval over requests."""
+        """Top-k recall of single tokens, with its interval over requests."""
         count_N = self.rows.rows_N[self.requests]
         sum_N = np.add.reduceat(tokens.hits(layer, distance), np.cumsum(count_N) - count_N)
         value = float(sum_N.sum() / count_N.sum())
@@ -226,7 +226,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mean_of(rows: Sequence[Row], metric: str, distance: int, phase: str, batch_tokens: int) -> float | None:
-    """A metric's mean over layers; None where it was not measured."""
+    """A metric's mean over layers; None if it was not measured."""
     found = [
         row.value
         for row in rows
@@ -244,10 +244,10 @@ def predict_microseconds(
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Median microseconds of one layer's forecast by tokens of the iteration, on made inputs of the model's shape.
+    """Median microseconds of one layer's forecast, by size of the iteration in tokens, on random inputs.
 
-    On another device than the CPU a token-level method's weights and gate inputs lie there, as a live layer's do; the
-    load's way back to the host is part of the time.
+    On a GPU, a token-level method's weights and gate inputs lie there, as in a live layer; the time includes copying
+    the forecast load back.
     """
     rng, spec, made = np.random.default_rng(seed), predictor.spec, {}
     if device != "cpu":

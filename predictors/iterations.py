@@ -1,8 +1,8 @@
-"""Iterations to fit variances on and to evaluate with, composed from a trace's requests.
+"""Iterations composed of a trace's requests, for calibration and evaluation.
 
-A *prefill* iteration of n tokens is whole requests in a row, cut at n; a *decode* iteration is one random token of
-each of n requests drawn with replacement. A trace without prompts (generated tokens only) makes prefill iterations
-from those, since the routing of a text does not depend on who wrote it.
+A *prefill* iteration of n tokens is whole consecutive requests, cut at n tokens. A *decode* iteration is one random
+generated token from each of n requests drawn with replacement. A trace without prompts makes prefill iterations of its
+generated tokens: the routing of a text does not depend on who wrote it.
 
 Axes: T tokens, I iterations.
 """
@@ -16,13 +16,19 @@ import numpy as np
 from moeless.contracts import IntArray, Phase
 from moeless.predictors.trace_rows import Rows
 
-#: Iterations that a windowed mean looks back.
+#: Iterations in the mean of the predictor ``window``.
 RECENT = 8
 
 
 @dataclass(frozen=True)
 class ComposedIteration:
-    """One iteration: its rows, those of the iteration before it, and of the last few (empty where there were none)."""
+    """One iteration, as rows of the trace.
+
+    Attributes:
+        row_T: its tokens.
+        previous_T: those of the iteration before; empty for the first.
+        recent_T: those of the last ``RECENT`` iterations before, together.
+    """
 
     row_T: IntArray
     previous_T: IntArray
@@ -36,7 +42,7 @@ class ComposedIteration:
 
 
 def available_phases(rows: Rows) -> tuple[Phase, ...]:
-    """Phases that iterations can be composed for: prefill always, decode where generated tokens are recorded."""
+    """Phases that a trace can make iterations of: prefill always, decode if it holds generated tokens."""
     decode = bool((rows.phase_T == Phase.DECODE).any())
     return (Phase.PREFILL, Phase.DECODE) if decode else (Phase.PREFILL,)
 
@@ -44,7 +50,7 @@ def available_phases(rows: Rows) -> tuple[Phase, ...]:
 def iterations_of(
     rows: Rows, requests: IntArray, phase: Phase, tokens: int, limit: int, seed: int
 ) -> list[ComposedIteration]:
-    """At most ``limit`` iterations of one phase and size, prefill ones over shuffled requests."""
+    """At most ``limit`` iterations of ``tokens`` tokens; prefill takes the requests in shuffled order."""
     rng = np.random.default_rng([seed, int(phase), tokens])
     if phase == Phase.DECODE:
         return decode_iterations(rows, requests, tokens, limit, rng)
@@ -54,9 +60,9 @@ def iterations_of(
 def prefill_iterations(
     rows: Rows, requests: IntArray, tokens: int, limit: int | None = None
 ) -> list[ComposedIteration]:
-    """Consecutive iterations of ``tokens`` tokens over the requests in the order given.
+    """At most ``limit`` consecutive iterations of ``tokens`` tokens, over the requests in the order given.
 
-    At most ``limit``; what is left over at the end is dropped, unless there would be no iteration at all.
+    A shorter rest at the end is dropped, unless it is the only iteration.
     """
     row_T = rows.of(requests)
     prompt = rows.phase_T[row_T] == Phase.PREFILL
@@ -78,8 +84,8 @@ def decode_iterations(
 ) -> list[ComposedIteration]:
     """``limit`` iterations of one generated token from each of ``tokens`` requests drawn with replacement.
 
-    The iteration before holds the previous token of each, as when nobody comes or goes between two decode steps.
-    None where no request generated two tokens.
+    The iteration before holds the previous token of each request, as between two decode steps of the same requests. The
+    list is empty if no request generated two tokens.
     """
     row_T = rows.of(requests)
     request_T = np.repeat(np.arange(len(requests)), rows.rows_N[requests])

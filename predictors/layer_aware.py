@@ -1,4 +1,4 @@
-"""The paper's predictor: copies of gates, fine-tuned where the raw gate is not accurate enough (arXiv 2603.06350).
+"""The paper's predictor: copies of gates, fine-tuned where a gate alone is not accurate enough (arXiv 2603.06350).
 
 Axes: L MoE layers, E experts, H hidden size, D distances.
 """
@@ -25,12 +25,12 @@ from moeless.spec import MoESpec
 
 @dataclass(frozen=True)
 class LayerAwareOptions(TrainOptions):
-    """Parameters; the paper states ``threshold`` alone. Gates converge within a few passes.
+    """Parameters; the paper states only ``threshold``. Gates converge within a few epochs.
 
     Attributes:
-        threshold: h, the top-k recall below which a (layer, distance) is fine-tuned. Recall is the share of a token's
-            chosen experts that are forecast, which is what a load forecast counts.
-        learning_rate: Adam's; 5e-3 reaches in 6 epochs what 2e-3 reaches in 10 on the bundled model.
+        threshold: h; a (layer, distance) with less top-k recall is fine-tuned. Recall is the share of the experts
+            chosen by a token that were forecast.
+        learning_rate: of AdamW; 5e-3 reaches in 6 epochs what 2e-3 reaches in 10 on the bundled model.
     """
 
     threshold: float = 0.8
@@ -49,8 +49,8 @@ class LayerAware(GateReuse):
 
     Args:
         tuned: weight ``[E, H]``, bias ``[E]`` and temperature of each fine-tuned (layer, distance).
-        distances: the distances that were profiled; others fall back to history.
-        accuracy: profiled top-k recall of each (layer, distance), raw and as kept.
+        distances: the distances that were fitted; others are forecast from history.
+        accuracy: top-k recall of each (layer, distance) on the validation sample, with the gate and as kept.
     """
 
     name = "layer_aware"
@@ -78,7 +78,7 @@ class LayerAware(GateReuse):
 
     @classmethod
     def fit(cls, given: FitInput) -> Self:
-        """Profile every pair with the raw gate; fine-tune copies of the gates that miss the threshold."""
+        """Measure the gates' recall for every pair; fine-tune copies of those that miss the threshold."""
         options = given.parsed(LayerAwareOptions)
         gates, spec, distances = checked_gates(given, cls.name), given.rows.spec, given.distances
         bias_LE = np.zeros((spec.L, spec.E), np.float32) if gates.bias_LE is None else gates.bias_LE
@@ -107,7 +107,7 @@ class LayerAware(GateReuse):
         return calibrated(made, given)
 
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        """Selection scores of the fine-tuned copy, or of the raw gate."""
+        """See :class:`TokenLevel`; from the fine-tuned copy, or else the gate."""
         if (layer, distance) not in self._tuned:
             return super().scores(input_TX, layer, distance)
         at = self._tuned[layer, distance][0]
@@ -115,11 +115,11 @@ class LayerAware(GateReuse):
         return self._score(input_TX, weight_EH, bias_E, layer + distance)
 
     def temperature(self, layer: int, distance: int) -> float:
-        """Fitted with the copy."""
+        """See :class:`TokenLevel`; fitted with the copy, 1 for a gate."""
         return self._tuned[layer, distance][1] if (layer, distance) in self._tuned else 1.0
 
     def settings(self) -> dict[str, Any]:
-        """The rule, what was profiled, and which pairs were fine-tuned."""
+        """As the base class, with each pair's recall and the temperatures of the fine-tuned pairs."""
         return super().settings() | {
             "distances": list(self.distances or ()),
             "threshold": self.threshold,
@@ -129,7 +129,7 @@ class LayerAware(GateReuse):
 
     @classmethod
     def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
-        """Rebuild."""
+        """See :class:`LoadPredictor`."""
         return cls(
             spec,
             gates_from(settings, tensors),
@@ -145,7 +145,7 @@ class LayerAware(GateReuse):
 
 
 def linear_logits(parameters: Mapping[str, torch.Tensor], input_LTH: torch.Tensor) -> torch.Tensor:
-    """Logits ``[L, D, T, E]`` of a linear layer per pair: all that read one layer are one matrix product."""
+    """Logits ``[L, D, T, E]`` of inputs ``[L, T, H]``, one linear layer for each pair."""
     weight_LDEH, bias_LDE = parameters["weight"], parameters["bias"]
     logits = torch.baddbmm(bias_LDE.flatten(1).unsqueeze(1), input_LTH, weight_LDEH.flatten(1, 2).transpose(1, 2))
     return logits.unflatten(-1, weight_LDEH.shape[1:3]).permute(0, 2, 1, 3)

@@ -14,7 +14,7 @@ NORMAL_90 = 1.6448536269514722
 
 
 def relative_l1(mean_IE: FloatArray, load_IE: IntArray) -> FloatArray:
-    """Sum of absolute errors over the total load, ``[I]``; 0 is exact, 2 is all wrong."""
+    """Sum of absolute errors over the total load, ``[I]``, between 0 (exact) and 2."""
     total = np.maximum(load_IE.sum(1), 1)
     return np.asarray(np.abs(mean_IE - load_IE).sum(1) / total)
 
@@ -35,7 +35,7 @@ def hottest_hit(mean_IE: FloatArray, load_IE: IntArray) -> FloatArray:
 
 
 def straggler_hit(mean_IE: FloatArray, load_IE: IntArray, num_gpus: int) -> FloatArray:
-    """The same for GPUs that hold contiguous groups of experts, as static expert parallelism places them, ``[I]``."""
+    """As :func:`hottest_hit`, for GPUs that hold contiguous groups of experts (static expert parallelism), ``[I]``."""
     gpu_E = np.arange(mean_IE.shape[1]) * num_gpus // mean_IE.shape[1]
     fold = (gpu_E[:, None] == np.arange(num_gpus)).astype(np.float64)
     return hottest_hit(mean_IE @ fold, np.rint(load_IE @ fold).astype(np.int64))
@@ -44,7 +44,7 @@ def straggler_hit(mean_IE: FloatArray, load_IE: IntArray, num_gpus: int) -> Floa
 def coverage(mean_IE: FloatArray, var_IE: FloatArray, load_IE: IntArray) -> FloatArray:
     """Share of experts whose load lies in the forecast's normal 90 % interval, ``[I]``; 0.9 is calibrated.
 
-    Loads are whole numbers, so an interval reaches half a token further on both sides.
+    Loads are whole numbers, so the interval is wider by half a token on both sides.
     """
     reach = NORMAL_90 * np.sqrt(var_IE) + 0.5
     return np.asarray((np.abs(load_IE - mean_IE) <= reach).mean(1))

@@ -1,7 +1,6 @@
-"""Splitting a trace's requests into those to fit on and those to test on, never by token.
+"""Splitting a trace's requests, never single tokens, into training and test requests.
 
-Requests that end up in the same part of ``serve-bench`` are in the same part here: one seeded permutation, cut at
-70 %.
+The split is that of ``serve-bench``: one seeded permutation, cut at 70 %.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from moeless.errors import UserError
 
 SplitBy = Literal["request", "category", "time"]
 TRAIN_SHARE = 0.7
-#: Part of the training requests that decides early stopping, calibration and fallbacks.
+#: Share of the training requests that is for validation: early stopping, calibration, blend weights.
 VALIDATION_SHARE = 0.15
 
 
 @dataclass(frozen=True)
 class Split:
-    """Request indices: to fit on, to decide on while fitting, to test on; ascending except ``by="time"``'s order."""
+    """Indices of the requests for the fit, for validation during the fit, and for testing; each ascending."""
 
     fit: IntArray
     validation: IntArray
@@ -31,7 +30,7 @@ class Split:
 
     @property
     def train(self) -> IntArray:
-        """All requests that fitting may see."""
+        """All training requests: fit and validation, ascending."""
         return np.sort(np.concatenate([self.fit, self.validation]))
 
 
@@ -39,7 +38,7 @@ def split_requests(category: Sequence[str], by: SplitBy = "request", seed: int =
     """Split requests 70/30.
 
     Args:
-        category: one entry per request.
+        category: the category of each request.
         by: ``request``: at random; ``category``: whole categories go to one side, so that testing meets domains that
             fitting never saw; ``time``: the first 70 % in order of recording against the rest.
 

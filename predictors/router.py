@@ -5,7 +5,7 @@ correction bias may be added for the choice alone (DeepSeek-V3, arXiv 2412.19437
 groups of which only the best take part (node-limited routing of the same report, group-limited greedy of
 DeepSeek-V2, arXiv 2405.04434, section 2.1.4).
 
-Axes: P heads, T tokens, E experts, K experts per token.
+Axes: E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class RouterRule:
     """A router's choice of experts.
 
     Attributes:
-        scoring: what the logits become before a correction is added.
+        scoring: the function of the logits to which a correction is added.
         groups: equal groups of consecutive experts, 1 for none.
-        top_groups: groups that take part in the choice.
+        top_groups: groups from which experts are chosen.
         group_score: a group's score: its best expert's, or the sum of its best two.
     """
 
@@ -45,7 +45,7 @@ class RouterRule:
             raise UserError(f"a router cannot choose {self.top_groups} of {self.groups} groups")
 
     def uses_logits(self, corrected: bool) -> bool:
-        """Whether ordering by logits is ordering by score: scores are monotone unless something is added to them."""
+        """Whether logits order experts as scores do, so that scores need not be computed."""
         return not corrected and (self.groups == 1 or self.scoring == "softmax" or self.group_score == "max")
 
     def scores(self, logits: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,7 +76,7 @@ def rule_of(config: Mapping[str, Any]) -> RouterRule:
     """The rule of a Transformers configuration's model family.
 
     Raises:
-        UserError: the family's router is not one of the rules here.
+        UserError: the router of the family is not supported.
     """
     text = config.get("text_config")
     if isinstance(text, Mapping) and text.get("model_type"):

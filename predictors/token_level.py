@@ -1,4 +1,4 @@
-"""Methods that forecast each token's experts, and sum them up to a load.
+"""The base of methods that forecast the experts of single tokens and add them up to a load.
 
 Needs torch, NumPy and safetensors only: the live engine runs these on its hidden states.
 
@@ -26,17 +26,18 @@ Pair = tuple[int, int]
 
 
 class TokenLevel(LoadPredictor):
-    """Scores every expert for every token of layer ``l`` and counts.
+    """Scores every expert for every token of layer ``l`` and adds the tokens up.
 
     Attributes:
-        counting: each token counts fully for the experts forecast (``topk``, the paper), or by their probabilities.
+        counting: a token counts 1 for each of its K forecast experts (``topk``, as in the paper), or for each expert
+            its probability.
         batch_context: whether a token's forecast depends on the iteration's other tokens.
         variance: calibrated coefficients per (layer, distance); Poisson where there are none.
 
     Args:
         rule: how scores become chosen experts.
-        arrays: the fitted arrays as they are kept; those computed with, ``_computed``, are their float32 tensors.
-        distances: the distances that it can forecast at, None for any.
+        arrays: the fitted arrays as they are stored; computation uses them as float32 tensors (``_computed``).
+        distances: the distances at which it forecasts; None for any.
     """
 
     counting: ClassVar[Literal["topk", "probability"]] = "topk"
@@ -67,7 +68,7 @@ class TokenLevel(LoadPredictor):
         return layer >= 0 and known and layer + distance < self.spec.L
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the weights to where gate inputs lie; expert ids are read on the host, and so are their weights."""
+        """Move the weights to the device of the gate inputs; methods that read expert ids stay on the CPU."""
         if self.reads == "router_inputs":
             self._device = torch.device(device)
             self._computed = {name: tensor.to(device) for name, tensor in self._computed.items()}
@@ -85,7 +86,7 @@ class TokenLevel(LoadPredictor):
 
     @torch.inference_mode()
     def chosen(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        """Forecast expert ids ``[T, K]`` on the weights' device."""
+        """Forecast expert ids ``[T, K]``, as a tensor on the weights' device."""
         return self.rule.select(self.scores(self.check_inputs(inputs, layer, distance), layer, distance), self.spec.K)
 
     def predict_topk(self, inputs: NDArray[Any] | torch.Tensor, layer: int, distance: int) -> IntArray:
@@ -116,23 +117,26 @@ class TokenLevel(LoadPredictor):
         return Forecast(mean_E, variance_E, context.tokens, self.name)
 
     def predict(self, context: Context, layer: int, distance: int) -> Forecast:
-        """Forecast from the tokens; from past loads where there is no source layer; see :class:`LoadPredictor`."""
+        """Forecast from the tokens, or from past loads without a source layer; see :class:`LoadPredictor`."""
         self._check_target(layer + distance)
         if layer < 0 or context.tokens == 0 or not self.covers(layer, distance):
             return self.fallback(context, layer + distance)
-        # a rank that sees a part of the iteration's tokens speaks for all of them
+        # the inputs may be one rank's part of the tokens: the forecast is scaled to all of them
         mean_E = self.mean_load(self.inputs_of(context, self.name), layer, distance)
         return self.from_tokens(mean_E, context, layer, distance)
 
     def skill(self, layer: int, distance: int, phase: Phase, tokens: int) -> float | None:
-        """As calibrated, over sizes and phases; see :meth:`LoadPredictor.skill`."""
+        """One figure for all sizes and phases; see :meth:`LoadPredictor.skill`."""
         return self.variance.get((layer, distance), Variance()).skill
 
     def inputs_of(self, context: Context, asked: str) -> NDArray[Any]:
-        """What the method reads of a context.
+        """The gate inputs or expert ids that the method reads.
+
+        Args:
+            asked: name of the predictor in the error.
 
         Raises:
-            UserError: it is not there; ``asked`` names the predictor that was asked.
+            UserError: the context does not hold them.
         """
         by_gates = self.reads == "router_inputs"
         inputs: NDArray[Any] | None = context.router_input_TH if by_gates else context.topk_TK
@@ -156,7 +160,7 @@ class TokenLevel(LoadPredictor):
             raise UserError(f"predictor {self.name!r} needs inputs of shape [tokens, {width}], got {list(given.shape)}")
         if self.reads == "router_inputs":
             given = given.to(torch.float32)
-            # a tensor is a running model's own: looking at its values would hold the host until a GPU has them
+            # tensors come from a running model: checking their values would wait for the GPU
             looked_at = not isinstance(inputs, torch.Tensor)
             # a sum is not finite where a value is not, and takes a fifth of the time of looking at each
             if looked_at and not torch.isfinite(given.sum()) and not torch.isfinite(given).all():
@@ -170,7 +174,7 @@ class TokenLevel(LoadPredictor):
         return given
 
     def settings(self) -> dict[str, Any]:
-        """The distances, unless it is any, and the variance: rows of layer, distance, scale, spread and skill."""
+        """The distances, if limited, and the variances as rows of layer, distance, scale, spread, skill."""
         known = {} if self.distances is None else {"distances": list(self.distances)}
         return known | {
             "variance": [[layer, d, v.scale, v.spread, v.skill] for (layer, d), v in sorted(self.variance.items())]
@@ -182,7 +186,7 @@ class TokenLevel(LoadPredictor):
 
     @staticmethod
     def variance_from(settings: Mapping[str, Any]) -> dict[Pair, Variance]:
-        """The coefficients back."""
+        """The variances by (layer, distance) from :meth:`settings`."""
         return {
             (int(row[0]), int(row[1])): Variance(float(row[2]), float(row[3]), *row[4:5])
             for row in settings["variance"]
@@ -190,10 +194,10 @@ class TokenLevel(LoadPredictor):
 
 
 class PairNetworks(TokenLevel):
-    """Networks that were fitted for every (layer, distance): arrays whose first axes are these, ``[L, D, ...]``.
+    """The base of methods with a network for every (layer, distance), in arrays ``[L, D, ...]``.
 
     Attributes:
-        dtypes: the arrays' names, and as what they are kept.
+        dtypes: the names of the arrays and the types in which they are stored.
     """
 
     needs_fitting = True
@@ -211,12 +215,12 @@ class PairNetworks(TokenLevel):
         self._column = {d: index for index, d in enumerate(distances)}
 
     def at(self, layer: int, distance: int) -> tuple[int, int]:
-        """Where a pair stands on the arrays' first two axes."""
+        """Index of a pair on the arrays' first two axes."""
         return layer, self._column[distance]
 
     @classmethod
     def from_state(cls, spec: MoESpec, settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Self:
-        """Rebuild."""
+        """See :class:`LoadPredictor`."""
         return cls(spec, tensors, settings["distances"], cls.variance_from(settings))
 
 

@@ -1,4 +1,4 @@
-"""Per-token forecasts of many rows, computed once, summed over any iteration composed of them.
+"""Forecasts of single tokens, computed once for many rows and summed over any iteration made of them.
 
 Axes: T tokens, E experts, K experts per token, I iterations.
 """
@@ -25,10 +25,10 @@ IDS_TOKENS = 16_384
 
 
 class TokenLoads:
-    """What each row adds to the forecast of each (layer, distance).
+    """The part of each row in the forecast of each (layer, distance).
 
-    Gate inputs are read once, in blocks, for all pairs; expert ids, which are in memory, when a pair is asked for. No
-    more than ``LOADS_BYTES`` of what all pairs add is held in memory, and one pair's loads.
+    Gate inputs are read once, in blocks, for all pairs, and the forecasts kept: in memory up to ``LOADS_BYTES``, else
+    in a scratch file. Forecasts from expert ids, which are in memory anyway, are computed when a pair is asked for.
     """
 
     def __init__(self, predictor: TokenLevel, rows: Rows, row_T: IntArray, pairs: Sequence[Pair]) -> None:
@@ -40,7 +40,7 @@ class TokenLoads:
         covered = [pair for pair in pairs if predictor.covers(*pair)]
         self._ids = self._room(covered, rows.spec.K, np.uint16)
         if predictor.counting == "probability":
-            # otherwise a token adds one to each expert forecast: ids say all, in a fraction of the memory
+            # otherwise a token counts 1 for each expert forecast, so the ids are enough and take less memory
             self._loads = self._room(covered, rows.spec.E, np.float32)
         size = max(16, min(BLOCK_TOKENS, BLOCK_BYTES // (4 * rows.spec.L * rows.spec.hidden_size)))
         for start in range(0, len(self.row_T), size):
@@ -52,13 +52,13 @@ class TokenLoads:
                     self._loads[pair][here] = predictor.token_loads(input_TLH[:, pair[0]], *pair)
 
     def _room(self, pairs: Sequence[Pair], width: int, kind: type[np.generic]) -> Mapping[Pair, NDArray[Any]]:
-        """Arrays ``[T, width]`` by pair; in a scratch file, gone with the process, where they are many."""
+        """Arrays ``[T, width]`` by pair, in a scratch file if they are large."""
         shape, dtype = (len(pairs), len(self.row_T), width), np.dtype(kind)
         few = dtype.itemsize * int(np.prod(shape)) <= LOADS_BYTES
         return dict(zip(pairs, np.empty(shape, dtype) if few else scratch_array(shape, dtype), strict=True))
 
     def has(self, row_T: IntArray) -> bool:
-        """Whether all those rows are among the ones forecast."""
+        """Whether all those rows were forecast."""
         return bool(np.isin(row_T, self.row_T).all())
 
     def of(self, layer: int, distance: int) -> NDArray[np.float32]:
@@ -76,13 +76,13 @@ class TokenLoads:
         """Share of each row's experts that were forecast, ``[T]``, in the order of :attr:`row_T`."""
         ids_TK = self._ids.get((layer, distance))
         if ids_TK is None:
-            # consecutive rows as one iteration, where a token's forecast depends on its neighbours
+            # where a forecast depends on the other tokens, consecutive rows stand for an iteration
             size = 512 if self.predictor.batch_context else IDS_TOKENS
             ids_TK = self._from_ids(self.predictor.predict_topk, layer, distance, size)
         return self.rows.found(ids_TK.astype(np.int64), self.row_T, layer + distance)
 
     def _from_ids(self, forecast: Any, layer: int, distance: int, size: int = IDS_TOKENS) -> NDArray[Any]:
-        """What is forecast from the source layer's expert ids, some rows at a time."""
+        """Forecasts of all rows from the source layer's expert ids, ``size`` rows at a time."""
         parts = [self.row_T[start : start + size] for start in range(0, len(self.row_T), size)]
         return np.concatenate([forecast(self.rows.topk_TLK[row_T, layer], layer, distance) for row_T in parts])
 

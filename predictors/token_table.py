@@ -1,9 +1,9 @@
-"""What the first layers do with a token, by its id: all that is known of an iteration before any layer has run.
+"""Expected experts of each token id in the first layers, for forecasts before any layer has run.
 
-The embedding output is a function of the token's id, so a table over ids says as much as any network on embeddings
-could, apart from tokens that were never met; those count as the mean of all.
+The output of the embedding depends on the token's id alone, so a table by id knows as much as a network on embeddings
+could. Ids that training did not contain count as the mean of all.
 
-Axes: M layers covered, V ids met in training, T tokens, E experts.
+Axes: M first layers, V token ids seen in training, T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray
 
-#: Occurrences at which an id's own routing weighs as much as the mean of all ids.
+#: Occurrences at which an id's own experts weigh as much as the mean of all ids.
 SHRINK = 2.0
 
 
 class TokenTable:
-    """Expected assignments of each token id in the first layers.
+    """A table of load shares by token id.
 
     Args:
-        id_V: ids met, ascending.
-        share_MVE: expected load shares of each, summing to 1 over experts; ``mean_ME``: of an id that was not met.
+        id_V: token ids, ascending.
+        share_MVE: load shares of each id, which sum to 1 over experts; ``mean_ME``: those of any other id.
     """
 
     def __init__(self, id_V: NDArray[Any], share_MVE: NDArray[Any], mean_ME: NDArray[Any]) -> None:
@@ -35,7 +35,7 @@ class TokenTable:
 
     @classmethod
     def fit(cls, token_T: NDArray[Any], topk_TMK: NDArray[Any], mean_ME: FloatArray) -> TokenTable:
-        """Count, shrunk towards the mean of all ids."""
+        """Count the experts ``[T, M, K]`` of each id, shrunk towards the mean of all ids."""
         id_V, at_T, count_V = np.unique(token_T, return_inverse=True, return_counts=True)
         layers, top_k = topk_TMK.shape[1:]
         experts = mean_ME.shape[1]
@@ -47,11 +47,11 @@ class TokenTable:
         return cls(id_V, share, mean_ME)
 
     def covers(self, target: int) -> bool:
-        """Whether the layer is one of the first."""
+        """Whether the table holds the layer."""
         return 0 <= target < len(self.mean_ME)
 
     def share(self, token_T: NDArray[Any], target: int) -> FloatArray:
-        """Load share ``[E]`` that those tokens make at a first layer."""
+        """Load shares ``[E]`` of those tokens in a layer."""
         if not len(token_T) or not len(self.id_V):
             return np.asarray(self.mean_ME[target], np.float64)
         at_T = np.minimum(np.searchsorted(self.id_V, token_T), len(self.id_V) - 1)
@@ -61,12 +61,12 @@ class TokenTable:
         return np.asarray(summed_E / summed_E.sum())
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """The arrays."""
+        """The arrays by name."""
         return {"token.id": self.id_V, "token.share": self.share_MVE, "token.mean": self.mean_ME}
 
     @classmethod
     def of(cls, tensors: Any) -> TokenTable | None:
-        """Rebuild; None where there is none."""
+        """The table from :meth:`tensors`; None if they are not there."""
         if "token.id" not in tensors:
             return None
         return cls(tensors["token.id"], tensors["token.share"], tensors["token.mean"])

@@ -1,4 +1,4 @@
-"""A trace's rows as fitting and evaluation read them.
+"""A token trace as fitting and evaluation read it: rows, their loads, and samples of whole requests.
 
 Axes: T tokens, L MoE layers, E experts, K experts per token, H hidden size.
 """
@@ -35,10 +35,10 @@ STREAM_TOKENS = 65_536
 
 
 def scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array in a file that has no name and is gone with the process; its pages leave memory when others need it.
+    """An array in an unnamed temporary file: the system can free its memory, and it ends with the process.
 
     Raises:
-        RunFailed: the folder for temporary files has no room for it, or takes no files.
+        RunFailed: there is no room for it, or no folder for temporary files.
     """
     size = int(np.prod(shape)) * dtype.itemsize
     wanted = f"{size / 1e9:,.2f} GB of scratch space are needed"
@@ -48,7 +48,7 @@ def scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     except OSError as error:
         raise RunFailed(f"{wanted}, but no folder takes temporary files ({error}); name one in TMPDIR") from error
     try:
-        # writing to a mapped page for which there is no room would end the process by a signal
+        # without room, writing to a mapped page would kill the process
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         file.close()
@@ -62,11 +62,7 @@ def scratch_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 class Rows:
-    """Expert ids, phases and, on demand, gate inputs of a token trace.
-
-    Args:
-        trace: kind tokens.
-    """
+    """Expert ids, phases, token ids and gate inputs of a trace of kind tokens."""
 
     def __init__(self, trace: TokenTrace) -> None:
         self.trace = trace
@@ -76,7 +72,7 @@ class Rows:
 
     @cached_property
     def topk_TLK(self) -> NDArray[np.uint16]:
-        """Expert ids of all rows; a scratch file stands for those of a trace that is too large to hold."""
+        """Expert ids of all rows, in a scratch file if the trace is large."""
         shape = (self.trace.num_rows, self.spec.L, self.spec.K)
         if 2 * int(np.prod(shape)) <= CACHE_BYTES:
             return self.trace.load_topk()
@@ -93,7 +89,7 @@ class Rows:
 
     @cached_property
     def token_T(self) -> NDArray[np.int32] | None:
-        """Token ids of all rows, None where the trace knows none."""
+        """Token ids of all rows; None if the trace holds none."""
         token_T = np.asarray(self.trace.token_T, np.int32)
         return token_T if len(token_T) and bool((token_T >= 0).any()) else None
 
@@ -112,19 +108,19 @@ class Rows:
         return np.asarray(load_LE / load_LE.sum(1, keepdims=True))
 
     def load_IE(self, rows_I: Sequence[IntArray], layer: int) -> IntArray:
-        """Load of a layer in iterations of those rows, ``[I, E]``."""
+        """Loads ``[I, E]`` of a layer in iterations with those rows, in tokens."""
         topk_TK = self.topk_TLK[:, layer]
         return np.stack([np.bincount(topk_TK[row_T].ravel(), minlength=self.spec.E) for row_T in rows_I])
 
     def found(self, forecast_TK: IntArray, row_T: IntArray, layer: int) -> FloatArray:
-        """Top-k recall: share of the experts that each of those rows chose in a layer which were forecast, ``[T]``."""
+        """Top-k recall ``[T]``: the share of the experts that each row chose in a layer and that were forecast."""
         true_TK = self.topk_TLK[row_T, layer].astype(np.int64)
         return np.asarray((true_TK[:, :, None] == forecast_TK[:, None, :]).any(2).mean(1))
 
     def inputs(self, row_T: IntArray) -> NDArray[np.float32]:
         """Gate inputs of those rows, f32 ``[T, L, H]``; runs of consecutive rows are read at once."""
         out = np.empty((len(row_T), self.spec.L, self.spec.hidden_size), np.float32)
-        # requests come one after another, each in its own order: runs are copied without an index
+        # rows of whole requests are long runs, which are copied without an index
         ends = np.append(np.flatnonzero(np.diff(row_T) != 1) + 1, len(row_T))
         starts = np.concatenate([[0], ends[:-1]])
         if len(ends) <= 1 + len(row_T) // 16:
@@ -145,17 +141,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class Block:
-    """Some tokens: what the method reads of them, ``[T, L, H]`` or ``[T, L, K]``, and where they went."""
+    """Some tokens: gate inputs ``[T, L, H]`` or expert ids ``[T, L, K]`` to read, and the experts chosen."""
 
     input_TLX: NDArray[Any]
     topk_TLK: NDArray[np.int64]
 
 
 class Sample:
-    """Tokens of whole requests, streamed in blocks; kept in memory only where they are few.
+    """Tokens of whole requests, read in blocks; a small sample stays in memory.
 
     Args:
-        requests: which; a random part of them is taken where they hold more than ``max_tokens`` tokens.
+        requests: the requests; a random part of them if they have more than ``max_tokens`` tokens.
+        reads: what the blocks hold.
     """
 
     def __init__(self, rows: Rows, requests: IntArray, reads: Reads, max_tokens: int, seed: int) -> None:
@@ -174,12 +171,12 @@ class Sample:
         return len(self.row_T)
 
     def block(self, row_T: IntArray) -> Block:
-        """Those rows, read now."""
+        """Read those rows."""
         topk_TLK = self.rows.topk_TLK[row_T].astype(np.int64)
         return Block(self.rows.inputs(row_T) if self._reads == "router_inputs" else topk_TLK, topk_TLK)
 
     def blocks(self, rng: np.random.Generator | None = None, size: int = BLOCK_TOKENS) -> Iterator[Block]:
-        """All tokens once, in random order of blocks where ``rng`` is given."""
+        """All tokens once, in blocks of ``size``; with ``rng``, the blocks come in random order."""
         starts = np.arange(0, self.tokens, size)
         if rng is not None:
             starts = rng.permutation(starts)

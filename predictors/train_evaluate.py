@@ -1,4 +1,4 @@
-"""Fitting or evaluating a predictor from files to files, as the commands ask for it."""
+"""The work of ``train-predictor`` and ``evaluate-predictor``, from a trace to files."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class FitJob:
         """The trace.
 
         Raises:
-            UserError: it is none, not of kind tokens, or lacks gate inputs that the method reads.
+            UserError: it is no trace of kind tokens, or lacks gate inputs that the method reads.
         """
         opened = _open(self.trace, "train-predictor")
         _check_inputs(opened, self.fitting_class(opened), self.method)
         return opened
 
     def fitting_class(self, trace: TokenTrace) -> type[LoadPredictor]:
-        """The class that says what the method with its parameters reads of a trace."""
+        """The class that says what the fit reads; see :meth:`LoadPredictor.fitting_class`."""
         kind: type[LoadPredictor] = PREDICTORS.get(self.method)
         return kind.fitting_class(self.all_options(), trace.has_router_inputs)
 
@@ -67,7 +67,7 @@ class FitJob:
         return {**asdict(self), "trace": str(self.trace), "options": self.all_options()}
 
     def all_options(self) -> dict[str, Any]:
-        """The method's parameters that were set.
+        """The method's parameters that were given.
 
         Raises:
             UserError: an assignment is not NAME=VALUE.
@@ -81,7 +81,7 @@ class FitJob:
         return made
 
     def estimate(self) -> dict[str, Any]:
-        """What the fit will hold in memory."""
+        """The size of the fit: pairs, training tokens, and bytes in memory."""
         opened = self.open()
         spec = opened.spec
         reads = self.fitting_class(opened).reads
@@ -98,7 +98,7 @@ class FitJob:
 
 @dataclass(frozen=True)
 class Done:
-    """What a fit or an evaluation left: figures to print."""
+    """The figures of a fit or an evaluation, to print."""
 
     summary: dict[str, Any]
     columns: list[str]
@@ -229,7 +229,7 @@ def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, note
 
 
 def _done(summary: dict[str, Any], measured: list[Row], job: FitJob) -> Done:
-    """With the table of means over layers."""
+    """The figures, with the table of means over layers."""
     kinds = sorted({(row.distance, row.phase, row.batch_tokens) for row in measured if row.phase != "all"})
     table = [
         [f"d = {d}, {phase}, {size}", mean_of(measured, "topk_recall", d, "all", 1)]

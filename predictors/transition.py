@@ -1,13 +1,13 @@
 """Forecasts of layer l + d from the expert ids of layer l alone, for traces and engines without gate inputs.
 
-A token's ids say much about its next experts; the ids of all tokens of the iteration together say what the texts are
-about, which single tokens do not show. The logits of a token are
+A token's expert ids say much about its next experts. The ids of all tokens of the iteration say what the texts are
+about, which a single token does not show. The logits of a token are
 
     b + W x + U relu(c + V x + S m) + A relu(a + B m)
 
-with x the token's ids (one mark per expert among its best 1, its best half and all its K) and m the iteration's mean
-marks less the training mean, shrunk by T / (T + 64) so that small iterations are not led by chance. They are fitted on
-iterations of many sizes and kinds.
+with x the token's marks (1 for each expert among its best, its best half, and all of its K) and m the mean marks of the
+iteration minus those of training. m is multiplied by T / (T + 64), so that chance counts less in small iterations. The
+fit uses iterations of many sizes and kinds.
 
 Axes: T tokens, E experts, K experts per token, X marks, F hidden units, L layers, D distances.
 """
@@ -29,9 +29,9 @@ from moeless.predictors.token_level import PairNetworks
 from moeless.predictors.trace_rows import Block, Sample
 from moeless.spec import MoESpec
 
-#: Tokens at which an iteration's mean is trusted half.
+#: Tokens at which an iteration's mean counts half.
 SHRINK_TOKENS = 64.0
-#: Scale of the mean's deviations, so that they are of the size of a mark.
+#: Factor that brings the mean's deviations to the size of a mark.
 MEAN_SCALE = 4.0
 NETWORK = ("direct", "bias", "inner", "inner_bias", "mean_inner", "outer", "mean_first", "mean_bias", "mean_second")
 
@@ -41,10 +41,10 @@ class TransitionOptions(TrainOptions):
     """Parameters.
 
     Attributes:
-        hidden: units of the token's network; ``mean_hidden``: of the iteration's.
+        hidden: hidden units for the token's marks; ``mean_hidden``: for the iteration's mean.
         learning_rate, epochs: 5e-3 over 10 epochs was best of {3e-3, 5e-3} x {4, 8, 10} on validation requests.
-        batch_tokens: tokens of a training iteration; a quarter of them are composed like decode steps, and some are
-            cut short, so that small and mixed iterations are met too.
+        batch_tokens: tokens of a training iteration; a quarter of the iterations are composed like decode steps and a
+            quarter are shorter.
     """
 
     hidden: int = 64
@@ -60,7 +60,7 @@ class TransitionOptions(TrainOptions):
 
 
 class Transition(PairNetworks):
-    """Fitted tables and small networks, one per (layer, distance), and the training mean of the marks ``[L, E]``."""
+    """A small network for each (layer, distance), and the training mean ``[L, E]`` of the marks of all K experts."""
 
     name = "transition"
     reads = "topk"
@@ -89,25 +89,25 @@ class Transition(PairNetworks):
         return calibrated(cls(spec, arrays | {"mean": mean_LE.numpy()}, given.distances), given)
 
     def scores(self, input_TX: torch.Tensor, layer: int, distance: int) -> torch.Tensor:
-        """Logits ``[T, E]``; they depend on all tokens given."""
+        """See :class:`TokenLevel`; the logits depend on all tokens given."""
         part = {name: self._computed[name][self.at(layer, distance)] for name in NETWORK}
         mark_TX = marks(input_TX, self.spec.E)
         return network_logits(part, mark_TX, iteration_mean(mark_TX, self._computed["mean"][layer]))
 
 
 def cuts(top_k: int) -> tuple[int, ...]:
-    """How many of a token's best experts each block of marks covers."""
+    """How many of a token's best experts are marked, for each of the blocks of E marks."""
     return tuple(sorted({1, max(1, top_k // 2), top_k}))
 
 
 def marks(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Marks ``[..., X]`` of expert ids ``[..., K]`` in the gate's order; the last E cover all K."""
+    """Marks ``[..., X]`` of expert ids ``[..., K]``, best first; the last E marks are those of all K."""
     none = torch.zeros(*ids.shape[:-1], num_experts, device=ids.device)
     return torch.cat([none.scatter(-1, ids[..., :cut], 1.0) for cut in cuts(ids.shape[-1])], -1)
 
 
 def iteration_mean(mark_TX: torch.Tensor, mean_E: torch.Tensor) -> torch.Tensor:
-    """Shrunk deviation ``[..., 1, E]`` of an iteration's mean marks from the training mean ``[..., E]``."""
+    """Deviation ``[..., 1, E]`` of an iteration's mean marks from the training mean ``[..., E]``, shrunk and scaled."""
     tokens = mark_TX.shape[-2]
     deviation = mark_TX[..., -mean_E.shape[-1] :].mean(-2) - mean_E
     return (deviation * (MEAN_SCALE * tokens / (tokens + SHRINK_TOKENS))).unsqueeze(-2)
@@ -122,7 +122,7 @@ def network_logits(parameters: Mapping[str, torch.Tensor], mark: torch.Tensor, m
 
 
 def _start(share_LDE: torch.Tensor, spec: MoESpec, options: TransitionOptions, seed: int) -> dict[str, torch.Tensor]:
-    """Parameters before the first step: the targets' training shares, and hidden layers drawn at random."""
+    """Initial parameters: the biases give the targets' training shares, hidden layers are random."""
     pairs, experts, generator = share_LDE.shape[:2], spec.E, torch.Generator().manual_seed(seed)
     width, hidden, mean_hidden = len(cuts(spec.K)) * experts, options.hidden, options.mean_hidden
 
@@ -143,10 +143,12 @@ def _start(share_LDE: torch.Tensor, spec: MoESpec, options: TransitionOptions, s
 
 
 class MixedSample(Sample):
-    """A sample whose training iterations are recomposed every epoch."""
+    """A sample that composes new training iterations in every epoch."""
 
     def blocks(self, rng: np.random.Generator | None = None, size: int = 512) -> Iterator[Block]:
-        """Iterations of ``size`` tokens; with ``rng`` shuffled requests, a quarter scattered, a quarter shorter."""
+        """Iterations of ``size`` tokens; with ``rng``, requests are shuffled, a quarter of the iterations are scattered
+        tokens and a quarter are shorter.
+        """
         if rng is None:
             yield from self._cut(self.row_T, size)
             return

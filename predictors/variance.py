@@ -1,7 +1,7 @@
-"""How sure a forecast of a load is: a variance that grows with the load, calibrated on held-out iterations.
+"""The variance of a forecast load, calibrated on held-out iterations.
 
-Var[w] = scale * mean + spread * mean**2: the first term is the tokens' own randomness, the second what they have in
-common (one text, one topic), which does not average out in large batches.
+Var[w] = scale * mean + spread * mean**2. The first term is the randomness of single tokens; the second is what tokens
+have in common (one text, one topic), which does not average out in large iterations.
 
 Axes: N samples.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moeless.contracts import FloatArray
 from moeless.predictors.metrics import NORMAL_90
 
-#: A variance of nothing would make planners too sure where nothing was seen.
+#: Least variance, tokens squared: a load of which nothing was seen is not certain.
 FLOOR = 0.25
 
 
@@ -26,7 +26,8 @@ class Variance:
     """Coefficients of the variance; the default is that of a Poisson count.
 
     Attributes:
-        skill: 1 − error / history's error in relative L1 on the iterations that calibrated it, None where none did.
+        scale: of the mean, tokens; ``spread``: of its square.
+        skill: 1 − error / error of history, in relative L1 on the calibration iterations; None without calibration.
     """
 
     scale: float = 1.0
@@ -34,14 +35,14 @@ class Variance:
     skill: float | None = None
 
     def of(self, mean_E: FloatArray) -> FloatArray:
-        """Variance of each load, tokens squared."""
+        """Variance ``[E]`` of loads with these means, tokens squared."""
         return np.asarray(np.maximum(self.scale * mean_E + self.spread * mean_E**2, FLOOR))
 
 
 def fit_variance(mean_N: NDArray[Any], load_N: NDArray[Any]) -> Variance:
-    """Calibrate on forecasts and true loads of many sizes, by non-negative weighted least squares.
+    """Fit the coefficients to forecast and true loads, by non-negative least squares on squared errors.
 
-    Squared errors have a spread in proportion to their mean, so each is weighted by 1 / (mean + 1).
+    The spread of squared errors grows with the mean, so each is weighted by 1 / (mean + 1).
     """
     from scipy.optimize import nnls
 
@@ -55,17 +56,16 @@ def fit_variance(mean_N: NDArray[Any], load_N: NDArray[Any]) -> Variance:
 def widen(
     variance: Variance, mean_N: NDArray[Any], load_N: NDArray[Any], independent: float = float("inf")
 ) -> Variance:
-    """Scale a variance so that its normal 90 % interval holds 90 % of the loads of other iterations like those given.
+    """Scale a variance so that its normal 90 % interval holds 90 % of the loads of new iterations like those given.
 
-    Loads have longer tails than a normal distribution, so that the variance itself covers too many or too few. The
-    mixture was chosen on the same iterations: of n independent ones, a new one's error has 1 + 1/n times the variance,
-    as that of a fitted mean has.
+    A fitted variance alone does not, because loads have longer tails than a normal distribution. The factor 1 + 1/n is
+    that of a mean fitted to n samples: the forecast was fitted on the same iterations.
 
     Args:
-        independent: n; infinity leaves what is seen.
+        independent: n, the number of iterations; infinity for no such factor.
     """
     mean, load = np.asarray(mean_N, np.float64).ravel(), np.asarray(load_N, np.float64).ravel()
-    # an interval reaches half a token further on both sides, since loads are whole numbers
+    # loads are whole numbers, so the interval is wider by half a token on both sides
     reach = np.maximum(np.abs(load - mean) - 0.5, 0.0) / np.sqrt(variance.of(mean))
     factor = (float(np.quantile(reach, 0.9)) / NORMAL_90) ** 2 * (1.0 + 1.0 / max(1.0, independent))
     return Variance(variance.scale * factor, variance.spread * factor)
