@@ -207,11 +207,15 @@ def _open(path: Path, command: str) -> TokenTrace:
 
 
 def _check_inputs(trace: TokenTrace, reading: LoadPredictor | type[LoadPredictor], method: str) -> None:
-    if reading.reads == "router_inputs" and not trace.has_router_inputs:
+    if reading.reads != "router_inputs":
+        return
+    if not trace.has_router_inputs:
         raise UserError(
             f"predictor {method!r} reads what gates see, which {trace.path} does not hold; record it with "
             "`moeless trace --router-inputs`, or fit `transition` or `blend`, which need expert ids only"
         )
+    # names a file that cannot be read
+    trace.router_inputs(0, 1)
 
 
 def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, notes: Mapping[str, Any]) -> list[Row]:
