@@ -1,7 +1,7 @@
 """Options and output helpers that every command shares.
 
-A command is a function with Typer annotations. Results go to standard output (a table, or JSON with
-``--json``), progress and remarks to standard error, and only where that is a terminal.
+A command is a function with Typer annotations that returns a :class:`Report`. Results go to standard output (tables, or
+JSON with ``--json``), progress and remarks to standard error; progress only where that is a terminal.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_origin
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand
 
 from moeless.configuration import Component, Option, options, typed
 from moeless.credentials import mask_json
-from moeless.errors import UserError
+from moeless.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from moeless.tracking.run import Run
-
-T = TypeVar("T")
 
 
 def _read_config(ctx: typer.Context, _param: typer.CallbackParam, value: Path | None) -> Path | None:
@@ -72,14 +72,7 @@ def _read_config(ctx: typer.Context, _param: typer.CallbackParam, value: Path | 
     return value
 
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", callback=_read_config, is_eager=True, metavar="FILE", help="YAML file of options; flags override."
-    ),
-]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved options and the memory and time plan, do nothing.")
 ]
@@ -112,18 +105,31 @@ class Command(TyperCommand):
                 formatter.write_dl(sections[heading])
 
 
+class Report(NamedTuple):
+    """What a command has to say.
+
+    Attributes:
+        data: what ``--json`` prints, JSON-ready.
+        parts: what is printed otherwise: tables, lines of text, and remarks (plain strings) on standard error.
+        failure: why the run failed for all that, in one sentence.
+    """
+
+    data: Any
+    parts: Iterable[Table | Text | str] = ()
+    failure: str = ""
+
+
 def command(
-    run: Callable[..., None],
-    configurations: Mapping[str, type[Component]],
+    configurations: Mapping[str, type[Component]] | None = None,
     *,
     only: Sequence[str] = (),
     several: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
-) -> Callable[..., None]:
-    """A Typer callback with the configurations' options beside the parameters of ``run``.
+) -> Callable[[Callable[..., Report]], Callable[..., None]]:
+    """Make a function a command: it gets ``--json`` and ``--config``, its report is printed.
 
-    ``run`` gets the options' values as ``given``, by field name. What several configurations have is one option; where
-    their defaults differ it has none here, and help tells. A group that one of several has names its backend.
+    With configurations it also gets their options, as ``given``, by field name. What several have is one option; where
+    their defaults differ it has none, and help tells. A group that one of several has names its backend.
 
     Args:
         configurations: by backend.
@@ -131,50 +137,84 @@ def command(
         several: options that may be repeated here.
         defaults: the command's own, by name; such an option is given once.
     """
-    own = inspect.signature(run, eval_str=True).parameters
-    found: dict[str, dict[str, Option]] = {}
-    for backend, configuration in configurations.items():
-        for name, known in options(configuration).items():
+    backends, own = configurations or {}, defaults or {}
+    known: dict[str, dict[str, Option]] = {}
+    for backend, configuration in backends.items():
+        for name, found in options(configuration).items():
             if not only or name in only:
-                found.setdefault(name, {})[backend] = known
-    parameters = [parameter for name, parameter in own.items() if name != "given"]
-    for name, by_backend in found.items():
-        known, kind = next(iter(by_backend.values())), next(iter(by_backend.values())).kind
-        default = known.default if all(known.default == other.default for other in by_backend.values()) else None
-        if name in (defaults or {}):
-            default = (defaults or {})[name]
-            kind = type(default)
+                known.setdefault(name, {})[backend] = found
+    generated = []
+    for name, by_backend in known.items():
+        first = next(iter(by_backend.values()))
+        kind, default = first.kind, first.default
+        if name in own:
+            kind, default = type(own[name]), own[name]
         elif name in several:
-            default, kind = None, list[_present(kind)]  # type: ignore[misc]
-        backend = f" (--backend {', '.join(by_backend)})" if len(by_backend) < len(configurations) else ""
-        typer_option = typer.Option(
-            *known.flag.split(),
-            help=known.help + (" Repeatable: a sweep." if name in several else ""),
-            min=known.minimum,
-            metavar=known.metavar,
-            rich_help_panel=known.group and known.group + backend,
+            kind, default = list[_present(kind)], None  # type: ignore[misc]
+        elif any(found.default != default for found in by_backend.values()):
+            default = None
+        texts = [f"{backend} {found.unset}" for backend, found in by_backend.items() if found.unset]
+        if len({found.unset for found in by_backend.values()}) == 1:
+            texts = [first.unset] if first.unset else []
+        suffix = f" (--backend {', '.join(by_backend)})" if len(by_backend) < len(backends) else ""
+        typed_as = typer.Option(
+            *first.flag.split(),
+            help=first.help + " Repeatable." * (get_origin(kind) is list),
+            show_default="; ".join(texts) if default is None and texts else True,
+            min=first.minimum,
+            metavar=first.metavar or (f"<{_present(kind).__name__}>" if get_origin(kind) is list else None),
+            rich_help_panel=first.group and first.group + suffix,
         )
-        kind = kind if default is not None else kind | None
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer_option]
-            )
-        )
+        generated.append(_parameter(name, kind if default is not None else kind | None, typed_as, default))
 
-    def callback(**values: Any) -> None:
-        given = {name: values.pop(name) for name in found}
-        run(given=given, **values)
+    def decorate(run: Callable[..., Report]) -> Callable[..., None]:
+        def callback(as_json: bool, config: Path | None, **values: Any) -> None:
+            given = {"given": {name: values.pop(name) for name in known}} if known else {}
+            report = run(**given, **values)
+            if as_json:
+                print_json(report.data)
+            for part in () if as_json else report.parts:
+                show(part)
+            if report.failure:
+                raise RunFailed(report.failure)
 
-    callback.__doc__ = run.__doc__
-    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    callback.components = tuple(configurations.values())  # type: ignore[attr-defined]
-    return callback
+        mine = [found for found in inspect.signature(run, eval_str=True).parameters.values() if found.name != "given"]
+        parameters = [*mine, *generated, *_EVERYWHERE]
+        callback.__doc__ = run.__doc__
+        callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        callback.components = tuple(backends.values())  # type: ignore[attr-defined]
+        return callback
+
+    return decorate
 
 
 def _present(kind: Any) -> Any:
-    """A type without None."""
-    return next((part for part in get_args(kind) if part is not type(None)), kind)
+    """The type of one value, without None."""
+    return next((part for part in get_args(kind) if part is not NoneType), kind)
+
+
+def _parameter(name: str, kind: Any, typed_as: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typed_as]
+    )
+
+
+_EVERYWHERE = [
+    _parameter("as_json", bool, typer.Option("--json", help="Print the result as JSON on standard output."), False),
+    _parameter(
+        "config",
+        Path | None,
+        typer.Option(
+            "--config",
+            callback=_read_config,
+            is_eager=True,
+            metavar="FILE",
+            help="YAML file of options; flags override. A manifest and what --dry-run prints will do.",
+        ),
+        None,
+    ),
+]
 
 
 #: Everything that is not the command's result.
@@ -197,12 +237,19 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     return made
 
 
-def show(made: Table) -> None:
-    """Print a table; in full width where standard output is a pipe or a file."""
-    if output.is_terminal:
-        output.print(made)
+def facts(title: str, values: Mapping[str, Any], columns: Sequence[str] = ("", "")) -> Table:
+    """A table of names and their values as text."""
+    return table(title, columns, [[name, str(value)] for name, value in values.items()])
+
+
+def show(part: Table | Text | str) -> None:
+    """Print a part of a report; tables in full width where standard output is a pipe or a file."""
+    if isinstance(part, str):
+        remarks.print(part)
+    elif isinstance(part, Text) or output.is_terminal:
+        output.print(part, soft_wrap=isinstance(part, Text))
     else:
-        Console(width=200, soft_wrap=False).print(made)
+        Console(width=200, soft_wrap=False).print(part)
 
 
 def dry_run(config: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
@@ -255,12 +302,3 @@ def progress(enabled: bool = True) -> Iterator[Progress]:
         disable=not (enabled and remarks.is_terminal),
     ) as bar:
         yield bar
-
-
-def track(items: Sequence[T], description: str) -> Iterator[T]:
-    """Yield items under a progress bar."""
-    with progress() as bar:
-        task = bar.add_task(description, total=len(items))
-        for item in items:
-            yield item
-            bar.advance(task)

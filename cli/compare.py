@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from moeless.cli import common
 
 
+@common.command()
 def command(
     runs: Annotated[
         list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders; none: an index over all runs.")
@@ -18,9 +20,7 @@ def command(
         "results/runs"
     ),
     out: common.RunFolderOption = None,
-    as_json: common.JsonOption = False,
-    config: common.ConfigOption = None,
-) -> None:
+) -> common.Report:
     """Compare runs in a table and a page; without runs, write an index page over all of them.
 
     Example: moeless compare results/runs/20260306T120000Z-serve-bench-a results/runs/20260306T130000Z-serve-bench-b
@@ -30,11 +30,7 @@ def command(
 
     if not runs:
         written = compare.write_index(root)
-        if as_json:
-            common.print_json({"index": str(written)})
-        else:
-            common.output.print(f"index: {written}")
-        return
+        return common.Report({"index": str(written)}, [Text(f"index: {written}")])
     read = compare.read_runs(runs)
     inputs = [path / "result.json" for path in runs]
     with start_run(
@@ -45,19 +41,13 @@ def command(
         )
     tables = compare.rows(read)
     columns = list(compare.COLUMNS)
-    if as_json:
-        common.print_json(
-            {
-                "tables": [
-                    {"costs": costs, "where": where, "rows": [dict(zip(columns, row, strict=True)) for row in rows]}
-                    for (costs, where), rows in tables.items()
-                ],
-                "differences": compare.differences(read),
-                "page": str(written),
-            }
-        )
-        return
-    for (costs, where), rows in tables.items():
-        plain: list[list[Any]] = [[None if cell is None else cell for cell in row] for row in rows]
-        common.show(common.table(f"{where}, {costs} costs", columns, plain))
-    common.remarks.print(f"page: {written}")
+    data = {
+        "tables": [
+            {"costs": costs, "where": where, "rows": [dict(zip(columns, row, strict=True)) for row in rows]}
+            for (costs, where), rows in tables.items()
+        ],
+        "differences": compare.differences(read),
+        "page": str(written),
+    }
+    shown = [common.table(f"{where}, {costs} costs", columns, rows) for (costs, where), rows in tables.items()]
+    return common.Report(data, [*shown, f"page: {written}"])

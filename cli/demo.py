@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
 from moeless.cli import common
 
+if TYPE_CHECKING:
+    from moeless.metrics import Cell
 
+
+@common.command()
 def command(
     quick: common.QuickOption = False,
     seed: common.SeedOption = 0,
     out: common.RunFolderOption = None,
     wandb: common.WandbOption = None,
-    as_json: common.JsonOption = False,
     dry_run: common.DryRunOption = False,
-    config: common.ConfigOption = None,
-) -> None:
+) -> common.Report:
     """Run trace, predict, plan, serve, bill and report on the bundled model; a few minutes on two cores.
 
     Example: moeless demo --quick
@@ -42,12 +49,12 @@ def command(
             with redirect_stdout(sys.stderr):
                 _invoke(step.arguments)
         page, result = demo.write_page(run, steps)
-    if as_json:
-        common.print_json({"run": str(run.path), "page": str(page), **result.to_json()})
-        return
-    for name in demo.SHAPES:
+    tables = [
         _summary(demo.shapes(name), read_result(run.path / f"serve-{name}" / "result.json").cells)
-    common.output.print(f"page: {page}", soft_wrap=True, highlight=False)
+        for name in demo.SHAPES
+    ]
+    data = {"run": str(run.path), "page": str(page), **result.to_json()}
+    return common.Report(data, [*tables, Text(f"page: {page}")])
 
 
 def _invoke(arguments: list[str]) -> None:
@@ -56,7 +63,7 @@ def _invoke(arguments: list[str]) -> None:
     app(args=arguments, standalone_mode=False)
 
 
-def _summary(shapes: str, cells: tuple) -> None:  # type: ignore[type-arg]
+def _summary(shapes: str, cells: tuple[Cell, ...]) -> Table:
     columns = ["policy", "costs", "layer (µs)", "vs static", "imbalance", "TTFT (ms)", "TPOT (ms)"]
     columns += ["paper's bill (GB·s)", "vs static", "resident (GB·s)", "vs static", "GPU·s"]
     rows = []
@@ -80,4 +87,4 @@ def _summary(shapes: str, cells: tuple) -> None:  # type: ignore[type-arg]
             ]
         )
     title = f"Bundled model's routing on {shapes}, {cells[0].cluster}, {cells[0].evidence}   († changes outputs)"
-    common.show(common.table(title, columns, rows))
+    return common.table(title, columns, rows)

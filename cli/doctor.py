@@ -5,53 +5,43 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from moeless.cli import common
-from moeless.errors import RunFailed
 
 
+@common.command()
 def command(
     deep: Annotated[bool, typer.Option("--deep", help="Also load the bundled model and generate with it.")] = False,
     clear_cache: Annotated[
         bool,
         typer.Option("--clear-cache", help="Remove the compiled functions instead; they are made again when needed."),
     ] = False,
-    config: common.ConfigOption = None,
-    as_json: common.JsonOption = False,
-) -> None:
+) -> common.Report:
     """Check Python, packages, devices, bundled assets and what can run here.
 
     Example: moeless doctor --deep
     """
     if clear_cache:
-        _clear_cache(as_json)
-        return
+        return _clear_cache()
     from moeless.doctor import examine
 
     checks = examine(deep=deep)
-    if as_json:
-        common.print_json([check.to_json() for check in checks])
-    else:
-        marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red]"}
-        rows = [[check.name, marks[check.state], check.finding] for check in checks]
-        made = common.table("moeless doctor", ["what", "state", "finding"], rows)
-        made.columns[2].justify = "left"
-        common.show(made)
+    marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red]"}
+    rows = [[check.name, marks[check.state], check.finding] for check in checks]
+    made = common.table("moeless doctor", ["what", "state", "finding"], rows)
+    made.columns[2].justify = "left"
     bad = [check.name for check in checks if check.state == "bad"]
-    if bad:
-        raise RunFailed(f"not everything that moeless needs is in order: {', '.join(bad)}")
+    failure = f"not everything that moeless needs is in order: {', '.join(bad)}" if bad else ""
+    return common.Report([check.to_json() for check in checks], [made], failure)
 
 
-def _clear_cache(as_json: bool) -> None:
+def _clear_cache() -> common.Report:
     from moeless import jit
 
     removed = jit.clear_cache()
-    if as_json:
-        path = None if removed.path is None else str(removed.path)
-        common.print_json({"removed": path, "files": removed.files, "bytes": removed.bytes})
-    elif removed.path is None:
-        typer.echo("no compiled functions are kept: no folder for them can be written")
-    else:
-        typer.echo(
-            f"removed {removed.bytes / 1e6:.1f} MB of compiled functions, {removed.files} files, from {removed.path}"
-        )
+    path = None if removed.path is None else str(removed.path)
+    said = "no compiled functions are kept: no folder for them can be written"
+    if path is not None:
+        said = f"removed {removed.bytes / 1e6:.1f} MB of compiled functions, {removed.files} files, from {path}"
+    return common.Report({"removed": path, "files": removed.files, "bytes": removed.bytes}, [Text(said)])

@@ -10,6 +10,7 @@ import typer
 from moeless.cli import common
 
 
+@common.command()
 def command(
     predictor: Annotated[Path, typer.Argument(help="Predictor folder made by train-predictor.")],
     trace: Annotated[Path, typer.Argument(help="Trace folder of kind tokens, of the same model.")],
@@ -25,11 +26,9 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of metrics.json; default: the predictor's.")
     ] = None,
-    config: common.ConfigOption = None,
     seed: common.SeedOption = 0,
-    as_json: common.JsonOption = False,
     dry: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Measure a predictor on the 30 % of requests that fitting did not see.
 
     Example: moeless evaluate-predictor predictors/la traces/bundled --distance 1..5 --batch-tokens 32,512,2048
@@ -48,8 +47,5 @@ def command(
     if dry:
         common.dry_run(job.resolved() | {"predictor": str(predictor)}, {"iteration_sizes": list(job.batch_tokens)})
     done = run_evaluation(predictor, job, out)
-    if as_json:
-        common.print_json(done.summary)
-        return
-    common.show(common.table(str(predictor), ["", ""], [[k, str(v)] for k, v in done.summary.items()]))
-    common.show(common.table("Mean over layers, test requests", done.columns, done.table))
+    measured = common.table("Mean over layers, test requests", done.columns, done.table)
+    return common.Report(done.summary, [common.facts(str(predictor), done.summary), measured])

@@ -19,6 +19,7 @@ class Engine(StrEnum):
     vllm = "vllm"
 
 
+@common.command()
 def command(
     plan: Annotated[Path, typer.Argument(help="Plan file written by `moeless plan`.")],
     engine: Annotated[Engine, typer.Option("--engine", help="Who reads it; vllm also stands for DeepSeek's EPLB.")],
@@ -30,10 +31,8 @@ def command(
         bool, typer.Option("--equal-shares", help="Let the engine split evenly where the plan fixes unequal shares.")
     ] = False,
     out: common.ArtefactOption = Path("plan-export.json"),
-    config: common.ConfigOption = None,
-    as_json: common.JsonOption = False,
     dry: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Export a plan: SGLang (.json), TensorRT-LLM (.yaml), vLLM or DeepSeek (.npz, .json).
 
     Example: moeless export-plan plan.json --engine sglang --out location.json
@@ -57,14 +56,11 @@ def command(
     table = write_export(
         read, engine.value, out, moe_layers=moe_layers, num_layers=num_layers, fill=fill, equal_shares=equal_shares
     )
-    facts = {
+    found = {
         "out": str(out),
         "engine": engine.value,
         "slots_per_layer": int(table.expert_LP.shape[1]),
         "gpus": read.num_gpus,
         "filled_slots": table.filled,
     }
-    if as_json:
-        common.print_json(facts)
-        return
-    common.show(common.table("Exported plan", ["what", "value"], [[key, str(value)] for key, value in facts.items()]))
+    return common.Report(found, [common.facts("Exported plan", found, ["what", "value"])])

@@ -11,6 +11,7 @@ from moeless.cli import common
 from moeless.errors import UserError
 
 
+@common.command()
 def command(
     file: Annotated[Path, typer.Argument(help="File or folder that the other system wrote.")],
     out: common.ArtefactOption,
@@ -27,10 +28,8 @@ def command(
     hidden_size: Annotated[int, typer.Option("--hidden-size", min=1, help="With --layers: width of a token.")] = 4096,
     expert_size: Annotated[int, typer.Option("--expert-size", min=1, help="With --layers: width of an expert.")] = 4096,
     wandb: common.KeptRunOption = None,
-    config: common.ConfigOption = None,
-    as_json: common.JsonOption = False,
     dry_run: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Read routing recorded by another system into a trace folder.
 
     Example: moeless import-trace --from npz gpt-oss-20b.npz --model gpt-oss-20b --out traces/gpt-oss-20b
@@ -69,9 +68,5 @@ def command(
             run.log(info.counts)
             run.produced(out, "trace")
     counts: dict[str, Any] = {"trace": str(out), "kind": info.kind, "model": info.spec.name, **info.counts}
-    if as_json:
-        common.print_json({**counts, "notes": list(info.notes)})
-        return
-    common.show(common.table("Imported trace", ["", ""], [[key, str(value)] for key, value in counts.items()]))
-    for note in info.notes:
-        common.remarks.print(f"note: {note}")
+    notes = [f"note: {note}" for note in info.notes]
+    return common.Report({**counts, "notes": list(info.notes)}, [common.facts("Imported trace", counts), *notes])

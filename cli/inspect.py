@@ -10,6 +10,7 @@ import typer
 from moeless.cli import common
 
 
+@common.command()
 def command(
     trace: Annotated[Path, typer.Argument(help="Trace folder, of any kind.")],
     check: Annotated[bool, typer.Option("--check", help="Verify every hash and value first.")] = False,
@@ -18,12 +19,10 @@ def command(
         bool, typer.Option("--figures/--no-figures", help="Write figures and a page to the run folder.")
     ] = True,
     out: common.RunFolderOption = None,
-    config: common.ConfigOption = None,
     seed: common.SeedOption = 0,
     wandb: common.WandbOption = False,
-    as_json: common.JsonOption = False,
     dry_run: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Describe a routing trace: popularity, imbalance by batch size and GPU count, drift, co-activation.
 
     Example: moeless inspect traces/gpt-oss-20b --check
@@ -47,17 +46,10 @@ def command(
         resolved = {"trace": str(trace), "check": check, "gpus": gpus, "seed": seed}
         with start_run("inspect", opened.spec.name, resolved, seed, [trace], out, wandb) as run:
             written = write_page(made, run, trace, opened.info.notes)
-    if as_json:
-        common.print_json({**made.to_json(), "checked": check, "page": None if written is None else str(written)})
-        return
-    facts = [[name, str(value)] for name, value in made.facts.items()]
-    if check:
-        facts.append(["checked", "schema, hashes, ranges: all right"])
-    common.show(common.table(f"Trace {trace}", ["", ""], facts))
+    facts = made.facts | ({"checked": "schema, hashes, ranges: all right"} if check else {})
     columns = ["window", *(f"{count} GPUs" for count in made.gpu_counts)]
     rows = [[name, *values] for name, values in made.windows]
-    common.show(common.table("Imbalance (max / mean), contiguous experts, mean over layers", columns, rows))
-    for note in opened.info.notes:
-        common.remarks.print(f"note: {note}")
-    if written is not None:
-        common.remarks.print(f"page: {written}")
+    imbalance = common.table("Imbalance (max / mean), contiguous experts, mean over layers", columns, rows)
+    remarks = [f"note: {note}" for note in opened.info.notes] + ([] if written is None else [f"page: {written}"])
+    data = {**made.to_json(), "checked": check, "page": None if written is None else str(written)}
+    return common.Report(data, [common.facts(f"Trace {trace}", facts), imbalance, *remarks])

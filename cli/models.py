@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from moeless.cli import common
 from moeless.spec import PRESETS, MoESpec, preset
@@ -40,20 +41,16 @@ def _facts(spec: MoESpec) -> dict[str, object]:
     return dataclasses.asdict(spec) | derived
 
 
+@common.command()
 def command(
     name: Annotated[str | None, typer.Argument(help="One preset; all of them when left out.")] = None,
-    config: common.ConfigOption = None,
-    as_json: common.JsonOption = False,
-) -> None:
+) -> common.Report:
     """List model presets: layers, experts, bytes, FLOPs, parameters.
 
     Example: moeless models mixtral-8x7b
     """
     chosen = [preset(name)] if name else list(PRESETS.values())
-    if as_json:
-        facts = [_facts(spec) for spec in chosen]
-        common.print_json(facts[0] if name else facts)
-        return
+    facts = [_facts(spec) for spec in chosen]
     columns = [
         "model",
         "MoE/all layers",
@@ -66,6 +63,6 @@ def command(
         "MFLOP/token/expert",
         "KV (KiB/token)",
     ]
-    common.show(common.table("Model presets", columns, [_row(spec) for spec in chosen]))
-    for spec in chosen if name else []:
-        common.output.print(f"source: {spec.source}")
+    sources = [Text(f"source: {spec.source}") for spec in chosen if name]
+    rows = common.table("Model presets", columns, [_row(spec) for spec in chosen])
+    return common.Report(facts[0] if name else facts, [rows, *sources])

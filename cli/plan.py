@@ -14,6 +14,9 @@ from moeless.cli import common
 from moeless.errors import UserError
 from moeless.simulator.options import BenchConfig
 
+#: Options that simulations have, too.
+SHARED = ("cluster", "costs", "extra_slots", "seed")
+
 
 class PlanPhase(StrEnum):
     """Which rows of the trace the plan is for."""
@@ -23,7 +26,8 @@ class PlanPhase(StrEnum):
     all = "all"
 
 
-def run(
+@common.command({"sim": BenchConfig}, only=SHARED, defaults={"costs": "roofline"})
+def command(
     given: Mapping[str, Any],
     trace: Annotated[Path, typer.Argument(help="Trace folder, of any kind.")],
     planner: Annotated[str, typer.Option("--planner", metavar="NAME", help="Planner, for example eplb.")] = "eplb",
@@ -34,10 +38,8 @@ def run(
     ] = None,
     out: common.ArtefactOption = Path("plan.json"),
     wandb: common.KeptRunOption = None,
-    config: common.ConfigOption = None,
-    as_json: common.JsonOption = False,
     dry: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Plan every layer for the loads of a trace.
 
     Example: moeless plan trace/ --planner eplb --cluster h100x8 --extra-slots 1 --out plan.json
@@ -52,7 +54,7 @@ def run(
     from moeless.placement.whole_model import plan_model, summarise
     from moeless.traces.store import open_trace
 
-    cluster, costs, extra_slots, seed = (given[name] for name in _TAKEN)
+    cluster, costs, extra_slots, seed = (given[name] for name in SHARED)
     chosen = PLANNERS.get(planner)
     machine = cluster_named(cluster)
     factory = COSTS.get(costs)
@@ -80,7 +82,7 @@ def run(
     row_phase = {PlanPhase.prefill: Phase.PREFILL, PlanPhase.decode: Phase.DECODE}.get(phase)
     load_ILE = iteration_loads(opened, tokens, row_phase)
     forecast_L = forecasts(load_ILE, tokens, spec.K, f"mean of {len(load_ILE)} iterations of the trace")
-    with common.artefact_run("plan", f"{planner}-{spec.name}", settings, seed, [trace], wandb) as record:
+    with common.artefact_run("plan", f"{planner}-{spec.name}", settings, seed, [trace], wandb) as run:
         made = plan_model(
             chosen,
             forecast_L,
@@ -94,12 +96,9 @@ def run(
         )
         summary = summarise(made, chosen, forecast_L, spec=spec, cluster=machine, costs=model_costs, params=params)
         write_json(out, made.to_json())
-        if record is not None:
-            record.log(dataclasses.asdict(summary))
-            record.produced(out, "plan")
-    if as_json:
-        common.print_json({"out": str(out)} | dataclasses.asdict(summary))
-        return
+        if run is not None:
+            run.log(dataclasses.asdict(summary))
+            run.produced(out, "plan")
     rows = [
         ["extra replicas, all layers", str(summary.extras), "0"],
         ["memory of extras (GB)", f"{summary.extra_bytes / 1e9:.3f}", "0"],
@@ -107,8 +106,5 @@ def run(
         [f"layer time, {costs} costs (µs)", f"{summary.seconds * 1e6:.1f}", f"{summary.static_seconds * 1e6:.1f}"],
     ]
     title = f"{planner} on {machine.name}: {spec.name}, {spec.L} layers, {tokens} tokens -> {out}"
-    common.show(common.table(title, ["mean over layers", planner, "static"], rows))
-
-
-_TAKEN = ("cluster", "costs", "extra_slots", "seed")
-command = common.command(run, {"sim": BenchConfig}, only=_TAKEN, defaults={"costs": "roofline"})
+    compared = common.table(title, ["mean over layers", planner, "static"], rows)
+    return common.Report({"out": str(out)} | dataclasses.asdict(summary), [compared])

@@ -12,6 +12,7 @@ from moeless.cli import common
 from moeless.errors import UserError
 
 
+@common.command()
 def command(
     model: Annotated[str, typer.Option("--model", metavar="PRESET", help="Model preset whose shapes are timed.")],
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N.")] = "cpu",
@@ -26,10 +27,8 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Measure although the device is busy.")] = False,
     out: common.ArtefactOption = Path("profile.json"),
     quick: common.QuickOption = False,
-    config: common.ConfigOption = None,
-    as_json: common.JsonOption = False,
     dry: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Measure experts, attention, copies and exchanges, for the `measured` cost model.
 
     Example: moeless profile --model bundled --device cpu --ranks 2 --out cpu.json
@@ -55,8 +54,7 @@ def command(
         task = bar.add_task("profile", total=None)
         document = profile_model(spec, plan, options, out.parent, lambda text: bar.update(task, description=text))
     write_json(out, document)
-    if as_json:
-        common.print_json({"out": str(out)} | summarise(document))
-        return
-    rows = [[name, value] for name, value in summarise(document).items()]
-    common.show(common.table(f"{model} on {document['machine']['name']} -> {out}", ["figure", "value"], rows))
+    summary = summarise(document)
+    title = f"{model} on {document['machine']['name']} -> {out}"
+    rows = [[name, value] for name, value in summary.items()]
+    return common.Report({"out": str(out)} | summary, [common.table(title, ["figure", "value"], rows)])

@@ -13,7 +13,8 @@ from moeless.errors import RunFailed
 from moeless.simulator.options import BenchConfig
 
 
-def run(
+@common.command({"sim": BenchConfig}, only=("cluster", "costs", "seed"), defaults={"cluster": "a6000x8"})
+def command(
     given: Mapping[str, Any],
     what: Annotated[str, typer.Argument(help="fig1, fig3, ..., table1, table2, a study, or all.")],
     full: Annotated[bool, typer.Option("--full/--quick", help="The paper's sizes, or minutes on two cores.")] = False,
@@ -38,10 +39,8 @@ def run(
     ),
     out: common.RunFolderOption = None,
     wandb: common.WandbOption = None,
-    as_json: common.JsonOption = False,
     dry_run: common.DryRunOption = False,
-    config: common.ConfigOption = None,
-) -> None:
+) -> common.Report:
     """Reproduce a figure or table of the paper, or all of them; interrupted runs continue where they stopped.
 
     Example: moeless reproduce fig8 --quick
@@ -75,26 +74,15 @@ def run(
         except (KeyboardInterrupt, RunFailed):
             common.remarks.print(f"finished results are kept in {cache}; the same command continues from there")
             raise
-    if as_json:
-        common.print_json(record)
-        return
     rows = [
         [entry["name"], entry["title"], len(entry["figures"]), entry["computed"], entry["seconds"]]
         for entry in record["experiments"]
     ]
-    columns = ["name", "experiment", "figures", "computed", "seconds"]
-    common.show(common.table("Reproduced", columns, rows))
+    parts = [common.table("Reproduced", ["name", "experiment", "figures", "computed", "seconds"], rows)]
     claims = [claim for entry in record["experiments"] for claim in entry["claims"]]
+    columns = ["claim", "paper", "ours, its rules", "ours, physical", "live", "evidence"]
+    keys = ("statement", "paper", "paper_rules", "physical", "live", "kind")
     if claims:
-        made = common.table(
-            "Claims",
-            ["claim", "paper", "ours, its rules", "ours, physical", "live", "evidence"],
-            [[c["statement"], c["paper"], c["paper_rules"], c["physical"], c["live"], c["kind"]] for c in claims],
-        )
-        common.show(made)
-    for problem in (*plan.left_out, *plan.cache.problems):
-        common.remarks.print(f"! {problem}")
-    common.remarks.print(f"page: {page}")
-
-
-command = common.command(run, {"sim": BenchConfig}, only=("cluster", "costs", "seed"), defaults={"cluster": "a6000x8"})
+        parts.append(common.table("Claims", columns, [[claim[key] for key in keys] for claim in claims]))
+    remarks = [f"! {problem}" for problem in (*plan.left_out, *plan.cache.problems)]
+    return common.Report(record, [*parts, *remarks, f"page: {page}"])

@@ -12,6 +12,7 @@ from moeless.cli import common
 from moeless.errors import UserError
 
 
+@common.command()
 def command(
     model: Annotated[
         str, typer.Argument(help="Model folder or hub id of a Mixture-of-Experts model; `bundled` is the small one.")
@@ -53,11 +54,9 @@ def command(
     ] = False,
     wandb: common.KeptRunOption = None,
     quick: common.QuickOption = False,
-    config: common.ConfigOption = None,
     seed: common.SeedOption = 0,
-    as_json: common.JsonOption = False,
     dry_run: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Record which experts every token of real generation goes to. The same command again finishes a broken one.
 
     Example: moeless trace bundled bundled --max-requests 64 --max-new-tokens 64 --out traces/bundled
@@ -126,12 +125,8 @@ def command(
         "top-k": info.spec.K,
         **info.counts,
     }
-    if as_json:
-        common.print_json({**facts, "notes": list(info.notes)})
-        return
-    common.show(common.table("Recorded trace", ["", ""], [[key, str(value)] for key, value in facts.items()]))
-    for note in info.notes:
-        common.remarks.print(f"note: {note}")
+    notes = [f"note: {note}" for note in info.notes]
+    return common.Report({**facts, "notes": list(info.notes)}, [common.facts("Recorded trace", facts), *notes])
 
 
 def _bundled_model() -> Path:

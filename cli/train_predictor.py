@@ -11,6 +11,7 @@ import typer
 from moeless.cli import common
 
 
+@common.command()
 def command(
     trace: Annotated[Path, typer.Argument(help="Trace folder of kind tokens; gate methods need its router inputs.")],
     out: common.ArtefactOption,
@@ -43,11 +44,9 @@ def command(
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="--evaluate: GPUs for the straggler hit.")] = 8,
     quick: common.QuickOption = False,
     wandb: common.KeptRunOption = None,
-    config: common.ConfigOption = None,
     seed: common.SeedOption = 0,
-    as_json: common.JsonOption = False,
     dry: common.DryRunOption = False,
-) -> None:
+) -> common.Report:
     """Fit a load predictor on 70 % of a trace's requests.
 
     Example: moeless train-predictor traces/bundled --method layer_aware --distance 1..5 --out predictors/la --evaluate
@@ -86,13 +85,8 @@ def command(
             done = run_fit(job, out, partial(report, run=run))
             if run is not None:
                 run.produced(out, "predictor")
-    if as_json:
-        common.print_json({"out": str(out)} | done.summary)
-        return
-    common.show(common.table(f"{method} -> {out}", ["", ""], [[k, _text(v)] for k, v in done.summary.items()]))
+    shown = {name: f"{value:,.4g}" if isinstance(value, float) else value for name, value in done.summary.items()}
+    parts = [common.facts(f"{method} -> {out}", shown)]
     if done.table:
-        common.show(common.table("Mean over layers, test requests", done.columns, done.table))
-
-
-def _text(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+        parts.append(common.table("Mean over layers, test requests", done.columns, done.table))
+    return common.Report({"out": str(out)} | done.summary, parts)

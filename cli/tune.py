@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from moeless.cli import common
 from moeless.simulator.options import BenchConfig
+
+#: Options of simulations that tuning does not search or set itself.
+SHARED = (
+    *("policies", "predictors", "arrivals", "request_rate", "max_requests", "seed"),
+    *("batching", "model", "cluster", "costs", "objectives", "home", "lengths"),
+)
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -19,7 +26,12 @@ if TYPE_CHECKING:
     from moeless.tuning.outcome import Outcome
 
 
-def run(
+@common.command(
+    {"sim": BenchConfig},
+    only=SHARED,
+    defaults={"policies": "moeless:history", "costs": "roofline", "max_requests": 50},
+)
+def command(
     given: Mapping[str, Any],
     trace: Annotated[Path, typer.Argument(help="Routing trace of kind tokens.")],
     objective: Annotated[
@@ -38,10 +50,8 @@ def run(
     quick: common.QuickOption = False,
     out: common.RunFolderOption = None,
     wandb: common.WandbOption = None,
-    as_json: common.JsonOption = False,
     dry_run: common.DryRunOption = False,
-    config: common.ConfigOption = None,
-) -> None:
+) -> common.Report:
     """Search a policy's parameters; test what is found on requests that the search never saw.
 
     Tuning serves a part of the trace; another part, under other arrivals, tests the result. The same command
@@ -84,7 +94,7 @@ def run(
         common.dry_run(resolved, tuning.bench.estimate() | {"trials": wanted})
     inputs = [trace, *bench.predictors, *(path for path in (Path(bench.arrivals),) if path.is_file())]
     opened = tuning.open()
-    with start_run("tune", chosen.planner, resolved, bench.seed, inputs, out, wandb) as record:
+    with start_run("tune", chosen.planner, resolved, bench.seed, inputs, out, wandb) as run:
         with common.progress() as bar:
             task = bar.add_task("trials", total=wanted)
             bar.update(task, completed=sum(trial.state.is_finished() for trial in opened.trials))
@@ -92,37 +102,23 @@ def run(
             def ended(trial: FrozenTrial) -> None:
                 bar.advance(task)
                 values = dict(zip(names, trial.values or [None] * len(names), strict=False))
-                record.log({"trial": trial.number, "state": trial.state.name.lower(), **values, **trial.params})
+                run.log({"trial": trial.number, "state": trial.state.name.lower(), **values, **trial.params})
 
             def waiting() -> None:
                 common.remarks.print("waiting for a sign of life of the processes that run the last trials")
 
             tuning.run(opened, ended, waiting)
-        outcome = conclude(tuning, opened, record.path)
-        record.produced(record.path / "preset.json", "preset")
-        record.produced(record.path / "tuning.json", "tuning")
-        record.write_result(Result(str(record.manifest["command_line"]), outcome.cells))
+        outcome = conclude(tuning, opened, run.path)
+        run.produced(run.path / "preset.json", "preset")
+        run.produced(run.path / "tuning.json", "tuning")
+        run.write_result(Result(str(run.manifest["command_line"]), outcome.cells))
         title, figure = _figure(tuning, outcome)
-        record.figure("tuning", figure, title)
+        run.figure("tuning", figure, title)
         for warning in dict.fromkeys(warning for cell in outcome.cells for warning in cell.warnings):
-            record.warn(warning)
-    if as_json:
-        common.print_json(outcome.to_json())
-        return
-    _show(tuning, outcome)
-    common.remarks.print(f"run folder: {record.path}; the preset for serve-bench: {record.path / 'preset.json'}")
-
-
-#: What tuning does not search itself.
-_TAKEN = (
-    "policies predictors arrivals request_rate max_requests seed batching model cluster costs objectives home lengths"
-)
-command = common.command(
-    run,
-    {"sim": BenchConfig},
-    only=_TAKEN.split(),
-    defaults={"policies": "moeless:history", "costs": "roofline", "max_requests": 50},
-)
+            run.warn(warning)
+    left = [f"! {name} was left at its default: give --range {name}=LOW:HIGH to search it" for name in tuning.left]
+    where = f"run folder: {run.path}; the preset for serve-bench: {run.path / 'preset.json'}"
+    return common.Report(outcome.to_json(), [_table(tuning, outcome), *left, where])
 
 
 def _figure(tuning: Tuning, outcome: Outcome) -> tuple[str, Any]:
@@ -148,7 +144,7 @@ def _figure(tuning: Tuning, outcome: Outcome) -> tuple[str, Any]:
     )
 
 
-def _show(tuning: Tuning, outcome: Outcome) -> None:
+def _table(tuning: Tuning, outcome: Outcome) -> Table:
     names = [objective.objective for objective in tuning.objectives]
     columns = ["", *(axis.name for axis in tuning.axes), *names]
     columns += [column for name in names for column in (f"{name}, held out", "vs default")]
@@ -156,16 +152,11 @@ def _show(tuning: Tuning, outcome: Outcome) -> None:
     rows = []
     for point in outcome.rows:
         cells: list[Any] = [point.name]
-        cells += [value if isinstance(value, float) else str(value) for value in map(point.params.get, _axes(tuning))]
+        values = [point.params.get(axis.name) for axis in tuning.axes]
+        cells += [value if isinstance(value, float) else str(value) for value in values]
         cells += [point.tuned[name] for name in names]
         for name in names:
             mine, theirs = point.held_out[name], base[name]
             cells += [mine, f"{100 * (mine / theirs - 1):+.1f} %" if mine is not None and theirs else None]
         rows.append(cells)
-    common.show(common.table(f"{tuning.policy}, study {tuning.config.study}", columns, rows))
-    for name in tuning.left:
-        common.remarks.print(f"! {name} was left at its default: give --range {name}=LOW:HIGH to search it")
-
-
-def _axes(tuning: Tuning) -> list[str]:
-    return [axis.name for axis in tuning.axes]
+    return common.table(f"{tuning.policy}, study {tuning.config.study}", columns, rows)

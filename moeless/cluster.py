@@ -24,15 +24,13 @@ class Hardware(Component, group="Model, cluster and costs"):
     """Which model's shapes on which GPUs, and how long their work takes."""
 
     model: str | None = option(
-        None, "--model", "Preset of shapes in place of the trace's own; live: a model folder, default the bundled one."
+        None, "--model", "Model preset in place of the trace's own shapes; live: a model folder, or the bundled one."
     )
-    cluster: str | None = option(
-        None, "--cluster", "a6000x8, h100x8 (default of simulations), h100x8xN (N nodes), cpu2, cpu8."
-    )
+    cluster: str | None = option(None, "--cluster", "a6000x8, h100x8, h100x8xN (N nodes), cpu2 or cpu8.")
     costs: tuple[str, ...] | str | None = option(
         None,
         "--costs",
-        "paper, roofline, measured[:PROFILE]; default: paper and roofline, live the best that fits.",
+        "paper, roofline or measured[:PROFILE].",
         kind=list[str],
     )
 

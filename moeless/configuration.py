@@ -35,7 +35,7 @@ class Option:
         show: turns the field's value, also as a manifest holds it, into what would be typed.
         live_key: the key in a live run's manifest, where it is not the field's name.
         group: heading in ``--help``; that of the component.
-        default: on the command line; None where none is typed.
+        default: on the command line; None where none is typed, ``unset`` then says what holds.
     """
 
     flag: str
@@ -49,6 +49,7 @@ class Option:
     live_key: str | None = None
     group: str | None = None
     default: Any = None
+    unset: str = ""
 
     def check(self, value: Any) -> None:
         """Raise a ``UserError`` for a value below the minimum or none of the choices; None is no value."""
@@ -113,16 +114,18 @@ def options(component: Any) -> dict[str, Option]:
     for base in reversed(component.__mro__):
         for name, field in getattr(base, "__dataclass_fields__", {}).items():
             if "option" in field.metadata and name not in found:
-                found[name] = dataclasses.replace(field.metadata["option"], group=base.group)
+                found[name] = dataclasses.replace(field.metadata["option"], group=base.group, default=field.default)
     for name, known in found.items():
         field = component.__dataclass_fields__[name]
         kind = known.kind or _annotation(component, name)
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else known.choices
         if typing.get_origin(kind) is tuple:
             kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]
-        repeated = typing.get_origin(kind) is list or field.default is dataclasses.MISSING
-        default = None if repeated else known.show(field.default)
-        found[name] = dataclasses.replace(known, kind=kind, choices=choices, default=default)
+        default = known.default if field.default is dataclasses.MISSING else field.default
+        several, absent = isinstance(default, tuple), default in (None, dataclasses.MISSING)
+        unset = ", ".join(map(str, default)) if several else "" if absent else str(default)
+        typed = None if several or default is dataclasses.MISSING else known.show(default)
+        found[name] = dataclasses.replace(known, kind=kind, choices=choices, default=typed, unset=unset)
     return found
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeless.configuration import Component, option
 
@@ -18,10 +18,6 @@ def _objectives(texts: Sequence[str]) -> tuple[Objective, ...]:
     return parse_goodput(texts)
 
 
-def _objective_texts(objectives: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"{limit['metric']}:{limit['milliseconds']}" for limit in objectives]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Component, group="Measuring"):
     """Which figures a result holds."""
@@ -32,6 +28,6 @@ class Measuring(Component, group="Measuring"):
         "Objectives such as ttft:500 tpot:50, in milliseconds.",
         kind=list[str],
         read=_objectives,
-        show=_objective_texts,
+        show=lambda limits: ["{metric}:{milliseconds}".format(**limit) for limit in limits],
     )
     warmup: int = option(0, "--warmup", "First iterations left out of layer figures.", minimum=0)

@@ -10,10 +10,6 @@ from typing import Any
 from moeless.configuration import Component, option
 
 
-def _seconds_text(keep_alive: float | str) -> str:
-    return keep_alive if isinstance(keep_alive, str) else f"{keep_alive:g}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Policies(Component, group="Policies"):
     """What is compared. ``planner_params`` are parameters other than the defaults, by planner."""
@@ -21,22 +17,20 @@ class Policies(Component, group="Policies"):
     policies: tuple[Any, ...] = option(
         ("static", "eplb:history", "oracle"),
         "--policy",
-        "planner[:predictor[:distance or auto]]; repeatable. Default: static, eplb:history, oracle.",
+        "planner[:predictor[:distance or auto]].",
         kind=list[str],
     )
-    predictors: tuple[Path, ...] = option((), "--predictor", "Fitted predictor; repeatable.", metavar="DIR")
+    predictors: tuple[Path, ...] = option((), "--predictor", "Fitted predictor.", metavar="DIR")
     extra_slots: int = option(1, "--extra-slots", "Extra copies per GPU and layer.", minimum=0, tune=(0, 4))
     keep_alive: float | str = option(
         10.0,
         "--keep-alive",
         "Of idle copies: SECONDS, lru, or adaptive[:SECONDS].",
         kind=str,
-        show=_seconds_text,
+        show=lambda value: value if isinstance(value, str) else f"{value:g}",
         tune=(0.1, 100.0, "log"),
     )
-    replan_seconds: float = option(
-        600.0, "--replan", "Seconds between EPLB's plans; default: 600, live 2.", tune=(10.0, 1800.0, "log")
-    )
+    replan_seconds: float = option(600.0, "--replan", "Seconds between EPLB's plans.", tune=(10.0, 1800.0, "log"))
     plan_every: int = option(
         1, "--plan-every", "Iterations between plans of moeless, elastic; 1: the paper.", minimum=1
     )

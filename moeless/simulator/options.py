@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from moeless.cluster import Hardware
 from moeless.configuration import Component, option
@@ -29,14 +29,6 @@ def _failures(texts: Sequence[str]) -> tuple[Failure, ...]:
     return tuple(Failure.parse(text) for text in texts)
 
 
-def _failure_texts(failures: Sequence[Mapping[str, Any]]) -> list[str]:
-    return ["{seconds}:{gpu}:{restart_seconds}".format(**failure) for failure in failures]
-
-
-def _copies_text(instant: bool | None) -> str:
-    return next(name for name, value in COPIES.items() if value == instant)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Events(Serverless):
     """What a simulation assumes of copies' time and of failures.
@@ -48,10 +40,10 @@ class Events(Serverless):
     failures: tuple[Failure, ...] = option(
         (),
         "--fail-gpu",
-        "SECONDS:GPU[:RESTART_SECONDS]; repeatable.",
+        "SECONDS:GPU[:RESTART_SECONDS].",
         kind=list[str],
         read=_failures,
-        show=_failure_texts,
+        show=lambda failures: ["{seconds}:{gpu}:{restart_seconds}".format(**failure) for failure in failures],
     )
     instant_copies: bool | None = option(
         None,
@@ -60,7 +52,7 @@ class Events(Serverless):
         kind=str,
         choices=tuple(COPIES),
         read=COPIES.get,
-        show=_copies_text,
+        show={value: name for name, value in COPIES.items()}.get,
     )
 
 
@@ -104,6 +96,6 @@ class BenchConfig(Events, Measuring, Hardware, Batching, Arrivals, Policies, Rep
 class SimulatedRun(BenchConfig, group="Simulator"):
     """What ``serve-bench --backend sim`` takes: a benchmark's configuration, and what does not decide its cells."""
 
-    preset: tuple[Path, ...] = option((), "--preset", "Tuned policy (moeless tune); repeatable.", metavar="FILE")
+    preset: tuple[Path, ...] = option((), "--preset", "Tuned policy (moeless tune).", metavar="FILE")
     resume: Path | None = option(None, "--resume", "Keep finished cells here; run only the others.", metavar="FILE")
     timeline: str | None = option(None, "--timeline", "START:STOP seconds of the first cell, as a Chrome trace.")

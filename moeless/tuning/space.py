@@ -15,9 +15,16 @@ import optuna
 from moeless.errors import UserError
 from moeless.placement import Planner
 from moeless.serverless.keep_alive import KeepAlive
+from moeless.simulator.options import BenchConfig
 
-#: Settings of the serverless layer and of the memory that planners share, beside the planner's own parameters.
-SERVERLESS = ("extra_slots", "keep_alive", "scale_to_zero", "replan_seconds")
+#: Options of a benchmark that are searched beside the planner's own parameters, with the kind of their values.
+#: A keep-alive is a number of seconds, or the name of a policy.
+SERVERLESS: dict[str, Any] = {
+    "extra_slots": int,
+    "keep_alive": KeepAlive,
+    "scale_to_zero": bool,
+    "replan_seconds": float,
+}
 
 Value = bool | int | float | str
 
@@ -85,36 +92,25 @@ def search_space(
     Raises:
         UserError: a range is of no parameter, or nothing is left to search.
     """
-    own = {field.name: field for field in dataclasses.fields(planner.params)}
     hints = typing.get_type_hints(planner.params)
-    serverless = {name: _SERVERLESS_AXES[name] for name in SERVERLESS if _concerns(name, planner)}
+    own = {field.name: (field, _kind(hints[field.name])) for field in dataclasses.fields(planner.params)}
+    known = {field.name: field for field in dataclasses.fields(BenchConfig)}
+    searched = own | {name: (known[name], SERVERLESS[name]) for name in SERVERLESS if _concerns(name, planner)}
     for name in ranges:
-        if name not in own and name not in serverless:
-            known = ", ".join((*own, *serverless)) or "none"
-            raise UserError(f"planner {planner.name} has no parameter {name!r} to tune; there are: {known}")
+        if name not in searched:
+            names = ", ".join(searched) or "none"
+            raise UserError(f"planner {planner.name} has no parameter {name!r} to tune; there are: {names}")
     axes: list[Axis] = []
     left: list[str] = []
-    for name, field in own.items():
-        axis = _given(name, ranges, _kind(hints[name])) or _of_field(name, field, hints[name])
+    for name, (field, kind) in searched.items():
+        axis = _given(name, ranges, kind) or _of_field(name, field, kind)
         if axis is None:
             left.append(name)
         else:
             axes.append(axis)
-    for name, default in serverless.items():
-        axes.append(_given(name, ranges, _SERVERLESS_KINDS[name]) or default)
     if not axes:
         raise UserError(f"planner {planner.name} has nothing to tune")
     return tuple(axes), tuple(left)
-
-
-_SERVERLESS_AXES = {
-    "extra_slots": Axis("extra_slots", 0, 4, whole=True),
-    "keep_alive": Axis("keep_alive", 0.1, 100.0, log=True),
-    "scale_to_zero": Axis("scale_to_zero", choices=(False, True)),
-    "replan_seconds": Axis("replan_seconds", 10.0, 1800.0, log=True),
-}
-# a keep-alive is a number of seconds, or the name of a policy
-_SERVERLESS_KINDS = {"extra_slots": int, "keep_alive": KeepAlive, "scale_to_zero": bool, "replan_seconds": float}
 
 
 def _concerns(name: str, planner: Planner) -> bool:
@@ -130,8 +126,7 @@ def _kind(hint: Any) -> Any:
     return next((option for option in options if option is not type(None)), float)
 
 
-def _of_field(name: str, field: dataclasses.Field[Any], hint: Any) -> Axis | None:
-    kind = _kind(hint)
+def _of_field(name: str, field: dataclasses.Field[Any], kind: Any) -> Axis | None:
     if "tune" in field.metadata:
         low, high, *log = field.metadata["tune"]
         return Axis(name, low, high, whole=kind is int, log="log" in log)

@@ -20,10 +20,6 @@ def _window(text: str) -> tuple[float, float]:
     return parse_window(text)
 
 
-def _window_text(window: Sequence[float] | None) -> str | None:
-    return None if window is None else "{}:{}".format(*window)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Arrivals(Seeded, group="Workload"):
     """Who asks when; see :func:`moeless.workloads.arrivals.load`."""
@@ -38,7 +34,7 @@ class Arrivals(Seeded, group="Workload"):
         kind=str,
         metavar="START:STOP",
         read=_window,
-        show=_window_text,
+        show=lambda window: window and "{}:{}".format(*window),
         live_key="window",
     )
     time_scale: float = option(1.0, "--time-scale", "Factor on arrival times; 0.5 doubles the rate.")
