@@ -277,9 +277,8 @@ def load_predictor(path: Path) -> LoadPredictor:
     """
     from moeless.predictors import PREDICTORS
 
-    kind = PREDICTORS.get(read_head(Path(path))[0])
-    loaded: LoadPredictor = kind.load(Path(path))
-    return loaded
+    kind: type[LoadPredictor] = PREDICTORS.get(read_head(Path(path))[0])
+    return kind.load(Path(path))
 
 
 def _routing_of(spec: MoESpec) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from moeless.contracts import Context, FloatArray, Forecast, IntArray, Phase
 from moeless.errors import UserError
 from moeless.predictors import PREDICTORS, blend_weights
 from moeless.predictors.base import LoadPredictor, proportional, share_of
-from moeless.predictors.fitting import FitInput, pairs_of
+from moeless.predictors.fitting import FitInput, number, pairs_of, parsed
 from moeless.predictors.iterations import ComposedIteration, available_phases, iterations_of
 from moeless.predictors.token_level import Pair, TokenLevel
 from moeless.predictors.token_loads import TokenLoads
@@ -55,12 +55,8 @@ class BlendOptions:
     """
 
     part: str = "auto"
-    steps: int = 20
-    windows: int = 48
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 100 or self.windows < 4:
-            raise UserError("a blend needs 1 to 100 steps and at least 4 windows")
+    steps: int = number(20, 1, 100)
+    windows: int = number(48, 4)
 
 
 class Blend(LoadPredictor):
@@ -268,7 +264,7 @@ def _part_of(
         UserError: an option is refused, the part is unknown or forecasts no tokens.
     """
     mine = {entry.name for entry in fields(BlendOptions)}
-    own = BlendOptions(**{key: value for key, value in options.items() if key in mine})
+    own = parsed(BlendOptions, {key: value for key, value in options.items() if key in mine})
     name = str(own.part)
     if name == "auto":
         name = "layer_aware" if has_router_inputs else "transition"

@@ -51,66 +51,61 @@ class Row:
     n: int
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How to evaluate.
+class Evaluator:
+    """Measures predictors on the same iterations, composed of a trace's test requests.
 
-    Attributes:
+    Args:
         batch_tokens: sizes of the iterations, in tokens.
         gpus: GPUs for the straggler hit; experts are placed contiguously.
         resamples: bootstrap resamples of the test requests, each with ``per_resample`` iterations.
         max_iterations: iterations of which a value is the mean, at most.
         max_tokens: test tokens at most, in whole requests.
-    """
-
-    distances: tuple[int, ...] = (1,)
-    batch_tokens: tuple[int, ...] = (32, 512)
-    gpus: int = 8
-    resamples: int = 20
-    per_resample: int = 16
-    max_iterations: int = 120
-    max_tokens: int = 60_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.batch_tokens or min(self.batch_tokens) < 1:
-            raise UserError("iterations need at least 1 token")
-        if self.resamples < 2 or self.per_resample < 1 or self.gpus < 1:
-            raise UserError("an interval needs at least 2 resamples of at least 1 iteration, and at least 1 GPU")
-
-
-class Evaluator:
-    """Measures predictors on the same iterations, composed of a trace's test requests.
 
     Attributes:
         history_LE: load shares of the training requests, which predictors get as history.
     """
 
-    def __init__(self, rows: Rows, split: Split, settings: EvaluationSettings) -> None:
-        self.rows, self.settings = rows, settings
-        order = np.random.default_rng(settings.seed).permutation(split.test)
+    def __init__(
+        self,
+        rows: Rows,
+        split: Split,
+        distances: Sequence[int] = (1,),
+        batch_tokens: Sequence[int] = (32, 512),
+        *,
+        gpus: int = 8,
+        resamples: int = 20,
+        per_resample: int = 16,
+        max_iterations: int = 120,
+        max_tokens: int = 60_000,
+        seed: int = 0,
+    ) -> None:
+        if not batch_tokens or min(batch_tokens) < 1:
+            raise UserError("iterations need at least 1 token")
+        if resamples < 2 or per_resample < 1 or gpus < 1:
+            raise UserError("an interval needs at least 2 resamples of at least 1 iteration, and at least 1 GPU")
+        self.rows, self.distances, self.gpus, self.seed = rows, distances, gpus, seed
+        self.resamples, self.per_resample, self.max_iterations = resamples, per_resample, max_iterations
+        order = np.random.default_rng(seed).permutation(split.test)
         ends = np.cumsum(rows.rows_N[order])
         # whole requests, at least one; in order of recording, so that prefill iterations are consecutive rows
-        self.requests = np.sort(order[: max(1, int(np.searchsorted(ends, settings.max_tokens, "right")))])
+        self.requests = np.sort(order[: max(1, int(np.searchsorted(ends, max_tokens, "right")))])
         self.row_T = rows.of(self.requests)
         self.history_LE = rows.share_LE(split.train)
         self._sets = {
-            (phase, size): self._compose(phase, size)
-            for phase in available_phases(rows)
-            for size in settings.batch_tokens
+            (phase, size): self._compose(phase, size) for phase in available_phases(rows) for size in batch_tokens
         }
 
     def _compose(self, phase: Phase, size: int) -> tuple[list[ComposedIteration], NDArray[np.int64]]:
         """Iterations, and the resample of each; −1 for those of the requests themselves."""
-        rows, settings = self.rows, self.settings
+        rows = self.rows
         if phase == Phase.PREFILL:
-            made = prefill_iterations(rows, self.requests, size, settings.max_iterations)
+            made = prefill_iterations(rows, self.requests, size, self.max_iterations)
         else:
-            made = iterations_of(rows, self.requests, phase, size, settings.max_iterations, settings.seed)
+            made = iterations_of(rows, self.requests, phase, size, self.max_iterations, self.seed)
         group = [-1] * len(made)
-        for resample in range(settings.resamples):
-            drawn = np.random.default_rng([settings.seed, resample]).choice(self.requests, len(self.requests))
-            made += iterations_of(rows, drawn, phase, size, settings.per_resample, settings.seed + resample)
+        for resample in range(self.resamples):
+            drawn = np.random.default_rng([self.seed, resample]).choice(self.requests, len(self.requests))
+            made += iterations_of(rows, drawn, phase, size, self.per_resample, self.seed + resample)
             group += [resample] * (len(made) - len(group))
         return made, np.array(group)
 
@@ -121,11 +116,11 @@ class Evaluator:
             UserError: it was fitted on another model, or the trace lacks what it reads.
         """
         predictor.check_spec(self.rows.spec, "the trace")
-        pairs = pairs_of(self.rows.spec.L, self.settings.distances)
+        pairs = pairs_of(self.rows.spec.L, self.distances)
         tokens = self.token_loads(predictor, pairs)
         if predictor.forecasts_first:
             # the first layers have no source layer
-            pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.settings.distances))]]
+            pairs = [*pairs, *[(-1, target + 1) for target in range(max(self.distances))]]
         made: list[Row] = []
         for layer, distance in pairs:
             if tokens is not None and tokens.predictor.covers(layer, distance):
@@ -199,7 +194,7 @@ class Evaluator:
             "l1_over_history": error_I - metrics.relative_l1(past_IE, load_IE),
             "pearson": metrics.pearson(mean_IE, load_IE),
             "hottest_hit": metrics.hottest_hit(mean_IE, load_IE),
-            "straggler_hit": metrics.straggler_hit(mean_IE, load_IE, self.settings.gpus),
+            "straggler_hit": metrics.straggler_hit(mean_IE, load_IE, self.gpus),
             "coverage_90": metrics.coverage(mean_IE, var_IE, load_IE),
         }
         base = group == -1
@@ -215,7 +210,7 @@ class Evaluator:
         count_N = self.rows.rows_N[self.requests]
         sum_N = np.add.reduceat(tokens.hits(layer, distance), np.cumsum(count_N) - count_N)
         value = float(sum_N.sum() / count_N.sum())
-        drawn = np.random.default_rng(self.settings.seed).integers(0, len(sum_N), (500, len(sum_N)))
+        drawn = np.random.default_rng(self.seed).integers(0, len(sum_N), (500, len(sum_N)))
         low, high = _interval((sum_N[drawn].sum(1) / count_N[drawn].sum(1)).tolist())
         return Row(layer, distance, "all", 1, "topk_recall", value, low, high, len(sum_N))
 

@@ -5,6 +5,7 @@ Axes: I iterations, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -30,6 +31,29 @@ Method = TypeVar("Method", bound=TokenLevel)
 CALIBRATION_LIMIT = 50_000
 #: Sizes of the iterations on which variances are calibrated, and how many of each.
 CALIBRATION_TOKENS, CALIBRATION_ITERATIONS = (32, 256, 1024), 24
+
+
+def number(default: float, low: float, high: float = math.inf) -> Any:
+    """A field of a method's parameters: its default, whose type is the field's, and its inclusive bounds."""
+    return field(default=default, metadata={"bounds": (low, high)})
+
+
+def parsed(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """A method's parameters as an instance of their dataclass, whose numbers are made by :func:`number`.
+
+    Raises:
+        UserError: a name is unknown, or a value is no number within its bounds.
+    """
+    known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"the method has no parameter {name!r}; there are: {', '.join(sorted(known))}")
+        low, high = known[name].metadata.get("bounds", (None, None))
+        whole = isinstance(known[name].default, int)
+        if low is not None and not (isinstance(value, int if whole else (int, float)) and low <= value <= high):
+            bounds = f"between {low:g} and {high:g}" if high < math.inf else f"of at least {low:g}"
+            raise UserError(f"parameter {name!r} must be a {'whole ' * whole}number {bounds}, not {value!r}")
+    return kind(**options)
 
 
 @dataclass(frozen=True)
@@ -84,18 +108,6 @@ class FitInput:
         if share < 1.0:
             limit = int(share * min(limit, int(self.rows.rows_N[requests].sum())))
         return kind(self.rows, requests, reads, max(1, limit), self.seed)
-
-    def parsed(self, kind: type[Options]) -> Options:
-        """The method's parameters as an instance of their dataclass.
-
-        Raises:
-            UserError: a name is unknown or a value is refused.
-        """
-        names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
-        unknown = sorted(set(self.options) - names)
-        if unknown:
-            raise UserError(f"the method has no parameter {unknown[0]!r}; there are: {', '.join(sorted(names))}")
-        return kind(**self.options)
 
 
 def calibrated(predictor: Method, given: FitInput) -> Method:

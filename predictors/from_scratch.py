@@ -16,8 +16,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from moeless.errors import UserError
-from moeless.predictors.fitting import FitInput, calibrated
+from moeless.predictors.fitting import FitInput, calibrated, number, parsed
 from moeless.predictors.gradient_fit import HeadFit, TrainOptions
 from moeless.predictors.token_level import PairNetworks
 from moeless.predictors.trace_rows import Sample
@@ -39,20 +38,12 @@ class ScratchOptions(TrainOptions):
         search_epochs, search_share: epochs of the search's fits and their share of the training tokens.
     """
 
-    hidden: int = 512
-    learning_rate: float = -1.0
-    weight_decay: float = -1.0
-    search_epochs: int = 3
-    search_share: float = 0.5
-    epochs: int = 12
-    patience: int = 2
-    batch_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise UserError("the hidden size must be at least 1")
-        if self.search_epochs < 1 or not 0 < self.search_share <= 1:
-            raise UserError("the search needs at least 1 epoch and a share of the tokens between 0 and 1")
+    hidden: int = number(512, 1)
+    learning_rate: float = number(-1.0, -1, 1)
+    weight_decay: float = number(-1.0, -1)
+    search_epochs: int = number(3, 1)
+    search_share: float = number(0.5, 1e-9, 1)
+    epochs: int = number(12, 1)
 
 
 class FromScratch(PairNetworks):
@@ -70,7 +61,7 @@ class FromScratch(PairNetworks):
     @classmethod
     def fit(cls, given: FitInput) -> Self:
         """Search learning rate and weight decay, then fit all (layer, distance) at once."""
-        options, spec = given.parsed(ScratchOptions), given.rows.spec
+        options, spec = parsed(ScratchOptions, given.options), given.rows.spec
         sample, validation = given.sample(cls.reads), given.sample(cls.reads, validation=True)
         part = given.sample(cls.reads, share=options.search_share)
         scale_L = _scales(sample).to(given.device)

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeless.errors import UserError
-from moeless.predictors.fitting import FitInput
+from moeless.predictors.fitting import FitInput, number
 from moeless.predictors.router import RouterRule
 from moeless.predictors.trace_rows import Block, Sample
 
@@ -40,10 +39,10 @@ class TrainOptions:
         batch_tokens: tokens of one optimiser step.
     """
 
-    epochs: int = 10
-    patience: int = 2
-    learning_rate: float = 2e-3
-    batch_tokens: int = 1024
+    epochs: int = number(10, 1)
+    patience: int = number(2, 1)
+    learning_rate: float = number(2e-3, 1e-9, 1)
+    batch_tokens: int = number(1024, 1)
 
 
 class HeadFit:
@@ -81,10 +80,6 @@ class HeadFit:
         weight_decay: float = 0.0,
         temperature: float | None = 1.0,
     ) -> None:
-        if options.epochs < 1 or options.patience < 1 or options.batch_tokens < 1:
-            raise UserError("epochs, patience and batch tokens must be at least 1")
-        if not 0 < options.learning_rate < 1 or weight_decay < 0:
-            raise UserError("the learning rate must lie between 0 and 1, and the weight decay must not be negative")
         self._given, self._stage, self._logits, self._options = given, stage, logits, options
         self._rule, self._top_k = rule or RouterRule(), given.rows.spec.K
         self._device, layers = torch.device(given.device), given.rows.spec.L

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeless.errors import UserError
-from moeless.predictors.fitting import FitInput, calibrated
+from moeless.predictors.fitting import FitInput, calibrated, number, parsed
 from moeless.predictors.gate_reuse import GateReuse, checked_gates, gates_from
 from moeless.predictors.gates import Gates
 from moeless.predictors.gradient_fit import HeadFit, TrainOptions
@@ -33,15 +32,9 @@ class LayerAwareOptions(TrainOptions):
         learning_rate: of AdamW; 5e-3 reaches in 6 epochs what 2e-3 reaches in 10 on the bundled model.
     """
 
-    threshold: float = 0.8
-    learning_rate: float = 5e-3
-    epochs: int = 8
-    patience: int = 2
-    batch_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise UserError(f"the threshold h is a share of experts found, between 0 and 1, not {self.threshold}")
+    threshold: float = number(0.8, 0, 1)
+    learning_rate: float = number(5e-3, 1e-9, 1)
+    epochs: int = number(8, 1)
 
 
 class LayerAware(GateReuse):
@@ -79,7 +72,7 @@ class LayerAware(GateReuse):
     @classmethod
     def fit(cls, given: FitInput) -> Self:
         """Measure the gates' recall for every pair; fine-tune copies of those that miss the threshold."""
-        options = given.parsed(LayerAwareOptions)
+        options = parsed(LayerAwareOptions, given.options)
         gates, spec, distances = checked_gates(given, cls.name), given.rows.spec, given.distances
         bias_LE = np.zeros((spec.L, spec.E), np.float32) if gates.bias_LE is None else gates.bias_LE
         target_LD = np.minimum(np.arange(spec.L)[:, None] + distances, spec.L - 1)

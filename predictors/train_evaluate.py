@@ -19,7 +19,7 @@ from moeless.files import check_writable, folder_atomic, sha256, write_json
 from moeless.predictors import PREDICTORS, load_predictor
 from moeless.predictors.base import METRICS_FILE, LoadPredictor
 from moeless.predictors.checkpoints import Checkpoints
-from moeless.predictors.evaluation import EvaluationSettings, Evaluator, Row, mean_of, predict_microseconds
+from moeless.predictors.evaluation import Evaluator, Row, mean_of, predict_microseconds
 from moeless.predictors.fitting import FitInput, Report
 from moeless.predictors.gates import read_gates
 from moeless.predictors.request_split import SplitBy, split_requests
@@ -220,8 +220,8 @@ def _check_inputs(trace: TokenTrace, reading: LoadPredictor | type[LoadPredictor
 
 def _measure(predictor: LoadPredictor, rows: Rows, job: FitJob, path: Path, notes: Mapping[str, Any]) -> list[Row]:
     split = split_requests(rows.trace.requests.category, job.split_by, job.seed)
-    settings = EvaluationSettings(distances=job.distances, batch_tokens=job.batch_tokens, gpus=job.gpus, seed=job.seed)
-    measured = Evaluator(rows, split, settings).evaluate(predictor)
+    evaluator = Evaluator(rows, split, job.distances, job.batch_tokens, gpus=job.gpus, seed=job.seed)
+    measured = evaluator.evaluate(predictor)
     extra = {
         "memory_bytes": predictor.memory_bytes,
         "parameters": predictor.num_parameters,

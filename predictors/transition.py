@@ -22,8 +22,7 @@ import numpy as np
 import torch
 
 from moeless.contracts import IntArray
-from moeless.errors import UserError
-from moeless.predictors.fitting import FitInput, calibrated
+from moeless.predictors.fitting import FitInput, calibrated, number, parsed
 from moeless.predictors.gradient_fit import HeadFit, TrainOptions
 from moeless.predictors.token_level import PairNetworks
 from moeless.predictors.trace_rows import Block, Sample
@@ -47,16 +46,11 @@ class TransitionOptions(TrainOptions):
             quarter are shorter.
     """
 
-    hidden: int = 64
-    mean_hidden: int = 32
-    learning_rate: float = 5e-3
-    epochs: int = 10
-    patience: int = 3
-    batch_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        if self.hidden < 1 or self.mean_hidden < 1:
-            raise UserError("hidden sizes must be at least 1")
+    hidden: int = number(64, 1)
+    mean_hidden: int = number(32, 1)
+    learning_rate: float = number(5e-3, 1e-9, 1)
+    patience: int = number(3, 1)
+    batch_tokens: int = number(512, 1)
 
 
 class Transition(PairNetworks):
@@ -71,7 +65,7 @@ class Transition(PairNetworks):
     @classmethod
     def fit(cls, given: FitInput) -> Self:
         """Fit every (layer, distance) at once."""
-        options, spec, rows = given.parsed(TransitionOptions), given.rows.spec, given.rows
+        options, spec, rows = parsed(TransitionOptions, given.options), given.rows.spec, given.rows
         sample = given.sample(cls.reads, kind=MixedSample)
         share_LE = torch.from_numpy(rows.share_LE(sample.requests)).to(torch.float32)
         target_LD = np.minimum(np.arange(spec.L)[:, None] + given.distances, spec.L - 1)

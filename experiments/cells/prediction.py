@@ -108,7 +108,7 @@ def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     """
     from moeless.contracts import Phase
     from moeless.predictors import load_predictor
-    from moeless.predictors.evaluation import EvaluationSettings, Evaluator
+    from moeless.predictors.evaluation import Evaluator
     from moeless.predictors.fitting import pairs_of
     from moeless.predictors.iterations import iterations_of
     from moeless.predictors.request_split import split_requests
@@ -121,8 +121,7 @@ def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     rows = Rows(trace)
     split = split_requests(trace.requests.category, "request", params["seed"])
     distance, size = params["distance"], params["batch_tokens"]
-    settings = EvaluationSettings(distances=(distance,), batch_tokens=(size,), resamples=2, seed=params["seed"])
-    evaluator = Evaluator(rows, split, settings)
+    evaluator = Evaluator(rows, split, (distance,), (size,), resamples=2, seed=params["seed"])
     pairs = pairs_of(trace.spec.L, (distance,))
     tokens = evaluator.token_loads(predictor, pairs)
     iterations = iterations_of(rows, evaluator.requests, Phase.DECODE, size, params["iterations"], params["seed"])

@@ -11,7 +11,7 @@ from moeless.contracts import Context, Phase
 from moeless.errors import UserError
 from moeless.predictors import blend_weights, load_predictor
 from moeless.predictors.blend import Blend
-from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
+from moeless.predictors.evaluation import Evaluator, mean_of
 from moeless.predictors.fitting import FitInput
 from moeless.predictors.request_split import split_requests
 from moeless.predictors.token_table import TokenTable
@@ -89,7 +89,7 @@ def test_skill_is_the_gain_over_history_on_validation(world):
 
 def test_it_is_no_worse_than_history_and_no_worse_than_its_part(world):
     rows, split, blend = world
-    evaluator = Evaluator(rows, split, EvaluationSettings((1, 2), (16, 64), resamples=4, per_resample=4))
+    evaluator = Evaluator(rows, split, (1, 2), (16, 64), resamples=4, per_resample=4)
     mine, part = evaluator.evaluate(blend), evaluator.evaluate(blend.part)
     for d in (1, 2):
         for size in (16, 64):

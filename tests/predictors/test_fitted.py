@@ -11,7 +11,7 @@ import torch
 from moeless.contracts import Context, Phase
 from moeless.errors import UserError
 from moeless.predictors import PREDICTORS, load_predictor, token_loads
-from moeless.predictors.evaluation import EvaluationSettings, Evaluator, mean_of
+from moeless.predictors.evaluation import Evaluator, mean_of
 from moeless.predictors.fitting import FitInput
 from moeless.predictors.from_scratch import FromScratch
 from moeless.predictors.gate_reuse import GateReuse
@@ -96,7 +96,7 @@ def test_the_sum_over_tokens_is_the_forecast(world, name):
 
 def test_fine_tuning_beats_the_raw_gate_and_ids_beat_history(world):
     rows, split, _, fitted = world
-    evaluator = Evaluator(rows, split, EvaluationSettings((1, 2), (64,), resamples=4, per_resample=4))
+    evaluator = Evaluator(rows, split, (1, 2), (64,), resamples=4, per_resample=4)
     found = {name: evaluator.evaluate(predictor) for name, predictor in fitted.items()}
     history = evaluator.evaluate(PREDICTORS.get("history")(rows.spec))
     oracle = evaluator.evaluate(PREDICTORS.get("oracle")(rows.spec))
@@ -229,7 +229,7 @@ def test_permuting_experts_permutes_the_forecast_of_networks_from_scratch(world)
 
 def test_networks_from_scratch_learn_and_cost_what_table_2_says(world):
     rows, split, _, fitted = world
-    evaluator = Evaluator(rows, split, EvaluationSettings((1,), (64,), resamples=4, per_resample=4))
+    evaluator = Evaluator(rows, split, (1,), (64,), resamples=4, per_resample=4)
     assert mean_of(evaluator.evaluate(fitted["from_scratch"]), "l1_over_history", 1, "prefill", 64) < 0
     E, H = rows.spec.E, rows.spec.hidden_size
     pairs = 3 + 2
@@ -300,6 +300,8 @@ def test_curves_of_every_layer_and_epoch_are_in_the_run_that_wandb_mirrors(cli, 
         (["--method", "nonsense"], "no predictor is called 'nonsense'"),
         (["--param", "colour=red"], "no parameter 'colour'"),
         (["--threshold", "1.5"], "between 0 and 1"),
+        (["--param", "epochs=many"], "'epochs' must be a whole number of at least 1, not 'many'"),
+        (["--param", "learning-rate=nan"], "'learning_rate' must be a number between 1e-09 and 1, not nan"),
         (["--model", "no/such-model"], "there is no model 'no/such-model' on this machine"),
     ],
 )
