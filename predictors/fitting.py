@@ -104,10 +104,8 @@ class FitInput:
     ) -> Sample:
         """The training sample or a share of it, or the validation sample, a quarter as large."""
         requests = self.split.validation if validation else self.split.fit
-        limit = self.max_tokens // 4 if validation else self.max_tokens
-        if share < 1.0:
-            limit = int(share * min(limit, int(self.rows.rows_N[requests].sum())))
-        return kind(self.rows, requests, reads, max(1, limit), self.seed)
+        limit = min(self.max_tokens // 4 if validation else self.max_tokens, int(self.rows.rows_N[requests].sum()))
+        return kind(self.rows, requests, reads, max(1, int(share * limit)), self.seed)
 
 
 def calibrated(predictor: Method, given: FitInput) -> Method:

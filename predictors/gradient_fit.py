@@ -112,7 +112,7 @@ class HeadFit:
     @property
     def temperature_LD(self) -> torch.Tensor:
         """Each pair's temperature, which scores are divided by before a softmax, on the CPU."""
-        return torch.exp(self.best[TEMPERATURE])
+        return torch.exp(self._best[TEMPERATURE]).cpu()
 
     def run(self, sample: Sample, validation: Sample, below: float = math.inf) -> Self:
         """Fit the pairs whose initial recall is under ``below``; the others keep their initial parameters."""
