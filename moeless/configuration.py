@@ -2,7 +2,7 @@
 
 A *component* is a frozen dataclass whose fields are made with :func:`option`; a configuration inherits its components
 and may give a field another default. Modules with components import nothing heavy, since ``--help`` imports them; names
-that only annotations need are imported for the type checker alone, where ``kind`` says what is typed.
+that only annotations need are imported for the type checker alone, where ``kind`` or ``read`` says what is typed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Option:
     Attributes:
         flag: as it is typed; ``--yes/--no`` for two words.
         help: one sentence, with the unit.
-        kind: type on the command line, where it is not the field's; a field of a tuple takes a repeated option.
+        kind: type on the command line, where it is not the field's; text, where there is ``read``. The option of a
+            tuple may be repeated.
         minimum: the smallest value.
         choices: the values that exist; those of a field that is a ``Literal`` are known.
         metavar: stands for the value in ``--help``.
@@ -117,7 +118,8 @@ def options(component: Any) -> dict[str, Option]:
                 found[name] = dataclasses.replace(field.metadata["option"], group=base.group, default=field.default)
     for name, known in found.items():
         field = component.__dataclass_fields__[name]
-        kind = known.kind or _annotation(component, name)
+        texts = list[str] if isinstance(known.default, tuple) else str
+        kind = known.kind or (texts if known.read is not None else _annotation(component, name))
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else known.choices
         if typing.get_origin(kind) is tuple:
             kind = list[typing.get_args(kind)[0]]  # type: ignore[misc]

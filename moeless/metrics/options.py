@@ -26,7 +26,6 @@ class Measuring(Component, group="Measuring"):
         (),
         "--goodput",
         "Objectives such as ttft:500 tpot:50, in milliseconds.",
-        kind=list[str],
         read=_objectives,
         show=lambda limits: ["{metric}:{milliseconds}".format(**limit) for limit in limits],
     )

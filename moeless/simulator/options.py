@@ -41,7 +41,6 @@ class Events(Serverless):
         (),
         "--fail-gpu",
         "SECONDS:GPU[:RESTART_SECONDS].",
-        kind=list[str],
         read=_failures,
         show=lambda failures: ["{seconds}:{gpu}:{restart_seconds}".format(**failure) for failure in failures],
     )
@@ -49,7 +48,6 @@ class Events(Serverless):
         None,
         "--copies",
         "instant, timed, or auto: instant under the paper's costs only.",
-        kind=str,
         choices=tuple(COPIES),
         read=COPIES.get,
         show={value: name for name, value in COPIES.items()}.get,

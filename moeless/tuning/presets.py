@@ -70,15 +70,16 @@ class Preset:
 
 
 def _check_setting(preset: str, name: str, value: Any) -> None:
-    if name == "keep_alive":
+    kind = SERVERLESS[name]
+    if kind is KeepAlive:
         KeepAlive.parse(str(value))
-    elif name == "scale_to_zero":
+    elif kind is bool:
         if not isinstance(value, bool):
-            raise UserError(f"preset {preset!r}: scale_to_zero must be true or false, got {value!r}")
+            raise UserError(f"preset {preset!r}: {name} must be true or false, got {value!r}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise UserError(f"preset {preset!r}: {name} must be a number of at least 0, got {value!r}")
-    elif name == "extra_slots" and value != int(value):
-        raise UserError(f"preset {preset!r}: extra_slots must be a whole number, got {value!r}")
+    elif kind is int and value != int(value):
+        raise UserError(f"preset {preset!r}: {name} must be a whole number, got {value!r}")
 
 
 def load_preset(path: Path) -> Preset:

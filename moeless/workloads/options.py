@@ -31,7 +31,6 @@ class Arrivals(Seeded, group="Workload"):
         None,
         "--arrivals-window",
         "Seconds of an arrivals file.",
-        kind=str,
         metavar="START:STOP",
         read=_window,
         show=lambda window: window and "{}:{}".format(*window),
