@@ -13,8 +13,7 @@ from moeless.experiments import live, timing
 from moeless.experiments.base import Experiment, Options
 from moeless.experiments.cache import Cache
 from moeless.experiments.catalogue import find
-from moeless.experiments.drawing import drawn_in_turn
-from moeless.experiments.publish import RECORD, Publisher, Spent
+from moeless.experiments.publish import RECORD, Publisher, drawn_in_turn
 from moeless.experiments.runner import Progress, closure, run_jobs
 from moeless.experiments.sources import given
 from moeless.files import check_writable, read_json
@@ -78,17 +77,14 @@ class Reproduction:
             jobs = {experiment.name: experiment.jobs(self.options) for experiment in self.experiments}
             every = {f"{name} {short}": job for name, mine in jobs.items() for short, job in mine.items()}
             results, ran = run_jobs(every, self.cache, workers=workers, progress=progress)
-            told: set[str] = set()
             shown = {name: {short: results[f"{name} {short}"] for short in mine} for name, mine in jobs.items()}
-            for experiment, drawn in drawn_in_turn(
-                self.experiments, self.options, shown, run.path / "figures", workers
-            ):
-                mine = jobs[experiment.name]
+            drawn_in = drawn_in_turn(list(jobs), self.options, shown, run.path / "figures", workers)
+            told: set[str] = set()
+            for experiment, drawn in zip(self.experiments, drawn_in, strict=True):
                 # what several experiments need counts where it is first needed
-                fresh = closure(mine.values()).keys() - told
+                fresh = closure(jobs[experiment.name].values()).keys() - told
                 told |= fresh
-                spent = Spent.of([ran.computed.get(key) for key in fresh])
-                publisher.add(experiment, drawn, spent)
+                publisher.add(experiment, drawn, [ran.computed.get(key) for key in fresh])
             for problem in (*self.left_out, *self.cache.problems):
                 run.warn(problem)
             page = publisher.finish()

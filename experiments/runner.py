@@ -7,13 +7,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeless.errors import RunFailed, UserError
+from moeless.errors import RunFailed
 from moeless.experiments.base import Job
 from moeless.experiments.cache import Cache, compute, job_key
 
@@ -85,41 +87,47 @@ def run_jobs(
     return {name: cache.read(job) for name, job in jobs.items()}, Ran(computed, done)
 
 
-def _needs(cache: Cache, job: Job) -> list[Any]:
-    return [cache.read(need) for need in job.needs]
-
-
 def _work(
     pending: Mapping[str, Job], cache: Cache, workers: int, computed: dict[str, float], tell: Callable[[str], None]
 ) -> None:
-    """Run every pending job in worker processes, one thread each: a result has the same bytes whatever else ran."""
+    """Run every pending job in worker processes: a result has the same bytes whatever else ran."""
     waiting = dict(pending)
     running: dict[Future[Any], str] = {}
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=context, initializer=quiet_worker)
-    try:
+    with processes(min(workers, len(pending)), "a worker process") as pool:
         while waiting or running:
             for key in _startable(waiting, {*waiting, *running.values()}, workers - len(running)):
                 job = waiting.pop(key)
                 folder = cache.folder(job) if job.artefact else None
                 tell(job.label)
-                running[pool.submit(_timed, job, _needs(cache, job), folder)] = key
+                needs = [cache.read(need) for need in job.needs]
+                running[pool.submit(_timed, job, needs, folder)] = key
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
                 data, seconds = future.result()
                 cache.write(pending[key], data)
                 computed[key] = seconds
                 tell(pending[key].label)
-    except (UserError, RunFailed, KeyboardInterrupt, OSError):
-        raise
-    except Exception as error:
-        if type(error).__name__ == "BrokenProcessPool":
-            raise RunFailed("a worker process died, most likely for lack of memory; try --jobs 1") from error
+
+
+@contextmanager
+def processes(count: int, what: str) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes of one thread each; an error or an interrupt ends those that still work.
+
+    Raises:
+        RunFailed: a process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_quiet_worker)
+    try:
+        yield pool
+    except BaseException as error:
+        # finished results are on disk; what still runs is abandoned
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise RunFailed(f"{what} died, most likely for lack of memory; try --jobs 1") from error
         raise
     finally:
-        # finished results are on disk; what still runs is abandoned
-        for process in list(getattr(pool, "_processes", {}).values()) if running else []:
-            process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -137,7 +145,7 @@ def _startable(waiting: Mapping[str, Job], unfinished: Set[str], free: int) -> l
     return ready[:1]
 
 
-def quiet_worker() -> None:
+def _quiet_worker() -> None:
     """Interrupts are the parent's to handle; one thread per worker; nobody works for a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

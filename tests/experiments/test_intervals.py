@@ -13,7 +13,7 @@ from moeless.experiments.base import Options
 from moeless.experiments.catalogue import find
 from moeless.experiments.cells import intervals
 from moeless.experiments.cells.serving import serve
-from moeless.experiments.drawing import drawn_in_turn
+from moeless.experiments.publish import drawn_in_turn
 from moeless.experiments.runner import closure
 from moeless.metrics.requests import WAITS
 from moeless.simulator import kernels
@@ -97,14 +97,11 @@ def test_end_to_end_latency_is_drawn_with_its_intervals(rows: dict, monkeypatch:
 
 
 def test_experiments_drawn_side_by_side_are_those_drawn_in_turn(tmp_path: Path) -> None:
-    options, experiments = Options(), [find(name)[0] for name in ("table2", "table1", "table2")]
-    nothing: dict = {experiment.name: {} for experiment in experiments}
-    found = [
-        [(one.name, drawn) for one, drawn in drawn_in_turn(experiments, options, nothing, tmp_path, workers)]
-        for workers in (1, 2)
-    ]
-    assert found[0] == found[1]
-    assert [name for name, _ in found[0]] == ["table2", "table1", "table2"]
+    names = ["table2", "table1", "table2"]
+    nothing: dict = {name: {} for name in names}
+    one, two = (list(drawn_in_turn(names, Options(), nothing, tmp_path, workers)) for workers in (1, 2))
+    assert one == two
+    assert [list(drawn.data) for drawn in two] == [["memory"], ["models"], ["memory"]]
 
 
 def test_a_full_run_is_told_to_take_hours_and_a_quick_one_minutes() -> None:
