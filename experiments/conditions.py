@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -166,12 +165,11 @@ _ORDERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def _drift_jobs(options: Options) -> Mapping[str, Job]:
-    requests, function = options.pick(24, serving.FULL), "moeless.experiments.cells.drift:serve"
-    return {
-        name: dataclasses.replace(job, function=function)
-        for label, (changes, policies) in _ORDERS.items()
-        for name, job in serving.setting_jobs(options, policies, {label: changes}, max_requests=requests).items()
-    }
+    made: dict[str, Job] = {}
+    for label, (changes, policies) in _ORDERS.items():
+        requests = options.pick(24, serving.FULL)
+        made |= serving.setting_jobs(options, policies, {label: changes}, max_requests=requests)
+    return made
 
 
 def _drift(options: Options, results: Mapping[str, Any]) -> Drawn:

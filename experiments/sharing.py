@@ -70,7 +70,7 @@ def _jobs(options: Options) -> Mapping[str, Job]:
             made[f"{name}|{gpus}"] = dataclasses.replace(
                 job,
                 label=f"serve {TENANTS} models on one pool of {gpus} GPUs by {policy}",
-                function="moeless.experiments.cells.sharing:serve",
+                function="moeless.experiments.cells.serving:share",
                 needs=tuple(source.job for source in sources),
             )
     return made
@@ -80,7 +80,6 @@ def _jobs(options: Options) -> Mapping[str, Job]:
 class _Way:
     """One way to serve all tenants, with so many GPUs a tenant or in the pool."""
 
-    name: str
     gpus: str
     good: float
     gpu_seconds: float
@@ -96,57 +95,48 @@ class _Way:
         middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-    @property
-    def met(self) -> bool:
-        return self.good >= TARGET
 
-
-def _own(results: Mapping[str, Any], name: str, gpus: int) -> list[tuple[float, float, float, float, int]]:
-    """Of each tenant: share of good requests, GPU seconds, resident GB·s, mean time to first token, requests."""
+def _own(results: Mapping[str, Any], name: str, gpus: int) -> _Way:
+    """Each model with so many GPUs of its own."""
     cells = [serving.cell(results[f"{name}|{gpus}|{place}"]) for place in range(TENANTS)]
-    found = []
+    requests = [one.request for one in cells if one.request]
+    assert len(requests) == TENANTS
     # GPUs that are never given back are held until the last tenant is done, like a pool's
-    last = max(one.request.duration for one in cells if one.request)
-    for one in cells:
-        request = one.request
-        assert request is not None
-        assert request.request_goodput is not None
-        seconds = one.billing.gpu_seconds if OWN[name][1] else gpus * last
-        count = request.completed + request.failed
-        good = request.request_goodput * request.duration / count
-        found.append((good, seconds, one.billing.resident, request.mean_ttft_ms, count))
-    return found
+    last = max(request.duration for request in requests)
+    counts = [request.completed + request.failed for request in requests]
+    shares = (
+        ((request.request_goodput or 0.0) * request.duration / count, count)
+        for request, count in zip(requests, counts, strict=True)
+    )
+    good, count = min(shares, key=lambda share: share[0])
+    return _Way(
+        f"{TENANTS} × {gpus}",
+        good,
+        sum(one.billing.gpu_seconds if OWN[name][1] else gpus * last for one in cells),
+        sum(one.billing.resident for one in cells),
+        max(request.mean_ttft_ms for request in requests),
+        count,
+    )
 
 
-def _ways(results: Mapping[str, Any]) -> list[_Way]:
-    ways = []
-    for name in OWN:
-        by_gpus = {gpus: _own(results, name, gpus) for gpus in GPUS}
-        for gpus, all_of in by_gpus.items():
-            good, seconds, resident, ttft, counts = zip(*all_of, strict=True)
-            count = counts[good.index(min(good))]
-            ways.append(_Way(name, f"{TENANTS} × {gpus}", min(good), sum(seconds), sum(resident), max(ttft), count))
-    for name in SHARED:
-        for gpus in GPUS:
-            one = results[f"{name}|{gpus}"]
-            note = f"{sum(one['wakes'])} times a model was loaded" if any(one["wakes"]) else ""
-            ways.append(
-                _Way(
-                    name,
-                    str(gpus),
-                    one["good"] / one["requests"],
-                    one["gpu_seconds"],
-                    one["resident"],
-                    max(one["mean_ttft_ms"]),
-                    one["requests"],
-                    note,
-                )
-            )
-    return ways
+def _pool(results: Mapping[str, Any], name: str, gpus: int) -> _Way:
+    """All models on so many GPUs."""
+    one = results[f"{name}|{gpus}"]
+    return _Way(
+        str(gpus),
+        one["good"] / one["requests"],
+        one["gpu_seconds"],
+        one["resident"],
+        max(one["mean_ttft_ms"]),
+        one["requests"],
+        f"{sum(one['wakes'])} times a model was loaded" if any(one["wakes"]) else "",
+    )
 
 
 def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
-    ways, sources = _ways(results), _sources(options)
+    sources = _sources(options)
+    ways = {name: [_own(results, name, gpus) for gpus in GPUS] for name in OWN}
+    ways |= {name: [_pool(results, name, gpus) for gpus in GPUS] for name in SHARED}
     columns = [
         "system",
         "GPUs",
@@ -158,15 +148,24 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         "note",
     ]
     rows = [
-        [w.name, w.gpus, 100 * w.good, w.gpu_seconds, w.resident, w.worst_ttft_ms, "yes" if w.met else "no", w.note]
-        for w in ways
+        [
+            name,
+            way.gpus,
+            100 * way.good,
+            way.gpu_seconds,
+            way.resident,
+            way.worst_ttft_ms,
+            "yes" if way.good >= TARGET else "no",
+            way.note,
+        ]
+        for name, mine in ways.items()
+        for way in mine
     ]
-    names = list(dict.fromkeys(way.name for way in ways))
     series = {}
-    for name in names:
-        mine = [way for way in ways if way.name == name]
-        low, high = (100 * np.array([way.span[end] for way in mine]) for end in (0, 1))
+    for name, mine in ways.items():
+        low, high = 100 * np.array([way.span for way in mine]).T
         series[name] = charts.Line([way.gpu_seconds for way in mine], [100 * way.good for way in mine], low, high)
+    counts = [way.requests for mine in ways.values() for way in mine]
     plot = Plot(
         charts.lines(
             series, xlabel="GPU·s of all models", ylabel="requests within objectives (%)",
@@ -176,31 +175,28 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
         f"{TENANTS} models of {sources[0].title}'s shapes with bursts of their own (gamma gaps, shape {SHAPE:g}, "
         f"{RATE:g} requests/s each), {GPUS[0]} to {GPUS[-1]} H100 for each or for all, {serving.physical(options)} "
         f"costs; objectives {' and '.join(OBJECTIVES)} ms. Of own GPUs the worst tenant's share is shown. "
-        f"Bands: 90 % Wilson intervals (n from {min(w.requests for w in ways)} to {max(w.requests for w in ways)} "
-        "requests a point).",
+        f"Bands: 90 % Wilson intervals (n from {min(counts)} to {max(counts)} requests a point).",
         common_kind(sources),
         common_label(sources),
     )  # fmt: skip
-    return Drawn({"service": plot}, {"ways": Data(columns, rows, "Each system", show=True)}, text=_text(ways, names))
+    return Drawn({"service": plot}, {"ways": Data(columns, rows, "Each system", show=True)}, text=_text(ways))
 
 
-def _text(ways: list[_Way], names: list[str]) -> list[str]:
-    text = []
+def _text(ways: Mapping[str, list[_Way]]) -> list[str]:
+    """The cheapest way of each system to meet the objective, beside the first system's."""
     cheapest = {
-        name: min((way for way in ways if way.name == name and way.met), key=lambda way: way.gpu_seconds, default=None)
-        for name in names
+        name: min((way for way in mine if way.good >= TARGET), key=lambda way: way.gpu_seconds, default=None)
+        for name, mine in ways.items()
     }
-    base = cheapest[names[0]]
+    first, base = next(iter(cheapest.items()))
+    text = []
     for name, way in cheapest.items():
         if way is None:
             text.append(f"{name}: the objective is not met with any of these numbers of GPUs.")
-        elif base is None or way is base:
-            text.append(f"{name}: {way.gpus} GPUs meet the objective, {way.gpu_seconds:.0f} GPU·s.")
-        else:
-            text.append(
-                f"{name}: {way.gpus} GPUs meet the objective, {way.gpu_seconds:.0f} GPU·s, "
-                f"{serving.change_text(way.gpu_seconds, base.gpu_seconds)} against {names[0]}."
-            )
+            continue
+        change = "" if base in (None, way) else serving.change_text(way.gpu_seconds, base.gpu_seconds)
+        beside = change and f", {change} against {first}"
+        text.append(f"{name}: {way.gpus} GPUs meet the objective, {way.gpu_seconds:.0f} GPU·s{beside}.")
     return text
 
 

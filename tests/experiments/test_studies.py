@@ -12,8 +12,8 @@ from moeless.contracts import Budget, Forecast, Phase, PlanInput, Policy, Reques
 from moeless.costs import COSTS
 from moeless.experiments import claims, serving
 from moeless.experiments.cells import parts
-from moeless.experiments.cells.drift import in_blocks
 from moeless.experiments.cells.scale import serve
+from moeless.experiments.cells.serving import in_blocks
 from moeless.placement.layout import static_gpu_E
 from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
