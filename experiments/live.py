@@ -15,7 +15,6 @@ from moeless.metrics.result import Cell, read_result
 from moeless.report import result_page
 
 RANKS = 8
-COMMAND = "moeless reproduce live"
 
 
 def check(run: Path) -> None:
@@ -101,12 +100,18 @@ def _draw(options: Options, results: Mapping[str, Any]) -> Drawn:
             wide=True,
         ),
     }
-    table, billing = result_page.layer_table(rows), result_page.billing_table(rows)
+    layers, bills = result_page.layer_table(rows), result_page.billing_table(rows)
     data = {
-        "layers": Data(table.columns, table.rows, "MoE-layer time over all iterations and layers, live", show=True),
-        "bills": Data(billing.columns, billing.rows, "The three bills, live"),
+        "layers": Data(layers.columns, layers.rows, "MoE-layer time over all iterations and layers, live", show=True),
+        "bills": Data(bills.columns, bills.rows, "The three bills, live"),
     }
-    return Drawn(plots, data, findings=_findings(rows), text=text, warnings=list(dict.fromkeys(_warnings(rows))))
+    return Drawn(
+        plots,
+        data,
+        findings=_findings(rows),
+        text=text,
+        warnings=list(dict.fromkeys(text for cell in rows for text in cell.warnings)),
+    )
 
 
 def _how_timed(cell: Cell, cores: int) -> str:
@@ -139,10 +144,6 @@ def _findings(rows: list[Cell]) -> list[Finding]:
             "measured",
         )
     ]
-
-
-def _warnings(rows: list[Cell]) -> list[str]:
-    return [text for cell in rows for text in cell.warnings]
 
 
 EXPERIMENTS = (

@@ -6,6 +6,7 @@ Layer runs are bounded by every request being served alone, token by token; rate
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,25 +31,19 @@ def seconds(job: Job) -> float:
     if job.given is not None:
         return 0.0
     if function == "fit":
-        _, layers = _trace(job)
         per = _FIT.get(str(params["method"]), _OTHER_FIT)
-        return 3.0 + per * params["max_tokens"] * layers * len(params["distances"])
+        return 3.0 + per * params["max_tokens"] * _shape(job.needs[0])[1] * len(params["distances"])
     if module == "live":
         return _LIVE * params["requests"] / 16
     if function == "bundled" or module == "synthetic":
         tokens, layers = _shape(job)
         return 2.0 + 1e-6 * params["requests"] * tokens * layers * (450 if function == "bundled" else 5)
     if "policy" in params and "max_requests" in params:
-        return 0.3 + layer_runs(job) / _rate(job)
+        output, layers = _shape(job.needs[0]) if job.needs else (0.0, 0)
+        # a workload bounded by its duration: a few requests a second
+        requests = params["max_requests"] or 1.0 * params["duration"]
+        return 0.3 + float(requests) * output * layers / _rate(job)
     return _REST
-
-
-def layer_runs(job: Job) -> float:
-    """Layers that a simulated job runs at most."""
-    output, layers = _trace(job)
-    # a workload bounded by its duration: a few requests a second
-    requests = job.params["max_requests"] or 1.0 * job.params["duration"]
-    return float(requests) * output * layers
 
 
 def _rate(job: Job) -> float:
@@ -61,12 +56,8 @@ def _rate(job: Job) -> float:
     return rate if planner in ("static", "eplb", "oracle") else 1.0 / (1.0 / rate / every + 1.0 / _RATES["static"])
 
 
-def _trace(job: Job) -> tuple[float, int]:
-    """Output tokens of a request on the mean, and layers, of the trace that a job reads."""
-    return _shape(job.needs[0]) if job.needs else (0.0, 0)
-
-
 def _shape(job: Job) -> tuple[float, int]:
+    """Output tokens of a request on the mean, and layers, of the trace that a job makes."""
     params: Mapping[str, Any] = job.params
     if job.given is not None:
         from moeless.traces import open_trace
@@ -80,18 +71,15 @@ def _shape(job: Job) -> tuple[float, int]:
 
 def plan(jobs: Iterable[Job], workers: int) -> dict[str, Any]:
     """Minutes of those jobs on so many workers, and the dearest kinds of them, JSON-ready."""
-    kinds: dict[str, float] = {}
-    alone = total = 0.0
+    kinds: dict[str, float] = defaultdict(float)
+    total = 0.0
     for job in jobs:
         took = seconds(job)
-        kinds[kind(job)] = kinds.get(kind(job), 0.0) + took
-        if job.timed:
-            alone += took
-        else:
-            total += took
+        kinds[kind(job)] += took
+        total += took if job.timed else took / workers
     dearest = sorted(kinds.items(), key=lambda item: -item[1])[:6]
     return {
-        "minutes_about": round((total / workers + alone) / 60, 1),
+        "minutes_about": round(total / 60, 1),
         "core_minutes_by_kind": {name: round(value / 60, 1) for name, value in dearest},
     }
 

@@ -1,19 +1,24 @@
-"""Evaluate the trained model and write the folder that ships: weights, tokenizer, model card."""
+"""Evaluate the trained model by domain and write the folder that ships: weights, tokenizer, model card."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
-from moeless.experiments.bundled_model import corpus, evaluate
+from moeless.experiments.bundled_model import corpus
+from moeless.experiments.bundled_model import tokenizer as tokenizers
 from moeless.files import read_json, sha256, write_json, write_text
 
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -22,7 +27,81 @@ GPUS = 8
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
-def _tops(result: evaluate.DomainResult, layer: int) -> str:
+#: Tokens of a held-out row, and rows of a domain at most.
+LENGTH = 256
+MOST_ROWS = 96
+
+
+@dataclass(frozen=True)
+class DomainResult:
+    """One domain's held-out figures.
+
+    Attributes:
+        perplexity: exp of the mean next-token loss over ``tokens`` held-out tokens.
+        unigram_perplexity: the same for a model that knows the domain's training token frequencies only.
+        usage_LE: share of the domain's assignments that each expert got, rows sum to 1.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    perplexity: float
+    unigram_perplexity: float
+    usage_LE: NDArray[np.float64]
+
+    def imbalance(self, gpus: int) -> float:
+        """Mean over layers of maximum over mean GPU load, experts in contiguous blocks."""
+        per_gpu = self.usage_LE.reshape(self.usage_LE.shape[0], gpus, -1).sum(2)
+        return float((per_gpu.max(1) / per_gpu.mean(1)).mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary with the usage matrix rounded to five digits."""
+        return {
+            "name": self.name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "perplexity": round(self.perplexity, 3),
+            "unigram_perplexity": round(self.unigram_perplexity, 3),
+            "usage": np.round(self.usage_LE, 5).tolist(),
+        }
+
+
+def _unigram(train: NDArray[np.int32], held: NDArray[np.int32], vocabulary: int) -> float:
+    counts = np.bincount(train, minlength=vocabulary) + 1.0
+    return math.exp(-np.log(counts / counts.sum())[held].mean())
+
+
+@torch.no_grad()
+def domain(text: corpus.DomainText, model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> DomainResult:
+    """Evaluate one domain on rows of ``LENGTH`` held-out tokens, at most ``MOST_ROWS`` of them."""
+    config = model.config
+    held = tokenizers.encode(tokenizer, text.held_out)
+    rows = min(MOST_ROWS, len(held) // LENGTH)
+    picked = np.linspace(0, len(held) // LENGTH - 1, rows).astype(int)
+    tokens_BT = torch.from_numpy(held[: len(held) // LENGTH * LENGTH].reshape(-1, LENGTH)[picked].astype(np.int64))
+    usage = np.zeros((config.num_hidden_layers, config.num_local_experts))
+    loss, count = 0.0, 0
+    for chunk in tokens_BT.split(16):
+        output = model(input_ids=chunk, output_router_logits=True, use_cache=False)
+        logits = output.logits[:, :-1].float().flatten(0, 1)
+        loss += torch.nn.functional.cross_entropy(logits, chunk[:, 1:].flatten(), reduction="sum").item()
+        count += chunk[:, 1:].numel()
+        for layer, router_logits in enumerate(output.router_logits):
+            chosen = router_logits.topk(config.num_experts_per_tok, dim=-1).indices.flatten().numpy()
+            usage[layer] += np.bincount(chosen, minlength=config.num_local_experts)
+    return DomainResult(
+        name=text.domain.name,
+        documents=len(text.held_out),
+        tokens=count,
+        perplexity=math.exp(loss / count),
+        unigram_perplexity=_unigram(
+            tokenizers.encode(tokenizer, text.train), tokens_BT.flatten().numpy().astype(np.int32), config.vocab_size
+        ),
+        usage_LE=usage / usage.sum(1, keepdims=True),
+    )
+
+
+def _tops(result: DomainResult, layer: int) -> str:
     order = np.argsort(-result.usage_LE[layer], kind="stable")[:2]
     return f"{order[0]}+{order[1]}: {100 * result.usage_LE[layer][order].sum():.0f} %"
 
@@ -34,10 +113,10 @@ def write(data: Path, work: Path, out: Path) -> None:
     texts = corpus.load(data, recipe["seed"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source))
     model = MixtralForCausalLM.from_pretrained(str(source), dtype=torch.float32).eval()
-    results = [evaluate.domain(text, model, tokenizer) for text in texts]
+    results = [domain(text, model, tokenizer) for text in texts]
     weights = np.array([text.domain.weight for text in texts])
     mixed = np.tensordot(weights / weights.sum(), np.stack([r.usage_LE for r in results]), 1)
-    pooled = evaluate.DomainResult("all", 0, 0, 0.0, 0.0, mixed).imbalance(GPUS)
+    pooled = DomainResult("all", 0, 0, 0.0, 0.0, mixed).imbalance(GPUS)
 
     out.mkdir(parents=True, exist_ok=True)
     for name in SHIPPED:

@@ -52,34 +52,20 @@ def _articles(text: str) -> list[str]:
     return [part.strip() + "\n" for part in parts if len(part.strip()) > 200]
 
 
-def _verse(text: str) -> list[str]:
-    """Speeches, grouped to about 2,000 characters so that a document holds a dialogue."""
-    return _group(text.split("\n\n"), "\n\n", 2000)
-
-
 def _group(pieces: list[str], separator: str, size: int) -> list[str]:
-    groups: list[str] = []
-    current: list[str] = []
-    length = 0
+    """Pieces joined to documents of ``size`` characters or a little more."""
+    groups: list[list[str]] = [[]]
     for piece in pieces:
-        current.append(piece)
-        length += len(piece)
-        if length >= size:
-            groups.append(separator.join(current) + "\n")
-            current, length = [], 0
-    if current:
-        groups.append(separator.join(current) + "\n")
-    return groups
+        if sum(map(len, groups[-1])) >= size:
+            groups.append([])
+        groups[-1].append(piece)
+    return [separator.join(group) + "\n" for group in groups if group]
 
 
 def _problems(text: str) -> list[str]:
     rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     # the source's calculator marks, <<48/2=24>>, are not prose and would not be prompted for
     return [f"Question: {row['question']}\nAnswer: {re.sub(r'<<[^>]*>>', '', row['answer'])}\n" for row in rows]
-
-
-def _transcripts(text: str) -> list[str]:
-    return _group(text.split("\n\n"), "\n\n", 1500)
 
 
 def _languages(text: str) -> list[str]:
@@ -90,22 +76,30 @@ def _languages(text: str) -> list[str]:
     return documents
 
 
-def _whole(text: str) -> list[str]:
-    return [text]
+def _paragraphs(size: int) -> Callable[[str], list[str]]:
+    """Speeches or thoughts, grouped to about ``size`` characters so that a document holds a dialogue."""
+    return lambda text: _group(text.split("\n\n"), "\n\n", size)
 
 
 DOMAINS: tuple[Domain, ...] = (
     Domain("encyclopaedia", "wikitext2-valid-test.txt", "WikiText-2, validation and test", "CC-BY-SA", 0.22, _articles),
-    Domain("verse", "tinyshakespeare.txt", "Shakespeare's plays (tinyshakespeare)", "public domain", 0.16, _verse),
+    Domain(
+        "verse",
+        "tinyshakespeare.txt",
+        "Shakespeare's plays (tinyshakespeare)",
+        "public domain",
+        0.16,
+        _paragraphs(2000),
+    ),
     Domain("mathematics", "gsm8k-train.jsonl", "openai/grade-school-math, train", "MIT", 0.18, _problems),
-    Domain("python", None, "the Python standard library's sources", "PSF-2.0", 0.22, _whole),
+    Domain("python", None, "the Python standard library's sources", "PSF-2.0", 0.22, lambda text: [text]),
     Domain(
         "reasoning",
         "gpt-oss-20b-outputs.txt",
         "AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, generated text",
         "Apache-2.0",
         0.13,
-        _transcripts,
+        _paragraphs(1500),
     ),
     Domain(
         "languages",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeless.experiments.bundled_model import corpus, evaluate
+from moeless.experiments.bundled_model import card, corpus
 from moeless.files import read_json, sha256
 from moeless.spec import preset
 
@@ -57,7 +57,7 @@ def test_the_cards_perplexity_is_found_again(model, tokenizer, evaluation: dict,
     texts = corpus.load(shared_data / "text")
     verse = next(text for text in texts if text.domain.name == "verse")
     stated = next(domain for domain in evaluation["domains"] if domain["name"] == "verse")
-    found = evaluate.domain(verse, model, tokenizer)
+    found = card.domain(verse, model, tokenizer)
     assert found.perplexity == pytest.approx(stated["perplexity"], rel=0.01)
     assert found.tokens == stated["tokens"]
 
