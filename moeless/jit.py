@@ -24,10 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 #: Whether numba is installed; it is imported when the first module with compiled functions is.
 COMPILED = importlib.util.find_spec("numba") is not None
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _PACKAGE = Path(__file__).parent
 _IMPORT = re.compile(r"^\s*from (moeless[\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
@@ -37,12 +40,27 @@ _KEPT = 4
 _remark: Callable[[], None] | None = None
 
 
-def njit(*signature: Any, **options: Any) -> Callable[..., Any]:
-    """As numba's, with ``cache=True`` by all sources; the function itself, with or without arguments, without numba."""
+@overload
+def njit(function: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+@overload
+def njit(*signature: Any, allocates: bool = True, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
+    """As numba's, with ``cache=True`` by all sources; the function itself, with or without arguments, without numba.
+
+    Args:
+        allocates: False for a function that makes no arrays. It does not count references to those it is given, which
+            would take longer than a step of a short loop, and as much again to compile.
+    """
     if not COMPILED:
         return signature[0] if len(signature) == 1 and callable(signature[0]) else lambda function: function
     import numba
 
+    if not allocates:
+        options["_nrt"] = False
     _listen()
     if len(signature) == 1 and callable(signature[0]):
         compiled: Callable[..., Any] = numba.njit(**options)(signature[0])  # noqa: TID251

@@ -12,8 +12,9 @@ import numpy as np
 
 from moeless.contracts import FloatArray, IntArray
 from moeless.jit import njit
+from moeless.placement.dispatch_search import Rates
 from moeless.placement.extra_copies import BY_EXPERT, BY_GPU, BY_LEVEL, add_extra_copies
-from moeless.placement.plan_scoring import bound_of, draw_scenarios, mean_seconds, static_totals
+from moeless.placement.plan_scoring import draw_scenarios, mean_seconds, score_static
 
 #: Rules tried, with whether they grow by likely time rather than by mean tokens. Ties: the first.
 _RULES = ((BY_LEVEL, False), (BY_EXPERT, False), (BY_GPU, True), (BY_LEVEL, True))
@@ -50,15 +51,15 @@ class ChoiceTerms(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def _fewest(  # type: ignore[no-untyped-def]
-    load_CE, time_CG, tokens_CG, rest_C, weight_2E, terms, plain, fuel, expert_R, gpu_R
+    judged, weight_2E, terms, fuel, expert_R, gpu_R
 ):
     """The fewest extras whose time is within ``economy`` of the best rule's; returns their number and mean time."""
-    a, b, c, gpu_E = terms.a, terms.b, terms.c, terms.gpu_E
-    experts = len(gpu_E)
+    rates, gpu_E, plain = Rates(terms.a, terms.b, terms.c), terms.gpu_E, judged.static_seconds
+    experts, scenarios = len(gpu_E), len(judged.load_CE)
     expert_XR, gpu_XR = np.empty((4, len(expert_R)), np.int32), np.empty((4, len(expert_R)), np.int32)
     count_X = np.zeros(4, np.int64)
     best, least = 0, np.inf
-    pace_C, sum_C = np.full(len(load_CE), np.inf), np.empty(len(load_CE))
+    pace_C, sum_C = np.full(scenarios, np.inf), np.empty(scenarios)
     for x, (rule, likely) in enumerate(_RULES):
         count_X[x] = add_extra_copies(
             weight_2E[1 if likely else 0], gpu_E, terms.room_G, terms.extra, rule, expert_XR[x], gpu_XR[x]
@@ -71,8 +72,8 @@ def _fewest(  # type: ignore[no-untyped-def]
             again = again or same
         if not again:
             score = mean_seconds(
-                load_CE, time_CG, tokens_CG, rest_C, expert_XR[x, experts : count_X[x]],
-                gpu_XR[x, experts : count_X[x]], gpu_E, a, b, c, terms.depth, fuel, least, pace_C, sum_C,
+                judged, expert_XR[x, experts : count_X[x]], gpu_XR[x, experts : count_X[x]], gpu_E, rates, terms.depth,
+                fuel, least, pace_C, sum_C,
             )  # fmt: skip
             if score < least:
                 best, least = x, score
@@ -87,8 +88,8 @@ def _fewest(  # type: ignore[no-untyped-def]
     while high > 1:
         fewer = max(high - step, 1)
         score = mean_seconds(
-            load_CE, time_CG, tokens_CG, rest_C, expert_R[experts : experts + fewer], gpu_R[experts : experts + fewer],
-            gpu_E, a, b, c, terms.depth, fuel, enough, pace_C, sum_C,
+            judged, expert_R[experts : experts + fewer], gpu_R[experts : experts + fewer], gpu_E, rates, terms.depth,
+            fuel, enough, pace_C, sum_C,
         )  # fmt: skip
         if score > enough:
             break
@@ -195,13 +196,10 @@ def choose_noting(  # type: ignore[no-untyped-def]
     load_CE = np.empty(terms.normal_CE.shape, np.int64)
     load_CE = load_CE[: draw_scenarios(mean_E, var_E, doubt, terms.normal_CE, load_CE)]
     scenarios = len(load_CE)
-    rest_C = np.empty(scenarios)
-    time_CG, tokens_CG = np.empty((scenarios, num_gpus)), np.empty((scenarios, num_gpus), np.int64)
-    static_totals(load_CE, gpu_E, a, b, time_CG, tokens_CG)
-    plain = bound_of(load_CE, time_CG, tokens_CG, terms.extra, a, b, c, rest_C)
-    for i in range(scenarios - 2, -1, -1):
-        rest_C[i] += rest_C[i + 1]
-    if skip >= 0.0 and plain - rest_C[0] <= skip:
+    rates = Rates(a, b, c)
+    judged = score_static(load_CE, gpu_E, num_gpus, terms.extra, rates)
+    plain = judged.static_seconds
+    if skip >= 0.0 and plain - judged.rest_C[0] <= skip:
         # not even the best plan there could be would pay
         return experts
     weight_2E = np.empty((2, experts))
@@ -212,27 +210,14 @@ def choose_noting(  # type: ignore[no-untyped-def]
         weight_2E[1, e] = max(a * n, b * -np.expm1(-n)) + c * n
     # an exact forecast is one scenario, judged the more closely
     fuel = terms.fuel * (len(terms.normal_CE) // scenarios)
-    count, reached = _fewest(load_CE, time_CG, tokens_CG, rest_C, weight_2E, terms, plain, fuel, expert_R, gpu_R)
+    count, reached = _fewest(judged, weight_2E, terms, fuel, expert_R, gpu_R)
     extras, fits = _previous_extras(expert_P, gpu_P, primary_P, terms)
     if fits:
         old_expert, old_gpu = expert_P[extras], gpu_P[extras]
         kept = mean_seconds(
-            load_CE,
-            time_CG,
-            tokens_CG,
-            rest_C,
-            old_expert,
-            old_gpu,
-            gpu_E,
-            a,
-            b,
-            c,
-            terms.depth,
-            fuel,
-            np.inf,
-            np.full(scenarios, np.inf),
+            judged, old_expert, old_gpu, gpu_E, rates, terms.depth, fuel, np.inf, np.full(scenarios, np.inf),
             np.empty(scenarios),
-        )
+        )  # fmt: skip
         delay = late(
             expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P, copy_G, lead
         ) - late(old_expert, old_gpu, expert_P, gpu_P, live_P, copy_G, lead)
@@ -249,13 +234,13 @@ def choose_noting(  # type: ignore[no-untyped-def]
     if skip > 0.0 and plain - reached <= _SURELY * skip and terms.caution > 0.0 and scenarios > 1:
         sum_C = np.empty(scenarios)
         mean_seconds(
-            load_CE, time_CG, tokens_CG, rest_C, expert_R[experts : experts + count], gpu_R[experts : experts + count],
-            gpu_E, a, b, c, terms.depth, fuel, np.inf, np.full(scenarios, np.inf), sum_C,
+            judged, expert_R[experts : experts + count], gpu_R[experts : experts + count], gpu_E, rates, terms.depth,
+            fuel, np.inf, np.full(scenarios, np.inf), sum_C,
         )  # fmt: skip
         saved, square = 0.0, 0.0
         for i in range(scenarios):
             mine = (sum_C[i] - (sum_C[i - 1] if i > 0 else 0.0)) * scenarios
-            gain = time_CG[i].max() + c * tokens_CG[i].max() - mine
+            gain = judged.static_CG[i].max() + c * judged.tokens_CG[i].max() - mine
             saved += gain / scenarios
             square += gain * gain / scenarios
         error = np.sqrt(max(square - saved * saved, 0.0) / (scenarios - 1))

@@ -12,7 +12,7 @@ import numpy as np
 from moeless.costs.kernels import KernelTerms, quota_time_with
 from moeless.jit import njit
 from moeless.placement.dispatch import _round_robin
-from moeless.placement.dispatch_search import copies_in, search
+from moeless.placement.dispatch_search import GpuLoad, MovableCopies, Rates, search, search_memory
 
 
 @njit(cache=True, nogil=True)
@@ -46,7 +46,7 @@ def _choose_copies(  # type: ignore[no-untyped-def]
     tokens_G, first_G = whole_W[:num_gpus], whole_W[num_gpus : 2 * num_gpus + 1]
     fill_G, whole_W = whole_W[2 * num_gpus + 1 : 3 * num_gpus + 1], whole_W[3 * num_gpus + 1 :]
     back_M, whole_W = whole_W[:num_replicas], whole_W[num_replicas:]
-    time_G, real_W = real_W[:num_gpus], real_W[num_gpus:]
+    time_G = real_W[:num_gpus]
     for e in range(num_experts):
         copies_E[e], start_E[e], head_E[e] = 0, -1, -1
     for g in range(num_gpus):
@@ -74,8 +74,8 @@ def _choose_copies(  # type: ignore[no-untyped-def]
     before = time_G.max() + c * tokens_G.max()
     if movable == 0:
         return before, before
-    state, whole_W = copies_in(whole_W, movable), whole_W[2 * movable :]
-    tokens_M, gpu_M, next_M = state
+    tokens_M, at_2M = whole_W[:movable], whole_W[movable : 2 * movable].view(np.uint32)
+    gpu_M, next_M = at_2M[:movable], at_2M[movable:]
     for g in range(num_gpus):
         fill_G[g] = first_G[g]
         first_G[g + 1] += first_G[g]
@@ -93,7 +93,9 @@ def _choose_copies(  # type: ignore[no-untyped-def]
             next_M[i] = head_E[e]
     # as a constant it would be compiled into a second search
     thorough = np.bool_(True)
-    after = search(state, first_G, time_G, tokens_G, a, b, c, depth, fuel, thorough, whole_W, real_W)
+    movable_copies = MovableCopies(tokens_M, gpu_M, next_M, first_G)
+    memory = search_memory(movable, num_gpus)
+    after = search(movable_copies, GpuLoad(time_G, tokens_G), Rates(a, b, c), depth, fuel, thorough, memory)
     for i in range(movable):
         tokens_R[back_M[i]] = tokens_M[i]
     return before, after

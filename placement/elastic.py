@@ -220,12 +220,12 @@ def plan_layers(
     copy_LG = np.stack([copy_seconds_G(spec, costs, x.copy_seconds) for x in inputs_L])
     previous_L = [_previous(x) for x in inputs_L]
     offset_L = np.concatenate([[0], np.cumsum([len(copies[0]) for copies in previous_L])]).astype(np.int64)
-    joined = [np.concatenate([copies[i] for copies in previous_L]) for i in range(4)]
+    expert_P, gpu_P, primary_P, live_P = (np.concatenate([copies[i] for copies in previous_L]) for i in range(4))
 
     def some(start: int, stop: int) -> None:
         choose_layers(
-            start, stop, mean_LE, var_LE, doubt_L, offset_L, *joined, horizon_L, lead_L, copy_LG,
-            skip_L, terms, expert_LR, gpu_LR, primary_LR, count_L,
+            start, stop, mean_LE, var_LE, doubt_L, offset_L, expert_P, gpu_P, primary_P, live_P, horizon_L, lead_L,
+            copy_LG, skip_L, terms, expert_LR, gpu_LR, primary_LR, count_L,
         )  # fmt: skip
 
     in_parallel(some, layers, layers * spec.E * max(1, params.scenarios))

@@ -102,10 +102,11 @@ def _fixed(
     experts, size = len(terms.gpu_E), len(terms.gpu_E) + terms.extra
     expert_R, gpu_R, share_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size)
     order = np.lexsort((base.expert_R, ~base.primary_R))
+    expert_P, gpu_P, live_P, share_P = _previous(x)
     count = weigh_fixed(
         x.forecast.mean_E, x.forecast.var_E, params.spread_of(x.phase),
         elastic._normal_CE(params.seed, 2 * params.share_scenarios, experts), terms, base.expert_R[order],
-        base.gpu_R[order], *_previous(x), x.horizon_iterations or params.patience_iterations,
+        base.gpu_R[order], expert_P, gpu_P, live_P, share_P, x.horizon_iterations or params.patience_iterations,
         float(x.lead_seconds), elastic.copy_seconds_G(costs.spec, costs, x.copy_seconds), control, params.caution,
         params.margin, expert_R, gpu_R, share_R,
     )  # fmt: skip

@@ -1,102 +1,159 @@
 """Compiled choice of extra copies: which expert is copied next, onto which GPU.
 
-Axes: E experts, R replicas in order of decision (primaries first), G GPUs.
+Axes: E experts, R replicas in order of decision (primaries first), G GPUs, X copies on a GPU in order of arrival.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
+from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray
 from moeless.jit import njit
 
 #: Which expert is copied next: the hottest on the hottest GPU, the hottest anywhere, or whichever levels most.
-BY_GPU, BY_EXPERT, BY_LEVEL = 0, 1, 2
+#: NumPy's integers, because numba compiles a function anew for every Python constant that it is called with.
+BY_GPU, BY_EXPERT, BY_LEVEL = np.arange(3)
+
+
+class _Holders(NamedTuple):
+    """Who holds what so far: each GPU's experts and the weight that each of these copies is taken to serve."""
+
+    holds_EG: BoolArray
+    room_G: IntArray
+    count_G: IntArray
+    weight_G: FloatArray
+    expert_GX: IntArray
+    share_GX: FloatArray
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _add(expert: int, gpu: int, share: float, holders: _Holders) -> None:
+    x = holders.count_G[gpu]
+    holders.expert_GX[gpu, x], holders.share_GX[gpu, x] = expert, share
+    holders.holds_EG[expert, gpu] = True
+    holders.count_G[gpu] = x + 1
+    holders.weight_G[gpu] += share
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _coolest(expert: int, holders: _Holders) -> int:
+    """The GPU with the least weight that has room and no copy of the expert; -1 for none."""
+    coolest = -1
+    for g in range(len(holders.weight_G)):
+        free = holders.count_G[g] < holders.room_G[g] and not holders.holds_EG[expert, g]
+        if free and (coolest < 0 or holders.weight_G[g] < holders.weight_G[coolest]):
+            coolest = g
+    return coolest
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _hottest_expert(share_E: FloatArray, full_E: BoolArray, holders: _Holders) -> tuple[int, int]:
+    """The expert with the most weight per copy that some GPU can take, and that GPU; -1 for none."""
+    while True:
+        expert, highest = -1, -1.0
+        for e in range(len(share_E)):
+            if share_E[e] > highest and not full_E[e]:
+                expert, highest = e, share_E[e]
+        gpu = _coolest(expert, holders) if expert >= 0 else -1
+        if expert < 0 or gpu >= 0:
+            return expert, gpu
+        full_E[expert] = True
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _hottest_copy(tried_G: BoolArray, holders: _Holders) -> tuple[int, int, int]:
+    """On the hottest GPU where that is possible: its hottest copy that another GPU can take over in part.
+
+    Returns the copy's GPU, its place there and the other GPU; -1 for none.
+    """
+    for g in range(len(tried_G)):
+        tried_G[g] = False
+    while True:
+        hottest = -1
+        for g in range(len(tried_G)):
+            if not tried_G[g] and (hottest < 0 or holders.weight_G[g] > holders.weight_G[hottest]):
+                hottest = g
+        if hottest < 0:
+            return -1, -1, -1
+        tried_G[hottest] = True
+        place, target = -1, -1
+        for x in range(holders.count_G[hottest]):
+            expert, share = holders.expert_GX[hottest, x], holders.share_GX[hottest, x]
+            if place >= 0:
+                best, best_share = holders.expert_GX[hottest, place], holders.share_GX[hottest, place]
+                if share < best_share or (share == best_share and expert >= best):
+                    continue
+            gpu = _coolest(expert, holders)
+            if gpu >= 0:
+                place, target = x, gpu
+        if place >= 0:
+            return hottest, place, target
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _share_evenly(expert: int, share: float, before: float, holders: _Holders) -> None:
+    """Every copy of the expert serves ``share`` from now on, and no longer ``before``."""
+    for g in range(len(holders.weight_G)):
+        if holders.holds_EG[expert, g]:
+            holders.weight_G[g] += share - before
+            for x in range(holders.count_G[g]):
+                if holders.expert_GX[g, x] == expert:
+                    holders.share_GX[g, x] = share
 
 
 @njit(cache=True, nogil=True)
-def _coolest(expert, holds_EG, total_G, room_G):  # type: ignore[no-untyped-def]
-    best = -1
-    for g in range(len(total_G)):
-        if room_G[g] > 0 and not holds_EG[expert, g] and (best < 0 or total_G[g] < total_G[best]):
-            best = g
-    return best
-
-
-@njit(cache=True, nogil=True)
-def add_extra_copies(weight_E, gpu_E, room_G, max_extra, rule, expert_R, gpu_R):  # type: ignore[no-untyped-def]
-    """Fill ``expert_R`` and ``gpu_R`` after the primaries; returns the number of replicas.
+def add_extra_copies(
+    weight_E: FloatArray,
+    gpu_E: IntArray,
+    room_G: IntArray,
+    max_extra: int,
+    rule: np.int64,
+    expert_R: Int32Array,
+    gpu_R: Int32Array,
+) -> int:
+    """Fill ``expert_R`` and ``gpu_R`` with primaries and extras; returns the number of replicas.
 
     A copy never joins a GPU that already holds its expert. Copies of an expert are taken to share its weight
     evenly, except under ``BY_LEVEL``, where a new copy takes as much as levels the two GPUs. Ties: lowest index.
+
+    Args:
+        weight_E, gpu_E: weight of each expert, and the GPU of its primary.
+        room_G: replicas that each GPU may hold.
+        rule: ``BY_GPU``, ``BY_EXPERT`` or ``BY_LEVEL``.
     """
-    num_experts, num_gpus = len(weight_E), len(room_G)
-    holds_EG = np.zeros((num_experts, num_gpus), np.bool_)
-    # the experts on each GPU, with what each of these copies is taken to serve
-    widest = room_G.max()
-    member_GX, share_GX = np.empty((num_gpus, widest), np.int64), np.empty((num_gpus, widest))
-    used_G = np.zeros(num_gpus, np.int64)
-    total_G, copies_E = np.zeros(num_gpus), np.ones(num_experts, np.int64)
-    room_G = room_G.copy()
+    num_experts, num_gpus, widest = len(weight_E), len(room_G), 0
+    for g in range(num_gpus):
+        widest = max(widest, room_G[g])
+    holders = _Holders(
+        np.zeros((num_experts, num_gpus), np.bool_), room_G, np.zeros(num_gpus, np.int64), np.zeros(num_gpus),
+        np.empty((num_gpus, widest), np.int64), np.empty((num_gpus, widest)),
+    )  # fmt: skip
+    copies_E, share_E = np.empty(num_experts, np.int64), np.empty(num_experts)
+    full_E, tried_G = np.zeros(num_experts, np.bool_), np.empty(num_gpus, np.bool_)
     for e in range(num_experts):
-        g = gpu_E[e]
-        expert_R[e], gpu_R[e] = e, g
-        holds_EG[e, g] = True
-        member_GX[g, used_G[g]], share_GX[g, used_G[g]] = e, weight_E[e]
-        used_G[g] += 1
-        total_G[g] += weight_E[e]
-        room_G[g] -= 1
-    replicas = num_experts
-    share_E = weight_E.copy()
-    closed_E, tried_G = np.zeros(num_experts, np.bool_), np.zeros(num_gpus, np.bool_)
-    while replicas < num_experts + max_extra:
-        best_e, best_h, best_g, best_x = -1, -1, -1, -1
+        expert_R[e], gpu_R[e] = e, gpu_E[e]
+        copies_E[e], share_E[e] = 1, weight_E[e]
+        _add(e, gpu_E[e], weight_E[e], holders)
+    for r in range(num_experts, num_experts + max_extra):
         if rule == BY_EXPERT:
-            while best_h < 0:
-                best_e, highest = -1, -1.0
-                for e in range(num_experts):
-                    if share_E[e] > highest and not closed_E[e]:
-                        best_e, highest = e, share_E[e]
-                if best_e < 0:
-                    return replicas
-                best_h = _coolest(best_e, holds_EG, total_G, room_G)
-                closed_E[best_e] = best_h < 0
+            expert, gpu = _hottest_expert(share_E, full_E, holders)
         else:
-            tried_G[:] = False
-            while best_h < 0:
-                best_g = -1
-                for g in range(num_gpus):
-                    if not tried_G[g] and (best_g < 0 or total_G[g] > total_G[best_g]):
-                        best_g = g
-                if best_g < 0:
-                    return replicas
-                tried_G[best_g] = True
-                share = -1.0
-                for x in range(used_G[best_g]):
-                    e, mine = member_GX[best_g, x], share_GX[best_g, x]
-                    if mine > share or (mine == share and e < best_e):
-                        h = _coolest(e, holds_EG, total_G, room_G)
-                        if h >= 0:
-                            share, best_e, best_h, best_x = mine, e, h, x
+            hottest, place, gpu = _hottest_copy(tried_G, holders)
+            expert = holders.expert_GX[hottest, place] if gpu >= 0 else -1
+        if expert < 0:
+            return r
+        copies_E[expert] += 1
         if rule == BY_LEVEL:
-            moved = min(share_GX[best_g, best_x], max((total_G[best_g] - total_G[best_h]) / 2, 0.0))
-            share_GX[best_g, best_x] -= moved
-            total_G[best_g] -= moved
+            excess = max((holders.weight_G[hottest] - holders.weight_G[gpu]) / 2, 0.0)
+            share = min(holders.share_GX[hottest, place], excess)
+            holders.share_GX[hottest, place] -= share
+            holders.weight_G[hottest] -= share
         else:
-            moved = weight_E[best_e] / (copies_E[best_e] + 1)
-            old = weight_E[best_e] / copies_E[best_e]
-            for g in range(num_gpus):
-                if holds_EG[best_e, g]:
-                    total_G[g] += moved - old
-                    for x in range(used_G[g]):
-                        if member_GX[g, x] == best_e:
-                            share_GX[g, x] = moved
-        total_G[best_h] += moved
-        member_GX[best_h, used_G[best_h]], share_GX[best_h, used_G[best_h]] = best_e, moved
-        used_G[best_h] += 1
-        holds_EG[best_e, best_h] = True
-        copies_E[best_e] += 1
-        share_E[best_e] = weight_E[best_e] / copies_E[best_e]
-        room_G[best_h] -= 1
-        expert_R[replicas], gpu_R[replicas] = best_e, best_h
-        replicas += 1
-    return replicas
+            share = weight_E[expert] / copies_E[expert]
+            _share_evenly(expert, share, share_E[expert], holders)
+            share_E[expert] = share
+        _add(expert, gpu, share, holders)
+        expert_R[r], gpu_R[r] = expert, gpu
+    return num_experts + max_extra

@@ -11,7 +11,8 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.jit import njit
-from moeless.placement.plan_scoring import draw_scenarios, static_and_bound
+from moeless.placement.dispatch_search import Rates
+from moeless.placement.plan_scoring import draw_scenarios, score_static
 
 
 class KeepTerms(NamedTuple):
@@ -62,7 +63,7 @@ def kept_layers(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyp
     layers, experts = weight_LE.shape
     scenarios = len(terms.normal_CE)
     mean_E = np.empty(experts)
-    load_CE, bound_C = np.empty((scenarios, experts), np.int64), np.empty(scenarios)
+    load_CE = np.empty((scenarios, experts), np.int64)
     every = True
     for layer in range(layers):
         total = weight_LE[layer].sum()
@@ -75,10 +76,9 @@ def kept_layers(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyp
             elif scenarios > 0 and terms.skip_L[layer] >= 0.0:
                 # history's forecasts state counting noise
                 draw_scenarios(mean_E, mean_E, terms.doubt, terms.normal_CE, load_CE)
-                plain = static_and_bound(
-                    load_CE, terms.gpu_E, terms.num_gpus, terms.extra, terms.a, terms.b, terms.c, bound_C
-                )
-                kept = plain - bound_C.sum() <= terms.skip_L[layer]
+                rates = Rates(terms.a, terms.b, terms.c)
+                judged = score_static(load_CE, terms.gpu_E, terms.num_gpus, terms.extra, rates)
+                kept = judged.static_seconds - judged.bound_C.sum() <= terms.skip_L[layer]
                 if kept:
                     # as good as made for this forecast: the next one is compared with it
                     terms.planned_LE[layer] = mean_E

@@ -1,20 +1,22 @@
-"""Compiled judgement of placements: likely loads, static EP's time under them, any plan's least, a plan's own.
+"""Compiled scoring of plans on loads that a forecast deems likely, from static EP's time to any plan's least.
 
-Axes: C scenarios, E experts, G GPUs, X extras in order of decision, M movable copies sorted by GPU.
+Axes: C scenarios, E experts, G GPUs, X extras in order of decision, M movable copies sorted by GPU, N counts.
 """
 
 from __future__ import annotations
 
 from math import erfc, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
+from moeless.contracts import FloatArray, Int32Array, IntArray
 from moeless.jit import njit
-from moeless.placement.dispatch_search import Copies, copies_in, search, working_memory
+from moeless.placement.dispatch_search import GpuLoad, MovableCopies, Rates, busy_seconds, search, search_memory
 
 #: Rounding that a bound must leave to the times it is compared with.
 SLACK = 1e-9
-#: How much slower than the best so far a plan may be after some scenarios and still be judged on the others.
+#: How much slower than the best so far a plan may be after some scenarios and still be scored on the others.
 CLEARLY = 1.01
 #: Mean tokens up to which scenarios count tokens; above it their law is a normal one.
 FEW = 16.0
@@ -23,12 +25,31 @@ MOST_FEW = 1025
 HALF = sqrt(0.5)
 
 
-@njit(cache=True, nogil=True)
-def few_tokens(mean, var, normal_C, count_C, below_W):  # type: ignore[no-untyped-def]
+class Scenarios(NamedTuple):
+    """Loads to score plans on, with what each adds to a mean time.
+
+    Attributes:
+        load_CE: tokens of each expert.
+        static_CG, tokens_CG: static EP's seconds and tokens of each GPU.
+        bound_C: what each adds to the mean time of any plan at least.
+        rest_C: the same for each and all after it.
+        static_seconds: static EP's mean time.
+    """
+
+    load_CE: IntArray
+    static_CG: FloatArray
+    tokens_CG: IntArray
+    bound_C: FloatArray
+    rest_C: FloatArray
+    static_seconds: float
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def draw_few_tokens(mean: float, var: float, normal_C: FloatArray, count_C: IntArray, below_N: FloatArray) -> None:
     """The counts that standard normal deviates stand for, of a negative binomial law (of Poisson's at equal variance).
 
     Few tokens are not spread evenly about their mean: an expert with a tenth of a token on average has none or one,
-    and one that is rarely active costs a whole weight read when it is. ``below_W`` is working memory, ``MOST_FEW``
+    and one that is rarely active costs a whole weight read when it is. ``below_N`` is working memory, ``MOST_FEW``
     numbers or more: the law's distribution function, as far as it is asked for.
     """
     fails = max(1.0 - mean / var, 0.0)
@@ -39,22 +60,24 @@ def few_tokens(mean, var, normal_C, count_C, below_W):  # type: ignore[no-untype
         # the limit of the rule below: mean / (count + 1)
         size, part, fails = 0.0, np.exp(-mean), 0.0
     known, total = 1, part
-    below_W[0] = total
+    below_N[0] = total
     for i in range(len(normal_C)):
         below = 0.5 * erfc(-normal_C[i] * HALF)
         while total < below and known < MOST_FEW:
             part *= (fails * (known - 1 + size) if fails > 0.0 else mean) / known
             total += part
-            below_W[known] = total
+            below_N[known] = total
             known += 1
         count = 0
-        while count < known - 1 and below_W[count] < below:
+        while count < known - 1 and below_N[count] < below:
             count += 1
         count_C[i] = count
 
 
 @njit(cache=True, nogil=True)
-def draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE):  # type: ignore[no-untyped-def]
+def draw_scenarios(
+    mean_E: FloatArray, var_E: FloatArray, doubt: float, normal_CE: FloatArray, load_CE: IntArray
+) -> int:
     """Loads that a forecast deems likely; returns how many rows of ``load_CE`` are filled.
 
     The spread is the forecast's own, but never less than counting noise or ``doubt`` of the mean: history states no
@@ -64,13 +87,13 @@ def draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE):  # type: ignore[no
     for e in range(len(mean_E)):
         exact = exact and var_E[e] == 0.0
     rows = min(1, len(normal_CE)) if exact else len(normal_CE)
-    below_W = np.empty(MOST_FEW)
+    below_N = np.empty(MOST_FEW)
     for e in range(len(mean_E)):
         spread = 0.0
         if not exact:
             spread = np.sqrt(max(var_E[e], mean_E[e], (doubt * mean_E[e]) ** 2))
         if 0.0 < mean_E[e] <= FEW and spread > 0.0:
-            few_tokens(mean_E[e], spread * spread, normal_CE[:rows, e], load_CE[:rows, e], below_W)
+            draw_few_tokens(mean_E[e], spread * spread, normal_CE[:rows, e], load_CE[:rows, e], below_N)
             continue
         for i in range(rows):
             load_CE[i, e] = np.int64(np.rint(max(mean_E[e] + spread * normal_CE[i, e], 0.0)))
@@ -78,125 +101,124 @@ def draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE):  # type: ignore[no
 
 
 @njit(cache=True, nogil=True)
-def static_totals(load_CE, gpu_E, a, b, time_CG, tokens_CG):  # type: ignore[no-untyped-def]
-    """Static EP's seconds and tokens of each GPU under each scenario."""
-    time_CG[:] = 0.0
-    tokens_CG[:] = 0
-    for i in range(load_CE.shape[0]):
-        for e in range(load_CE.shape[1]):
-            n = load_CE[i, e]
-            if n > 0:
-                time_CG[i, gpu_E[e]] += max(a * n, b)
-                tokens_CG[i, gpu_E[e]] += n
-
-
-@njit(cache=True, nogil=True)
-def static_and_bound(load_CE, gpu_E, num_gpus, extra, a, b, c, bound_C):  # type: ignore[no-untyped-def]
-    """Static EP's mean time over scenarios; into ``bound_C`` what each scenario adds to any plan's mean at least.
+def score_static(load_CE: IntArray, gpu_E: IntArray, num_gpus: int, max_extra: int, rates: Rates) -> Scenarios:
+    """Static EP on each scenario, and what no plan with at most ``max_extra`` extras can undercut.
 
     As in ``bound.layer_bound``: splitting an expert never lowers its summed time, some GPU serves at least its share
-    of the loaded experts, and an expert has at most ``extra + 1`` copies.
+    of the loaded experts, and an expert has at most ``max_extra + 1`` copies.
     """
-    time_CG = np.empty((load_CE.shape[0], num_gpus))
-    tokens_CG = np.empty((load_CE.shape[0], num_gpus), np.int64)
-    static_totals(load_CE, gpu_E, a, b, time_CG, tokens_CG)
-    return bound_of(load_CE, time_CG, tokens_CG, extra, a, b, c, bound_C)
-
-
-@njit(cache=True, nogil=True)
-def bound_of(load_CE, time_CG, tokens_CG, extra, a, b, c, bound_C):  # type: ignore[no-untyped-def]
-    """:func:`static_and_bound` from static EP's totals."""
     num_scenarios, num_experts = load_CE.shape
-    num_gpus = time_CG.shape[1]
-    copies = min(num_gpus, extra + 1)
-    static = 0.0
+    copies = min(num_gpus, max_extra + 1)
+    static_CG, tokens_CG = np.zeros((num_scenarios, num_gpus)), np.zeros((num_scenarios, num_gpus), np.int64)
+    bound_C, rest_C, static_seconds = np.empty(num_scenarios), np.empty(num_scenarios), 0.0
     for i in range(num_scenarios):
         loaded, largest = 0, 0
         for e in range(num_experts):
-            n = load_CE[i, e]
-            if n > 0:
+            tokens = load_CE[i, e]
+            if tokens > 0:
+                static_CG[i, gpu_E[e]] += busy_seconds(tokens, rates)
+                tokens_CG[i, gpu_E[e]] += tokens
                 loaded += 1
-                largest = max(largest, n)
-        static += (time_CG[i].max() + c * tokens_CG[i].max()) / num_scenarios
-        least = max(time_CG[i].sum() / num_gpus, ((loaded + num_gpus - 1) // num_gpus) * b)
+                largest = max(largest, tokens)
+        slowest, fullest, all_seconds, all_tokens = 0.0, 0, 0.0, 0
+        for g in range(num_gpus):
+            slowest, fullest = max(slowest, static_CG[i, g]), max(fullest, tokens_CG[i, g])
+            all_seconds += static_CG[i, g]
+            all_tokens += tokens_CG[i, g]
+        static_seconds += (slowest + rates.exchange_seconds * fullest) / num_scenarios
+        least = max(all_seconds / num_gpus, ((loaded + num_gpus - 1) // num_gpus) * rates.floor_seconds)
         if largest > 0:
-            least = max(least, a * ((largest + copies - 1) // copies))
-        least += c * ((tokens_CG[i].sum() + num_gpus - 1) // num_gpus)
+            least = max(least, rates.token_seconds * ((largest + copies - 1) // copies))
+        least += rates.exchange_seconds * ((all_tokens + num_gpus - 1) // num_gpus)
         bound_C[i] = least * (1 - SLACK) / num_scenarios
-    return static
+    rest = 0.0
+    for i in range(num_scenarios - 1, -1, -1):
+        rest += bound_C[i]
+        rest_C[i] = rest
+    return Scenarios(load_CE, static_CG, tokens_CG, bound_C, rest_C, static_seconds)
 
 
-@njit(cache=True, nogil=True)
-def _movable(load_E, expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state):  # type: ignore[no-untyped-def]
-    """Fill ``state`` and ``first_G`` with the loaded experts that have extras; returns the number of copies.
+@njit(cache=True, nogil=True, allocates=False)
+def _gather_movable(
+    load_E: IntArray,
+    expert_X: Int32Array,
+    gpu_X: Int32Array,
+    gpu_E: IntArray,
+    copies: MovableCopies,
+    home_E: IntArray,
+    fill_G: IntArray,
+) -> int:
+    """Fill ``copies`` with the loaded experts that have extras, all tokens on their primaries; returns their number.
 
-    ``at_E`` is -1 everywhere, before and after.
+    ``home_E`` is -1 everywhere, before and after.
     """
-    tokens_M, gpu_M, next_M = state
-    first_G[:] = 0
-    copies = 0
+    tokens_M, gpu_M, next_M, first_G = copies
+    for g in range(len(first_G)):
+        first_G[g] = 0
+    # an expert's first extra brings its primary along
     for x in range(len(expert_X)):
-        e = expert_X[x]
-        if load_E[e] == 0:
-            continue
-        if at_E[e] < 0:
-            at_E[e] = 0
-            first_G[gpu_E[e] + 1] += 1
-            copies += 1
-        first_G[gpu_X[x] + 1] += 1
-        copies += 1
+        expert = expert_X[x]
+        if load_E[expert] > 0:
+            if home_E[expert] < 0:
+                home_E[expert] = 0
+                first_G[gpu_E[expert] + 1] += 1
+            first_G[gpu_X[x] + 1] += 1
     for g in range(len(fill_G)):
         first_G[g + 1] += first_G[g]
         fill_G[g] = first_G[g]
     for x in range(len(expert_X)):
-        e = expert_X[x]
-        if load_E[e] > 0:
-            at_E[e] = -1
+        home_E[expert_X[x]] = -1
     for x in range(len(expert_X)):
-        e = expert_X[x]
-        if load_E[e] == 0:
+        expert, gpu = expert_X[x], gpu_X[x]
+        if load_E[expert] == 0:
             continue
-        if at_E[e] < 0:
-            i = fill_G[gpu_E[e]]
-            fill_G[gpu_E[e]] += 1
-            at_E[e] = i
-            tokens_M[i], gpu_M[i], next_M[i] = load_E[e], gpu_E[e], i
-        i, home = fill_G[gpu_X[x]], at_E[e]
-        fill_G[gpu_X[x]] += 1
-        tokens_M[i], gpu_M[i], next_M[i] = 0, gpu_X[x], next_M[home]
-        next_M[home] = i
+        if home_E[expert] < 0:
+            home = fill_G[gpu_E[expert]]
+            fill_G[gpu_E[expert]] += 1
+            home_E[expert] = home
+            tokens_M[home], gpu_M[home], next_M[home] = load_E[expert], gpu_E[expert], home
+        copy, home = fill_G[gpu], home_E[expert]
+        fill_G[gpu] += 1
+        tokens_M[copy], gpu_M[copy], next_M[copy] = 0, gpu, next_M[home]
+        next_M[home] = copy
     for x in range(len(expert_X)):
-        at_E[expert_X[x]] = -1
-    return copies
+        home_E[expert_X[x]] = -1
+    return int(first_G[len(fill_G)])
 
 
 @njit(cache=True, nogil=True)
-def mean_seconds(  # type: ignore[no-untyped-def]
-    load_CE, time_CG, tokens_CG, rest_C, expert_X, gpu_X, gpu_E, a, b, c, depth, fuel, worst, pace_C, sum_C
-):
+def mean_seconds(
+    scenarios: Scenarios,
+    expert_X: Int32Array,
+    gpu_X: Int32Array,
+    gpu_E: IntArray,
+    rates: Rates,
+    depth: int,
+    fuel: int,
+    worst: float,
+    pace_C: FloatArray,
+    sum_C: FloatArray,
+) -> float:
     """Mean time over scenarios with these extras; infinite as soon as it is bound to exceed ``worst``.
 
-    ``rest_C[i]`` is the least that scenarios i and after add; ``sum_C[i]`` gets what those up to i took. Infinite too
-    where that is clearly more than ``pace_C[i]``, the best plan's so far, after the first pair of scenarios. A single
-    scenario is an exact forecast: searched as the dispatch does.
+    ``sum_C[i]`` gets what the scenarios up to i took. Infinite too where that is clearly more than ``pace_C[i]``, the
+    best plan's so far, after the first pair of scenarios. A single scenario is an exact forecast: searched as the
+    dispatch does.
     """
-    num_scenarios, num_gpus = time_CG.shape
-    at_E = np.full(load_CE.shape[1], -1, np.int64)
+    num_scenarios, num_gpus = scenarios.static_CG.shape
+    home_E, most = np.full(len(gpu_E), -1, np.int64), 2 * len(expert_X)
     first_G, fill_G = np.empty(num_gpus + 1, np.int64), np.empty(num_gpus, np.int64)
-    most = 2 * len(expert_X)
-    time_G, tokens_G = np.empty(num_gpus), np.empty(num_gpus, np.int64)
-    whole, real = working_memory(most, num_gpus)
-    whole_W, real_W = np.empty(2 * most + whole, np.int64), np.empty(real)
-    state, whole_W = copies_in(whole_W, most), whole_W[2 * most :]
-    total = 0.0
+    room = MovableCopies(np.empty(most, np.int64), np.empty(most, np.uint32), np.empty(most, np.uint32), first_G)
+    load = GpuLoad(np.empty(num_gpus), np.empty(num_gpus, np.int64))
+    memory, total = search_memory(most, num_gpus), 0.0
     for i in range(num_scenarios):
-        if total + rest_C[i] > worst:
+        if total + scenarios.rest_C[i] > worst:
             return np.inf
-        time_G[:], tokens_G[:] = time_CG[i], tokens_CG[i]
-        copies = _movable(load_CE[i], expert_X, gpu_X, gpu_E, at_E, first_G, fill_G, state)
-        loaded = Copies(state.tokens_M[:copies], state.gpu_M[:copies], state.next_M[:copies])
-        reached = search(loaded, first_G, time_G, tokens_G, a, b, c, depth, fuel, num_scenarios == 1, whole_W, real_W)
-        total += reached / num_scenarios
+        for g in range(num_gpus):
+            load.seconds_G[g], load.tokens_G[g] = scenarios.static_CG[i, g], scenarios.tokens_CG[i, g]
+        count = _gather_movable(scenarios.load_CE[i], expert_X, gpu_X, gpu_E, room, home_E, fill_G)
+        copies = MovableCopies(room.tokens_M[:count], room.gpu_M[:count], room.next_M[:count], first_G)
+        total += search(copies, load, rates, depth, fuel, num_scenarios == 1, memory) / num_scenarios
         sum_C[i] = total
         if i > 0 and total > CLEARLY * pace_C[i]:
             return np.inf

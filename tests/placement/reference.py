@@ -96,7 +96,7 @@ def fill_sources(load_SE: IntArray, tokens_R: IntArray, expert_R: IntArray, gpu_
     return quota_SR
 
 
-def static_and_bound(
+def score_static(
     load_CE: IntArray, gpu_E: IntArray, num_gpus: int, extra: int, a: float, b: float, c: float
 ) -> tuple[float, FloatArray]:
     """Static EP's mean time over scenarios, and the least that each adds to the mean time of any plan."""

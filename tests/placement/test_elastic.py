@@ -18,10 +18,11 @@ from moeless.errors import UserError
 from moeless.placement import elastic
 from moeless.placement.choose_kernels import sort_plan
 from moeless.placement.dispatch_kernels import choose_copies, expected_seconds
+from moeless.placement.dispatch_search import Rates
 from moeless.placement.elastic import ElasticParams, _normal_CE, dispatch, plan_layer, plan_layers
 from moeless.placement.exact import exact_dispatch, terms_seconds
 from moeless.placement.layout import static_gpu_E
-from moeless.placement.plan_scoring import MOST_FEW, draw_scenarios, few_tokens, static_and_bound
+from moeless.placement.plan_scoring import MOST_FEW, draw_few_tokens, draw_scenarios, score_static
 from moeless.placement.static import static_plan
 from moeless.spec import preset
 
@@ -185,7 +186,7 @@ def test_few_tokens_are_counted_with_the_mean_and_spread_asked_for(mean, spread)
     var = max(mean, (spread * mean) ** 2)
     normals = NormalDist()
     counts = np.empty(4000, np.int64)
-    few_tokens(
+    draw_few_tokens(
         mean, var, np.array([normals.inv_cdf((i + 0.5) / 4000) for i in range(4000)]), counts, np.empty(MOST_FEW)
     )
     assert counts.min() == 0
@@ -301,8 +302,7 @@ def test_no_plan_beats_the_bound_that_skips_layers(seed, tokens, gpus, extra):
     load_CE = np.stack([skewed(seed + i, tokens) for i in range(4)])
     plan = plan_for(load_CE[0], gpus, extra, scenarios=0, skip=False)
     order = np.argsort(~plan.primary_R * 100 + plan.expert_R, kind="stable")
-    bound_C = np.empty(4)
-    plain = static_and_bound(load_CE, static_gpu_E(32, gpus), gpus, plan.num_extra, *numbers, bound_C)
+    scored = score_static(load_CE, static_gpu_E(32, gpus), gpus, plan.num_extra, Rates(*numbers))
     static, reached = expected_seconds(load_CE, plan.expert_R[order], plan.gpu_R[order], gpus, *numbers, 3, 4000)
-    assert plain == static
-    assert bound_C.sum() <= reached <= static
+    assert scored.static_seconds == static
+    assert scored.rest_C[0] <= reached <= static

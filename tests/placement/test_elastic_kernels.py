@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from moeless.contracts import LayerPlan
 from moeless.costs.roofline import RooflineCosts
 from moeless.placement.dispatch_kernels import fill_sources
-from moeless.placement.dispatch_search import Copies, least_totals, search, spread, working_memory
+from moeless.placement.dispatch_search import (
+    GpuLoad,
+    MovableCopies,
+    Rates,
+    least_load,
+    search,
+    search_memory,
+    serve_whole,
+)
 from moeless.placement.elastic import ElasticParams, dispatch, dispatch_numbers
 from moeless.placement.extra_copies import BY_EXPERT, add_extra_copies
 from moeless.placement.layout import static_gpu_E
-from moeless.placement.plan_scoring import static_and_bound
+from moeless.placement.plan_scoring import score_static
 from tests.placement import reference
 from tests.placement.conftest import make_cluster, make_spec
 
@@ -53,11 +61,12 @@ def test_sources_are_filled_as_plain_numpy_does(seed, experts, gpus, extra, most
 @settings(max_examples=60, deadline=None)
 def test_static_time_and_bound_are_those_of_plain_numpy(seed, experts, gpus, extra, most):
     load = np.random.default_rng(seed).integers(0, most, (4, experts))
-    numbers, bound = (1e-7, 1.6e-5, 4e-8), np.empty(4)
-    static = static_and_bound(load, static_gpu_E(experts, gpus), gpus, extra, *numbers, bound)
-    expected, least = reference.static_and_bound(load, static_gpu_E(experts, gpus), gpus, extra, *numbers)
-    np.testing.assert_allclose(static, expected, rtol=1e-9)
-    np.testing.assert_allclose(bound, least, rtol=1e-8)
+    rates = Rates(1e-7, 1.6e-5, 4e-8)
+    scored = score_static(load, static_gpu_E(experts, gpus), gpus, extra, rates)
+    expected, least = reference.score_static(load, static_gpu_E(experts, gpus), gpus, extra, *rates)
+    np.testing.assert_allclose(scored.static_seconds, expected, rtol=1e-9)
+    np.testing.assert_allclose(scored.bound_C, least, rtol=1e-8)
+    np.testing.assert_allclose(scored.rest_C, least[::-1].cumsum()[::-1], rtol=1e-8)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 6), st.integers(0, 3))
@@ -90,7 +99,7 @@ def test_one_call_chooses_as_the_cost_model_would(seed, tokens, gpus, ready):
     np.testing.assert_allclose(seconds[0], seconds[1], rtol=1e-12)
 
 
-def movable(rng: np.random.Generator, gpus: int, experts: int, most: int) -> tuple[Copies, np.ndarray]:
+def movable(rng: np.random.Generator, gpus: int, experts: int, most: int) -> tuple[MovableCopies, np.ndarray]:
     """Copies of random experts on 2 to 4 GPUs each, sorted by GPU, all tokens on the first; and their experts."""
     pairs = sorted(
         (int(gpu), e)
@@ -103,63 +112,60 @@ def movable(rng: np.random.Generator, gpus: int, experts: int, most: int) -> tup
         ring = np.flatnonzero(expert_M == e)
         next_M[ring] = np.roll(ring, -1)
         tokens_M[ring[0]] = rng.integers(1, most)
-    return Copies(tokens_M, gpu_M.astype(np.uint32), next_M), expert_M
+    first_G = np.searchsorted(gpu_M, np.arange(gpus + 1))
+    return MovableCopies(tokens_M, gpu_M.astype(np.uint32), next_M, first_G), expert_M
 
 
 @given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 60), st.sampled_from([4, 300, 9000]), st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_search_keeps_tokens_and_says_what_it_reached(seed, gpus, experts, most, thorough):
     rng = np.random.default_rng(seed)
-    a, b, c = 7e-8, 1.6e-5, 4e-8
-    state, expert_M = movable(rng, gpus, experts, most)
-    gpu_M = state.gpu_M.astype(np.int64)
+    a, b, c = rates = Rates(7e-8, 1.6e-5, 4e-8)
+    copies, expert_M = movable(rng, gpus, experts, most)
+    gpu_M = copies.gpu_M.astype(np.int64)
     fixed_tokens_G = rng.integers(0, most, gpus)
     fixed_time_G = rng.random(gpus) * b * 4
-    first_G = np.searchsorted(gpu_M, np.arange(gpus + 1))
 
-    def totals(tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def totals(tokens_M: np.ndarray) -> GpuLoad:
         busy_M = np.where(tokens_M > 0, np.maximum(a * tokens_M, b), 0.0)
-        return fixed_time_G + np.bincount(gpu_M, busy_M, gpus), fixed_tokens_G + np.bincount(
-            gpu_M, tokens_M, gpus
-        ).astype(np.int64)
+        tokens_G = fixed_tokens_G + np.bincount(gpu_M, tokens_M, gpus).astype(np.int64)
+        return GpuLoad(fixed_time_G + np.bincount(gpu_M, busy_M, gpus), tokens_G)
 
-    load_E = np.bincount(expert_M, state.tokens_M, experts)
-    time_G, tokens_G = totals(state.tokens_M)
-    before = time_G.max() + c * tokens_G.max()
-    low_time, low_tokens = least_totals(state, first_G, time_G, tokens_G, a, b, np.empty(gpus, np.int64))
-    whole, real = working_memory(len(gpu_M), gpus)
-    memory = np.empty(whole, np.int64), np.empty(real)
-    reached = search(state, first_G, time_G, tokens_G, a, b, c, 4, 400, thorough, *memory)
-    assert (state.tokens_M >= 0).all()
-    np.testing.assert_array_equal(np.bincount(expert_M, state.tokens_M, experts), load_E)
-    time_G, tokens_G = totals(state.tokens_M)
-    np.testing.assert_allclose(time_G.max() + c * tokens_G.max(), reached, rtol=1e-9)
-    assert (low_time + c * low_tokens) * (1 - 1e-9) <= reached <= before * (1 + 1e-9)
+    load_E = np.bincount(expert_M, copies.tokens_M, experts)
+    load = totals(copies.tokens_M)
+    before = load.seconds_G.max() + c * load.tokens_G.max()
+    least = least_load(copies, load, rates, np.empty(gpus, np.int64))
+    reached = search(copies, load, rates, 4, 400, thorough, search_memory(len(gpu_M) + 3, gpus))
+    assert (copies.tokens_M >= 0).all()
+    np.testing.assert_array_equal(np.bincount(expert_M, copies.tokens_M, experts), load_E)
+    load = totals(copies.tokens_M)
+    np.testing.assert_allclose(load.seconds_G.max() + c * load.tokens_G.max(), reached, rtol=1e-9)
+    assert (least.seconds + c * least.tokens) * (1 - 1e-9) <= reached <= before * (1 + 1e-9)
 
 
 @given(st.integers(0, 2**31), st.integers(2, 9), st.integers(1, 80))
 @settings(max_examples=40, deadline=None)
-def test_spread_serves_whole_experts_the_largest_first(seed, gpus, experts):
+def test_experts_are_served_whole_the_largest_first(seed, gpus, experts):
     rng = np.random.default_rng(seed)
     # powers of two: sums are exact, so that ties are ties
-    a, b, c = 2.0**-24, 2.0**-16, 2.0**-25
-    state, expert_M = movable(rng, gpus, experts, 900)
-    load_E = np.bincount(expert_M, state.tokens_M, experts).astype(np.int64)
-    holder_E = np.array([np.flatnonzero((expert_M == e) & (state.tokens_M > 0))[0] for e in range(experts)])
+    a, b, c = rates = Rates(2.0**-24, 2.0**-16, 2.0**-25)
+    copies, expert_M = movable(rng, gpus, experts, 900)
+    load_E = np.bincount(expert_M, copies.tokens_M, experts).astype(np.int64)
+    holder_E = np.array([np.flatnonzero((expert_M == e) & (copies.tokens_M > 0))[0] for e in range(experts)])
     first_E = np.array([np.flatnonzero(expert_M == e)[0] for e in range(experts)])
     time_G, tokens_G = np.zeros(gpus), np.zeros(gpus, np.int64)
-    np.add.at(time_G, state.gpu_M[holder_E], np.maximum(a * load_E, b))
-    np.add.at(tokens_G, state.gpu_M[holder_E], load_E)
-    spread(state, time_G, tokens_G, a, b, c, np.empty(len(expert_M), np.int64))
+    np.add.at(time_G, copies.gpu_M[holder_E], np.maximum(a * load_E, b))
+    np.add.at(tokens_G, copies.gpu_M[holder_E], load_E)
+    serve_whole(copies, GpuLoad(time_G, tokens_G), rates, np.empty(len(expert_M), np.int64))
     # the same by plain Python: ties of size and of GPUs to the first copy
     busy_G, load_G, tokens_M = np.zeros(gpus), np.zeros(gpus, np.int64), np.zeros(len(expert_M), np.int64)
     for e in sorted(range(experts), key=lambda e: (-load_E[e], first_E[e])):
         ring = np.flatnonzero(expert_M == e)
-        to = min(ring, key=lambda r: (busy_G[state.gpu_M[r]] + c * load_G[state.gpu_M[r]], r))
+        to = min(ring, key=lambda r: (busy_G[copies.gpu_M[r]] + c * load_G[copies.gpu_M[r]], r))
         tokens_M[to] = load_E[e]
-        busy_G[state.gpu_M[to]] += max(a * load_E[e], b)
-        load_G[state.gpu_M[to]] += load_E[e]
-    np.testing.assert_array_equal(state.tokens_M, tokens_M)
+        busy_G[copies.gpu_M[to]] += max(a * load_E[e], b)
+        load_G[copies.gpu_M[to]] += load_E[e]
+    np.testing.assert_array_equal(copies.tokens_M, tokens_M)
     np.testing.assert_array_equal(time_G, busy_G)
     np.testing.assert_array_equal(tokens_G, load_G)
 
