@@ -52,14 +52,9 @@ class CraftParams:
 def balancedness(weight_E: FloatArray, capacity_G: IntArray) -> float:
     """Mean over maximum GPU load of EPLB's plan with as many replicas as the capacities hold; 1 without load."""
     total = int(capacity_G.sum())
-    weights = weight_E.astype(np.float32)
-    expert_P, rank_P = np.empty(total, np.int64), np.empty(total, np.int64)
-    count_E = np.empty(len(weights), np.int64)
-    eplb.replicate(weights, total, expert_P, rank_P, count_E)
-    share_P = weights[expert_P] / count_E[expert_P].astype(np.float32)
-    bin_P, slot_P = np.empty(total, np.int64), np.empty(total, np.int64)
-    eplb.pack(share_P, capacity_G, bin_P, slot_P)
-    load_G = np.bincount(bin_P, weights=share_P, minlength=len(capacity_G))
+    weight_P = eplb.replicate(weight_E.astype(np.float32), total).weight_P
+    gpu_P, _ = eplb.pack(weight_P, capacity_G)
+    load_G = np.bincount(gpu_P, weights=weight_P, minlength=len(capacity_G))
     return float(load_G.mean() / load_G.max()) if load_G.max() > 0 else 1.0
 
 

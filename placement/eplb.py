@@ -4,12 +4,14 @@ Source: github.com/deepseek-ai/EPLB, described in the DeepSeek-V3 report (arXiv 
 
 Single precision throughout, as in DeepSeek's published program, so that near-ties fall the same way.
 
-Axes: L layers, E experts, N experts of a node, P replicas (physical experts), X copies of an expert, G GPUs or bins.
+Axes: L layers, E experts, Q groups of experts, N experts of a node, P replicas (physical experts), X copies of an
+expert, G GPUs or bins.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
 from moeless.spec import MoESpec
 
+Float32Array = NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class EplbParams:
@@ -36,92 +40,92 @@ class EplbParams:
     num_groups: int = 0
 
 
+class Replicas(NamedTuple):
+    """Expert, rank among its expert's copies and weight of each replica; copies of each expert."""
+
+    expert_P: IntArray
+    rank_P: IntArray
+    weight_P: Float32Array
+    count_E: IntArray
+
+
 @njit(cache=True, nogil=True)
-def replicate(weight_E, num_replicas, expert_P, rank_P, count_E):  # type: ignore[no-untyped-def]
+def replicate(weight_E: Float32Array, num_replicas: int) -> Replicas:
     """Copies one by one for the expert with the most weight per copy; ties to the lowest index."""
     num_experts = len(weight_E)
-    ratio = np.empty(num_experts, np.float32)
-    for e in range(num_experts):
-        expert_P[e], rank_P[e], count_E[e] = e, 0, 1
-        ratio[e] = weight_E[e]
-    for p in range(num_experts, num_replicas):
-        best = 0
-        for e in range(1, num_experts):
-            if ratio[e] > ratio[best]:
-                best = e
-        expert_P[p], rank_P[p] = best, count_E[best]
-        count_E[best] += 1
-        ratio[best] = weight_E[best] / np.float32(count_E[best])
+    expert_P, rank_P = np.empty(num_replicas, np.int64), np.empty(num_replicas, np.int64)
+    count_E, weight_P, each_E = np.zeros(num_experts, np.int64), np.empty(num_replicas, np.float32), weight_E.copy()
+    for p in range(num_replicas):
+        hottest = p
+        if p >= num_experts:
+            hottest = 0
+            for e in range(1, num_experts):
+                if each_E[e] > each_E[hottest]:
+                    hottest = e
+        expert_P[p], rank_P[p] = hottest, count_E[hottest]
+        count_E[hottest] += 1
+        each_E[hottest] = weight_E[hottest] / np.float32(count_E[hottest])
+    for p in range(num_replicas):
+        weight_P[p] = each_E[expert_P[p]]
+    return Replicas(expert_P, rank_P, weight_P, count_E)
 
 
 @njit(cache=True, nogil=True)
-def pack(weight_P, capacity_G, bin_P, slot_P):  # type: ignore[no-untyped-def]
-    """Heaviest item first into the lightest bin that has room; ties to the lowest index."""
-    bins = len(capacity_G)
-    single = True
+def pack(weight_P: Float32Array, capacity_G: IntArray) -> tuple[IntArray, IntArray]:
+    """Heaviest item first into the lightest bin that has room, ties to the lowest index: bins and places in them."""
+    bins, items = len(capacity_G), len(weight_P)
+    bin_P, slot_P = np.arange(items), np.zeros(items, np.int64)
+    single = items == bins
     for g in range(bins):
         single = single and capacity_G[g] == 1
-    if single and len(weight_P) == bins:
-        for p in range(len(weight_P)):
-            bin_P[p], slot_P[p] = p, 0
-        return
-    order = np.argsort(-weight_P, kind="mergesort")
-    total = np.zeros(bins, np.float32)
-    used = np.zeros(bins, np.int64)
-    for p in order:
-        best = -1
+    if single:
+        return bin_P, slot_P
+    weight_G, used_G = np.zeros(bins, np.float32), np.zeros(bins, np.int64)
+    for p in np.argsort(-weight_P, kind="mergesort"):
+        lightest = -1
         for g in range(bins):
-            if used[g] < capacity_G[g] and (best < 0 or total[g] < total[best]):
-                best = g
-        bin_P[p], slot_P[p] = best, used[best]
-        used[best] += 1
-        total[best] += weight_P[p]
+            if used_G[g] < capacity_G[g] and (lightest < 0 or weight_G[g] < weight_G[lightest]):
+                lightest = g
+        bin_P[p], slot_P[p] = lightest, used_G[lightest]
+        used_G[lightest] += 1
+        weight_G[lightest] += weight_P[p]
+    return bin_P, slot_P
 
 
 @njit(cache=True, nogil=True)
-def rebalance(weight_LE, num_replicas, num_groups, num_nodes, num_gpus, expert_LP, rank_LP, count_LE):  # type: ignore[no-untyped-def]
+def _rebalance(
+    weight_LE: Float32Array, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[IntArray, IntArray, IntArray]:
     """All layers: groups to nodes, copies inside a node, copies to the node's GPUs."""
     num_layers, num_experts = weight_LE.shape
-    group_size = num_experts // num_groups
-    groups_per_node = num_groups // num_nodes
-    experts_per_node = num_experts // num_nodes
-    replicas_per_node = num_replicas // num_nodes
-    gpus_per_node = num_gpus // num_nodes
-    slots = num_replicas // num_gpus
-
-    group_weight = np.empty(num_groups, np.float32)
-    node_of, place_of = np.empty(num_groups, np.int64), np.empty(num_groups, np.int64)
-    node_room = np.full(num_nodes, groups_per_node, np.int64)
-    gpu_room = np.full(gpus_per_node, slots, np.int64)
-    member = np.empty(num_experts, np.int64)
-    weight_N = np.empty(experts_per_node, np.float32)
-    expert_P, rank_P = np.empty(replicas_per_node, np.int64), np.empty(replicas_per_node, np.int64)
-    count_N = np.empty(experts_per_node, np.int64)
-    weight_P = np.empty(replicas_per_node, np.float32)
-    bin_P, slot_P = np.empty(replicas_per_node, np.int64), np.empty(replicas_per_node, np.int64)
-
+    group_size, node_experts = num_experts // num_groups, num_experts // num_nodes
+    node_replicas, slots = num_replicas // num_nodes, num_replicas // num_gpus
+    node_groups = num_groups // num_nodes
+    groups_of_node, slots_G = np.full(num_nodes, node_groups, np.int64), np.full(num_gpus // num_nodes, slots, np.int64)
+    expert_LP = np.empty((num_layers, num_replicas), np.int64)
+    rank_LP, count_LE = np.empty_like(expert_LP), np.empty((num_layers, num_experts), np.int64)
+    weight_Q, weight_N = np.empty(num_groups, np.float32), np.empty(node_experts, np.float32)
+    # node by node, the experts of its groups
+    member_E = np.empty(num_experts, np.int64)
     for layer in range(num_layers):
         for q in range(num_groups):
-            group_weight[q] = weight_LE[layer, q * group_size : (q + 1) * group_size].sum()
-        pack(group_weight, node_room, node_of, place_of)
+            weight_Q[q] = weight_LE[layer, q * group_size : (q + 1) * group_size].sum()
+        node_Q, place_Q = pack(weight_Q, groups_of_node)
         for q in range(num_groups):
-            first = (node_of[q] * groups_per_node + place_of[q]) * group_size
             for i in range(group_size):
-                member[first + i] = q * group_size + i
+                member_E[(node_Q[q] * node_groups + place_Q[q]) * group_size + i] = q * group_size + i
         for node in range(num_nodes):
-            first = node * experts_per_node
-            for i in range(experts_per_node):
-                weight_N[i] = weight_LE[layer, member[first + i]]
-            replicate(weight_N, replicas_per_node, expert_P, rank_P, count_N)
-            for p in range(replicas_per_node):
-                weight_P[p] = weight_N[expert_P[p]] / np.float32(count_N[expert_P[p]])
-            pack(weight_P, gpu_room, bin_P, slot_P)
-            for p in range(replicas_per_node):
-                at = node * replicas_per_node + bin_P[p] * slots + slot_P[p]
-                expert_LP[layer, at] = member[first + expert_P[p]]
-                rank_LP[layer, at] = rank_P[p]
-            for i in range(experts_per_node):
-                count_LE[layer, member[first + i]] = count_N[i]
+            member_N = member_E[node * node_experts : (node + 1) * node_experts]
+            for i in range(node_experts):
+                weight_N[i] = weight_LE[layer, member_N[i]]
+            expert_P, rank_P, weight_P, count_N = replicate(weight_N, node_replicas)
+            gpu_P, slot_P = pack(weight_P, slots_G)
+            for p in range(node_replicas):
+                at = node * node_replicas + gpu_P[p] * slots + slot_P[p]
+                expert_LP[layer, at], rank_LP[layer, at] = member_N[expert_P[p]], rank_P[p]
+            for i in range(node_experts):
+                count_LE[layer, member_N[i]] = count_N[i]
+    return expert_LP, rank_LP, count_LE
 
 
 def rebalance_experts(
@@ -162,9 +166,7 @@ def rebalance_experts(
             raise UserError(f"EPLB: {number} {what} do not divide evenly by {divisor}")
     if num_replicas < experts:
         raise UserError(f"EPLB: {num_replicas} replicas are too few for {experts} experts")
-    phy2log, rank = np.empty((layers, num_replicas), np.int64), np.empty((layers, num_replicas), np.int64)
-    logcnt = np.empty((layers, experts), np.int64)
-    rebalance(weights, num_replicas, num_groups, num_nodes, num_gpus, phy2log, rank, logcnt)
+    phy2log, rank, logcnt = _rebalance(weights, num_replicas, num_groups, num_nodes, num_gpus)
     log2phy = np.full((layers, experts, int(logcnt.max(initial=1))), -1, np.int64)
     log2phy[np.arange(layers)[:, None], phy2log, rank] = np.arange(num_replicas)
     return phy2log, log2phy, logcnt
@@ -189,14 +191,9 @@ def _plan_layer(
 ) -> LayerPlan:
     room = room_G(budget, spec, cluster.num_gpus)
     total = spec.E + spare_replicas(room, spec.E, budget.max_extra)
-    weight_E = x.forecast.mean_E.astype(np.float32)
-    expert_P, rank_P = np.empty(total, np.int64), np.empty(total, np.int64)
-    count_E = np.empty(spec.E, np.int64)
-    replicate(weight_E, total, expert_P, rank_P, count_E)
-    bin_P, slot_P = np.empty(total, np.int64), np.empty(total, np.int64)
-    weight_P = weight_E[expert_P] / count_E[expert_P].astype(np.float32)
-    pack(weight_P, capacities(total, room), bin_P, slot_P)
-    return LayerPlan.build(x.layer, expert_P, bin_P, rank_P == 0, num_experts=spec.E, num_gpus=cluster.num_gpus)
+    expert_P, rank_P, weight_P, _ = replicate(x.forecast.mean_E.astype(np.float32), total)
+    gpu_P, _ = pack(weight_P, capacities(total, room))
+    return LayerPlan.build(x.layer, expert_P, gpu_P, rank_P == 0, num_experts=spec.E, num_gpus=cluster.num_gpus)
 
 
 def plan_layer(

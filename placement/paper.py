@@ -13,7 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import Budget, FloatArray, InstanceState, IntArray, LayerPlan, PlanInput
+from moeless.contracts import (
+    BoolArray,
+    Budget,
+    FloatArray,
+    InstanceState,
+    Int32Array,
+    IntArray,
+    LayerPlan,
+    PlanInput,
+)
 from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.jit import njit
@@ -73,72 +82,86 @@ class PaperTerms(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def scale(load_E, max_extra, threshold, count_idle, count_E):  # type: ignore[no-untyped-def]
-    """Algorithm 1 into ``count_E``."""
-    total, squares, replicas = 0.0, 0.0, 0
+def scale_experts(load_E: FloatArray, max_extra: int, cv_threshold: float = 0.2, count_idle: bool = False) -> IntArray:
+    """Algorithm 1: copies of each expert, ``[E]``.
+
+    While fewer than ``max_extra`` copies were added and the coefficient of variation of replica loads exceeds
+    the threshold, the expert with the most loaded replica gets one more; ties go to the lowest index.
+    """
+    count_E, total, squares, replicas = np.ones(len(load_E), np.int64), 0.0, 0.0, 0
     for e in range(len(load_E)):
-        count_E[e] = 1
         total += load_E[e]
         squares += load_E[e] * load_E[e]
         if count_idle or load_E[e] > 0:
             replicas += 1
-    if total <= 0.0:
-        return
-    for _ in range(max_extra):
+    for _ in range(max_extra if total > 0.0 else 0):
         # CV^2 = E[x^2] / E[x]^2 - 1 over replicas that carry load_e / count_e each
-        if replicas * squares / (total * total) - 1.0 <= threshold * threshold:
-            return
-        best = 0
+        if replicas * squares / (total * total) - 1.0 <= cv_threshold * cv_threshold:
+            break
+        hottest = 0
         for e in range(1, len(load_E)):
-            if load_E[e] / count_E[e] > load_E[best] / count_E[best]:
-                best = e
-        squares -= load_E[best] * load_E[best] / (count_E[best] * (count_E[best] + 1.0))
-        count_E[best] += 1
+            if load_E[e] / count_E[e] > load_E[hottest] / count_E[hottest]:
+                hottest = e
+        squares -= load_E[hottest] * load_E[hottest] / (count_E[hottest] * (count_E[hottest] + 1.0))
+        count_E[hottest] += 1
         replicas += 1
+    return count_E
 
 
 @njit(cache=True, nogil=True)
-def place(load_P, expert_P, room, alive_EG, gpu_P):  # type: ignore[no-untyped-def]
-    """Algorithm 2 into ``gpu_P``; takes the live copies that it uses out of ``alive_EG``."""
-    num_gpus = len(room)
-    total, used = np.zeros(num_gpus), np.zeros(num_gpus, np.int64)
+def place_replicas(load_P: FloatArray, expert_P: IntArray, room_G: IntArray, alive_EG: IntArray) -> IntArray:
+    """Algorithm 2: the GPU of each replica, ``[P]``, for replicas in order of decreasing load.
+
+    A replica stays on a GPU that has an unused live copy of its expert (the least loaded such GPU), otherwise it
+    joins the least loaded GPU that has room; ties go to the lowest index. The live copies that it uses are taken out
+    of ``alive_EG``.
+    """
+    num_gpus, gpu_P = len(room_G), np.empty(len(load_P), np.int64)
+    total_G, used_G = np.zeros(num_gpus), np.zeros(num_gpus, np.int64)
     for p in range(len(load_P)):
-        e = expert_P[p]
-        best = -1
+        expert, best = expert_P[p], -1
         for g in range(num_gpus):
-            if alive_EG[e, g] > 0 and used[g] < room[g] and (best < 0 or total[g] < total[best]):
+            room = alive_EG[expert, g] > 0 and used_G[g] < room_G[g]
+            if room and (best < 0 or total_G[g] < total_G[best]):
                 best = g
         if best >= 0:
-            alive_EG[e, best] -= 1
+            alive_EG[expert, best] -= 1
         else:
             for g in range(num_gpus):
-                if used[g] < room[g] and (best < 0 or total[g] < total[best]):
+                if used_G[g] < room_G[g] and (best < 0 or total_G[g] < total_G[best]):
                     best = g
         gpu_P[p] = best
-        used[best] += 1
-        total[best] += load_P[p]
+        used_G[best] += 1
+        total_G[best] += load_P[p]
+    return gpu_P
 
 
 @njit(cache=True, nogil=True)
-def plan_copies(load_E, terms, alive_EG, expert_R, gpu_R, primary_R):  # type: ignore[no-untyped-def]
+def plan_copies(
+    load_E: FloatArray,
+    terms: PaperTerms,
+    alive_EG: IntArray,
+    expert_R: Int32Array,
+    gpu_R: Int32Array,
+    primary_R: BoolArray,
+) -> int:
     """Both algorithms, into arrays that have room; returns the number of replicas, which are in a plan's order.
 
     An expert's first placed replica is its primary. ``alive_EG`` are live copies before, and is used up.
     """
-    experts, num_gpus = len(load_E), len(terms.room_G)
-    count_E = np.empty(experts, np.int64)
-    scale(load_E, terms.max_extra, terms.threshold, terms.count_idle, count_E)
-    replicas = count_E.sum()
-    load_P, expert_P = np.empty(replicas), np.empty(replicas, np.int64)
-    gpu_P, first_P = np.empty(replicas, np.int64), np.empty(replicas, np.bool_)
-    at = 0
+    num_gpus = len(terms.room_G)
+    count_E = scale_experts(load_E, terms.max_extra, terms.threshold, terms.count_idle)
+    replicas, at = 0, 0
+    for e in range(len(load_E)):
+        replicas += count_E[e]
+    load_P, expert_P, first_P = np.empty(replicas), np.empty(replicas, np.int64), np.empty(replicas, np.bool_)
     # the heaviest replicas first, ties by expert
     for e in np.argsort(-load_E / count_E, kind="mergesort"):
         for copy in range(count_E[e]):
             load_P[at], expert_P[at], first_P[at] = load_E[e] / count_E[e], e, copy == 0
             at += 1
-    room = terms.room_G if terms.memory_check else np.full(num_gpus, replicas)
-    place(load_P, expert_P, room, alive_EG, gpu_P)
+    room_G = terms.room_G if terms.memory_check else np.full(num_gpus, replicas, np.int64)
+    gpu_P = place_replicas(load_P, expert_P, room_G, alive_EG)
     at_G = np.zeros(num_gpus + 1, np.int64)
     for p in range(replicas):
         at_G[gpu_P[p] + 1] += 1
@@ -156,34 +179,6 @@ def plan_copies(load_E, terms, alive_EG, expert_R, gpu_R, primary_R):  # type: i
             i -= 1
         expert_R[i], gpu_R[i], primary_R[i] = e, g, primary
     return replicas
-
-
-def scale_experts(load_E: FloatArray, max_extra: int, cv_threshold: float = 0.2, count_idle: bool = False) -> IntArray:
-    """Algorithm 1: copies of each expert, ``[E]``.
-
-    While fewer than ``max_extra`` copies were added and the coefficient of variation of replica loads exceeds
-    the threshold, the expert with the most loaded replica gets one more; ties go to the lowest index.
-    """
-    count_E = np.ones(len(load_E), np.int64)
-    scale(np.ascontiguousarray(load_E, np.float64), int(max_extra), float(cv_threshold), count_idle, count_E)
-    return count_E
-
-
-def place_replicas(load_P: FloatArray, expert_P: IntArray, room: IntArray, alive_EG: IntArray) -> IntArray:
-    """Algorithm 2: the GPU of each replica, ``[P]``, for replicas in order of decreasing load.
-
-    A replica stays on a GPU that has an unused live copy of its expert (``alive_EG`` copies; the least loaded such
-    GPU), otherwise it joins the least loaded GPU that has room; ties go to the lowest index.
-    """
-    gpu_P = np.empty(len(expert_P), np.int64)
-    place(
-        np.ascontiguousarray(load_P, np.float64),
-        np.ascontiguousarray(expert_P, np.int64),
-        np.ascontiguousarray(room, np.int64),
-        alive_EG.astype(np.int64),
-        gpu_P,
-    )
-    return gpu_P
 
 
 def alive_copies_EG(x: PlanInput, num_experts: int, num_gpus: int) -> IntArray:
