@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from moeless.configuration import Component, Option, options, typed
+from moeless.configuration import Component, Option, Seeded, options, typed
 from moeless.credentials import mask_json
 from moeless.errors import RunFailed, UserError
 
@@ -72,7 +72,8 @@ def _read_config(ctx: typer.Context, _param: typer.CallbackParam, value: Path | 
     return value
 
 
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+_SEED = options(Seeded)["seed"]
+SeedOption = Annotated[int, typer.Option(_SEED.flag, min=_SEED.minimum, help=_SEED.help)]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved options and the memory and time plan, do nothing.")
 ]
