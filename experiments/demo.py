@@ -19,6 +19,7 @@ from moeless.report import charts, page, result_page, summary
 from moeless.report.page import Figure, Section, Table, Text
 from moeless.traces import TokenTrace, open_trace
 from moeless.traces.compose import total_load
+from moeless.traces.statistics import imbalance_L
 from moeless.tracking.run import Run
 
 LABEL = "bundled model"
@@ -150,10 +151,7 @@ def _routing(run: Run, trace: TokenTrace) -> Section:
     spec = trace.spec
     load_LE = total_load(topk, spec.E)
     heat = run.figure("popularity", charts.popularity(load_LE, "Expert popularity, bundled model"))
-    series = {}
-    for gpus in (4, 8):
-        per_gpu = np.stack([part.sum(1) for part in np.array_split(load_LE, gpus, axis=1)], 1)
-        series[f"{gpus} GPUs"] = per_gpu.max(1) / per_gpu.mean(1)
+    series = {f"{gpus} GPUs": imbalance_L(load_LE[None], gpus) for gpus in (4, 8)}
     balance = run.figure(
         "imbalance", charts.layer_imbalance(series, title="Imbalance of all tokens, contiguous experts")
     )
@@ -175,21 +173,14 @@ def _prediction(run: Run) -> Section:
     rows: list[list[Any]] = []
     series: dict[str, charts.Line] = {}
     for name in METHODS:
-        entries = read_json(run.path / f"predictor-{name}" / "metrics.json")
-        found = [e for e in entries["rows"] if e["metric"] == "topk_recall" and e["phase"] == "all"]
-        distances = sorted({e["distance"] for e in found})
-        for distance in distances:
+        entries = read_json(run.path / f"predictor-{name}" / "metrics.json")["rows"]
+        found = [e for e in entries if e["metric"] == "topk_recall" and e["phase"] == "all"]
+        for distance in sorted({e["distance"] for e in found}):
             chosen = [e for e in found if e["distance"] == distance]
-            if distance == 1:
-                by_layer = {e["layer"] + 1: e for e in chosen}
-                layers = sorted(by_layer)
-                series[name] = charts.Line(
-                    layers,
-                    [by_layer[i]["value"] for i in layers],
-                    [by_layer[i]["low"] for i in layers],
-                    [by_layer[i]["high"] for i in layers],
-                )
             rows.append([name, distance, float(np.mean([e["value"] for e in chosen])), sum(e["n"] for e in chosen)])
+        nearest = sorted((e for e in found if e["distance"] == 1), key=lambda e: e["layer"])
+        bands = ([e[which] for e in nearest] for which in ("value", "low", "high"))
+        series[name] = charts.Line([e["layer"] + 1 for e in nearest], *bands)
     figure = charts.lines(
         series,
         xlabel="MoE layer that is forecast",

@@ -132,10 +132,9 @@ def keep(run: Path) -> None:
     Raises:
         UserError: the folder holds no reproduce run, or one of a version that kept texts alone.
     """
-    record = read_json(run / RECORD)
+    record, manifest = read_json(run / RECORD), read_json(run / "manifest.json")
     read_claims(record)
     REFERENCE.mkdir(parents=True, exist_ok=True)
-    manifest = read_json(run / "manifest.json")
     facts = {name: manifest[name] for name in _FACTS}
     config = manifest["config"]
     traces = "".join(f" --trace {Path(path).name}" for path in config["traces"])

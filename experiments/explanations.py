@@ -59,33 +59,38 @@ def _words(findings: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _time(claims: Mapping[str, Claim]) -> str:
-    claim = claims.get("layer-time-static")
-    if claim is None:
-        return ""
-    text = f"**Time.** Against Megatron-LM the paper states {stated_text(claim.stated)}; ours: {_sides(claim)}."
-    text += (
+    return _layer_time(
+        claims.get("layer-time-static"),
+        "Time",
         " The paper's cost model makes an expert's time proportional to its tokens, so a copy that splits a hot expert"
         " always pays. Physically an expert's weights are read once per use whatever its tokens are, so in decode a"
-        " copy costs about what it saves; the paper's Algorithm 1 does not see this."
+        " copy costs about what it saves; the paper's Algorithm 1 does not see this.{change}",
+        "physical",
+        " Here layers under physical costs are {change} with its copies.",
+        ("shorter", "longer"),
     )
-    if "physical" in claim.ours:
-        change = compared(claim.ours["physical"].mean, "shorter", "longer")
-        text += f" Here layers under physical costs are {change} with its copies."
-    return text
 
 
 def _eplb(claims: Mapping[str, Claim]) -> str:
-    claim = claims.get("layer-time-eplb")
+    return _layer_time(
+        claims.get("layer-time-eplb"),
+        "EPLB",
+        "{change} Our EPLB plans from the history of the same kind of requests; the paper states neither its redundancy"
+        " nor its plan period, on which the distance depends.",
+        "paper_rules",
+        " Under the paper's own rules MoEless is {change} here.",
+        ("faster", "slower"),
+    )
+
+
+def _layer_time(claim: Claim | None, about: str, why: str, side: str, changed: str, words: tuple[str, str]) -> str:
+    """A paragraph on a claim about layer time; ``changed`` tells the change of one side, where there is one, in
+    ``words``, and stands where ``why`` has it."""
     if claim is None:
         return ""
-    text = f"**EPLB.** Against EPLB the paper states {stated_text(claim.stated)}; ours: {_sides(claim)}."
-    if "paper_rules" in claim.ours:
-        change = compared(claim.ours["paper_rules"].mean, "faster", "slower")
-        text += f" Under the paper's own rules MoEless is {change} here."
-    return text + (
-        " Our EPLB plans from the history of the same kind of requests; the paper states neither its redundancy nor "
-        "its plan period, on which the distance depends."
-    )
+    change = changed.format(change=compared(claim.ours[side].mean, *words)) if side in claim.ours else ""
+    stated = f"Against {claim.against} the paper states {stated_text(claim.stated)}; ours: {_sides(claim)}."
+    return f"**{about}.** {stated}{why.format(change=change)}"
 
 
 def _cost(claims: Mapping[str, Claim]) -> str:

@@ -10,8 +10,18 @@ from typing import Any
 
 import numpy as np
 
+import moeless
+from moeless.contracts import Phase
 from moeless.experiments.cache import TIMING, machine
 from moeless.files import read_json, write_json
+from moeless.predictors import load_predictor
+from moeless.predictors.evaluation import Evaluator, predict_microseconds
+from moeless.predictors.fitting import pairs_of
+from moeless.predictors.iterations import iterations_of
+from moeless.predictors.request_split import split_requests
+from moeless.predictors.trace_rows import Rows
+from moeless.predictors.train_evaluate import FitJob, run_fit
+from moeless.traces import TokenTrace, open_trace
 
 #: Notes of ``metrics.json`` that are wall-clock time, or name the folder that the cache happens to lie in.
 _CLOCK = ("fit_seconds", "predict_microseconds")
@@ -23,10 +33,6 @@ def fit(params: dict[str, Any], needs: list[Any], folder: Path) -> None:
 
     Params: ``method``, ``distances``, ``max_tokens``, ``batch_tokens``, ``evaluate``, ``seed``.
     """
-    import moeless
-    from moeless.predictors.train_evaluate import FitJob, run_fit
-    from moeless.traces import open_trace
-
     bundled = open_trace(Path(needs[0])).spec.name == "bundled"
     model = str(Path(moeless.__file__).parent / "assets" / "model") if bundled else None
     job = FitJob(
@@ -67,9 +73,6 @@ def timing(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
 
     Params: ``distance``, ``batch_tokens``.
     """
-    from moeless.predictors import load_predictor
-    from moeless.predictors.evaluation import predict_microseconds
-
     predictor = load_predictor(Path(needs[0]))
     clock = read_json(Path(needs[0]) / TIMING)
     return {
@@ -84,8 +87,6 @@ def similarity(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
 
     Params: ``distances``, ``tokens`` (evenly spaced over the trace), ``seed``.
     """
-    from moeless.traces import TokenTrace, open_trace
-
     trace = open_trace(Path(needs[0]))
     assert isinstance(trace, TokenTrace)
     step = max(1, trace.num_rows // params["tokens"])
@@ -106,15 +107,6 @@ def correlation(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
 
     Params: ``distance``, ``batch_tokens``, ``iterations``, ``points`` (shown at most), ``seed``.
     """
-    from moeless.contracts import Phase
-    from moeless.predictors import load_predictor
-    from moeless.predictors.evaluation import Evaluator
-    from moeless.predictors.fitting import pairs_of
-    from moeless.predictors.iterations import iterations_of
-    from moeless.predictors.request_split import split_requests
-    from moeless.predictors.trace_rows import Rows
-    from moeless.traces import TokenTrace, open_trace
-
     trace = open_trace(Path(needs[0]))
     assert isinstance(trace, TokenTrace)
     predictor = load_predictor(Path(needs[1]))

@@ -23,13 +23,6 @@ def balancedness(load_xG: FloatArray) -> FloatArray:
     return 1.0 / imbalance(load_xG)
 
 
-def coefficient_of_variation(load_xE: FloatArray) -> FloatArray:
-    """Standard deviation (population) over mean along the last axis; 0 where there is no load."""
-    load = np.asarray(load_xE, np.float64)
-    mean = load.mean(-1)
-    return np.asarray(np.divide(load.std(-1), mean, out=np.zeros_like(mean), where=mean > 0))
-
-
 def gap_closed(static: FloatArray, policy: FloatArray, bound: FloatArray) -> float:
     """Ratio of sums (T_static − T) / (T_static − T_bound); 0 is static EP, 1 the lower bound.
 

@@ -63,31 +63,30 @@ def _best(cells: Sequence[Cell]) -> Cell | None:
 
 
 def _latency(result: Result) -> str:
-    parts = []
-    for (model, cluster, costs), cells in groups(result).items():
+    parts, found = [], groups(result)
+    for (model, cluster, costs), cells in found.items():
         best = _best(cells)
         if best is None:
             continue
-        static = baseline(cells, best)
-        where = f"under the {costs} costs" if len(groups(result)) > 1 else ""
-        if len({key[:2] for key in groups(result)}) > 1:
-            where = f"for {model} on {cluster} {where}"
+        static, time = baseline(cells, best), _time(best.layer.mean_ms)
+        where = f"for {model} on {cluster} " if len({key[:2] for key in found}) > 1 else ""
+        where += f"under the {costs} costs " if len(found) > 1 else ""
         if best is static:
-            parts.append(f"{where} no policy was faster than static EP ({_time(best.layer.mean_ms)} a layer)")
-            continue
-        percent, time = catalogue.change(catalogue.BY_KEY["layer.mean_ms"], best, static), _time(best.layer.mean_ms)
-        parts.append(f"{where} **{best.policy}** had the lowest mean MoE-layer time, {time}, {_than_static(percent)}")
-    return _sentence("; ".join(part.strip() for part in parts))
+            parts.append(f"{where}no policy was faster than static EP ({time} a layer)")
+        else:
+            saving = _than_static(catalogue.change(catalogue.BY_KEY["layer.mean_ms"], best, static))
+            parts.append(f"{where}**{best.policy}** had the lowest mean MoE-layer time, {time}, {saving}")
+    return _sentence("; ".join(parts))
 
 
 def _bill(result: Result) -> str:
-    parts = []
-    for (_, _, costs), cells in groups(result).items():
+    parts, found = [], groups(result)
+    for (_, _, costs), cells in found.items():
         best = _best(cells)
         static = baseline(cells, best)
         if best is None or static is None or best is static:
             continue
-        name = f"{best.policy} ({costs} costs)" if len(groups(result)) > 1 else best.policy
+        name = f"{best.policy} ({costs} costs)" if len(found) > 1 else best.policy
         told = [f"{_than_static(catalogue.change(bill, best, static))} by {bill.rule}" for bill in catalogue.BILLS]
         parts.append(f"{name}: {', '.join(told)}")
     return _sentence("the bills of the fastest, " + "; ".join(parts)) if parts else "No policy's bill can be compared."

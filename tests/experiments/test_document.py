@@ -82,6 +82,7 @@ def test_a_run_of_an_older_version_is_refused_and_leaves_the_reference_alone(
 ) -> None:
     record = {"experiments": [{"claims": [{"statement": "a", "paper": "−43.19 %"}], "findings": []}]}
     write_json(tmp_path / "run" / "reproduction.json", record)
+    write_json(tmp_path / "run" / "manifest.json", {})
     monkeypatch.setattr(document, "REFERENCE", tmp_path / "reference")
     with pytest.raises(UserError, match="older version of moeless"):
         document.main([str(tmp_path / "run")])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from moeless.cluster import cluster
 from moeless.errors import UserError
-from moeless.metrics.balance import balancedness, coefficient_of_variation, gap_closed, imbalance
+from moeless.metrics.balance import balancedness, gap_closed, imbalance
 from moeless.metrics.billing import Meter
 from moeless.metrics.latency import cdf, summarise
 from moeless.metrics.requests import Objective, RequestTimes, good_requests, parse_goodput, request_metrics
@@ -38,11 +38,6 @@ def test_imbalance_averages_ratios_not_loads():
     assert imbalance(load_LG).tolist() == [2.0, 2.0, 1.0]
     assert imbalance(load_LG.sum(0)) == 1.0
     assert balancedness(load_LG).tolist() == [0.5, 0.5, 1.0]
-
-
-def test_variation_of_equal_loads_with_zeros_is_the_papers_square_root():
-    load = np.array([5.0] * 9 + [0.0] * 4)
-    assert coefficient_of_variation(load) == pytest.approx(np.sqrt(4 / 9))
 
 
 def test_gap_closed_ends():
