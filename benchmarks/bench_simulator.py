@@ -31,7 +31,7 @@ from moeless.costs.roofline import RooflineCosts
 from moeless.experiments.cells.scale import some_layers
 from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
-from moeless.simulator import Replay, SimulationSettings, kernels, simulate
+from moeless.simulator import Replay, SimulationSettings, simulate, tally
 from moeless.simulator.bench import Bench, BenchConfig
 from moeless.spec import MoESpec, preset
 from moeless.traces.synthetic import SyntheticParams, write_synthetic
@@ -102,7 +102,7 @@ def measure(
         scheduler = Continuous(chosen, where.G, max_running=at_once)
         record = simulate(replay, chosen, scheduler, runtime, settings=settings).record
         seconds, events = time.perf_counter() - start, record.iterations * spec.L
-        extras = record.tally[kernels.REPLICAS] / events - spec.E
+        extras = record.tally[tally.REPLICAS] / events - spec.E
         return Measured(events / seconds, events, extras, (time.process_time() - busy) / seconds)
 
     once(requests[:2])

@@ -50,6 +50,7 @@ def command(
     from moeless.files import check_writable, write_json
     from moeless.placement import PLANNERS
     from moeless.placement.params import make_params, parse_assignments
+    from moeless.placement.setting import Setting
     from moeless.placement.trace_loads import forecasts, iteration_loads
     from moeless.placement.whole_model import plan_model, summarise
     from moeless.traces.store import open_trace
@@ -64,8 +65,8 @@ def command(
         raise UserError(f"--out: {out} is a folder; name the plan's file")
     check_writable(out)
     spec = opened.spec
-    model_costs = factory(spec, machine)
     budget = Budget.even(spec.E, machine.num_gpus, extra_slots, spec.expert_bytes)
+    setting = Setting(spec, machine, factory(spec, machine), budget, params)
     settings = {
         "trace": str(trace),
         "planner": planner,
@@ -86,15 +87,11 @@ def command(
         made = plan_model(
             chosen,
             forecast_L,
-            spec=spec,
-            cluster=machine,
-            costs=model_costs,
-            budget=budget,
-            params=params,
+            setting,
             phase=row_phase if row_phase is not None else Phase.MIXED,
             notes=settings | {"moe_layers": list(spec.moe_layers), "num_layers": spec.num_layers},
         )
-        summary = summarise(made, chosen, forecast_L, spec=spec, cluster=machine, costs=model_costs, params=params)
+        summary = summarise(made, chosen, forecast_L, setting)
         write_json(out, made.to_json())
         if run is not None:
             run.log(dataclasses.asdict(summary))

@@ -6,13 +6,19 @@ engine) asks its declarations, never its name: a copy under another name behaves
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from moeless.cluster import Cluster
 from moeless.contracts import BoolArray, Budget, Forecast, IntArray, LayerPlan, Phase, PlanInput
 from moeless.costs import Control, CostModel
+from moeless.errors import UserError
+from moeless.placement.dispatch import DispatchRule
+from moeless.placement.plan_reuse import ReuseTerms
+from moeless.placement.plan_rows import PlanBatch, PlanRows, batch_of, rows_of
+from moeless.placement.setting import Setting
 from moeless.spec import MoESpec
 
 #: When a planner plans: once, every ``replan_seconds``, or before each iteration.
@@ -22,163 +28,98 @@ Cadence = Literal["once", "interval", "iteration"]
 class PlanLayer(Protocol):
     """Replicas and placement of one layer, ahead of time."""
 
-    def __call__(
-        self, x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: Any
-    ) -> LayerPlan: ...
-
-
-class Dispatch(Protocol):
-    """Tokens of each source rank to each replica, after the gate; rows sum, per expert, to ``load_SE``."""
-
-    def __call__(
-        self,
-        load_SE: IntArray,
-        plan: LayerPlan,
-        usable_R: BoolArray,
-        *,
-        spec: MoESpec,
-        cluster: Cluster,
-        costs: CostModel,
-        params: Any,
-    ) -> IntArray: ...
-
-
-class ShareBudget(Protocol):
-    """Room of each layer, out of what all layers have together; ``budget`` is an even layer's."""
-
-    def __call__(
-        self,
-        inputs_L: Sequence[PlanInput],
-        *,
-        spec: MoESpec,
-        cluster: Cluster,
-        costs: CostModel,
-        budget: Budget,
-        params: Any,
-    ) -> list[Budget]: ...
+    def __call__(self, x: PlanInput, setting: Setting) -> LayerPlan: ...
 
 
 class PlanLayers(Protocol):
-    """The plans of all layers at once, the same as of one after the other."""
+    """The plans of several layers, in order, the same as of one after the other."""
 
-    def __call__(
-        self,
-        inputs_L: Sequence[PlanInput],
-        *,
-        spec: MoESpec,
-        cluster: Cluster,
-        costs: CostModel,
-        budget: Budget,
-        params: Any,
-    ) -> list[LayerPlan]: ...
+    def __call__(self, batch: PlanBatch, setting: Setting) -> PlanRows: ...
 
 
-@dataclass(frozen=True)
-class DispatchRule:
-    """How a layer's tokens are dealt to its copies once the gate has chosen experts.
+class ShareBudget(Protocol):
+    """Room of each layer, out of what all layers have together; the setting's budget is an even layer's."""
 
-    Attributes:
-        quotas: the rule as a function, see :class:`Dispatch`.
-        gathers_counts: True if the ranks must gather their token counts before any of them can send, so that cost
-            models charge the gathering and the decision to every layer that has a choice. False for rules that each
-            rank can follow by itself.
-        timed_as: the entry of a hardware profile's ``control.dispatch_seconds`` that holds this rule's measured time;
-            empty if none does.
-    """
-
-    quotas: Dispatch
-    gathers_counts: bool
-    timed_as: str = ""
-
-    def __call__(
-        self,
-        load_SE: IntArray,
-        plan: LayerPlan,
-        usable_R: BoolArray,
-        *,
-        spec: MoESpec,
-        cluster: Cluster,
-        costs: CostModel,
-        params: Any = None,
-    ) -> IntArray:
-        """Quotas, ``[S, R]`` tokens."""
-        return self.quotas(load_SE, plan, usable_R, spec=spec, cluster=cluster, costs=costs, params=params)
-
-    @property
-    def control(self) -> Control:
-        """What cost models charge for it."""
-        return Control(gathers_counts=self.gathers_counts, dispatch_timed_as=self.timed_as)
+    def __call__(self, inputs_L: Sequence[PlanInput], setting: Setting) -> list[Budget]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planner:
-    """A planner by name.
+    """A planner by name. It plans layer by layer or several layers at once: one of the two is enough.
 
     Attributes:
-        dispatch: the rule that serves its plans. A plain function counts as a rule that gathers counts.
+        dispatch: the rule that serves its plans. A plain function counts as a rule in Python that gathers counts.
         params: frozen dataclass of the planner's parameters; its defaults are the planner's defaults.
         cadence: when to plan.
         needs_forecast: False where the plan does not depend on a forecast.
         default_predictor: what ``--policy NAME`` alone uses.
         source: paper or repository that the method comes from.
         share_budget: for planners that give some layers more room than others; None where each has the same.
-        plan_layers: for planners that plan all layers faster together; None where one by one is as fast.
+        reuse: for planners whose plans may stay where a forecast hardly changed, see
+            :mod:`moeless.placement.plan_reuse`; None where they are to be asked each time.
         holds_extras: False for planners that never have a copy beyond the primaries, whatever the budget.
         timed_as: the entry of a hardware profile's ``control.plan_seconds`` that holds the measured time of planning
             a layer; empty if none does.
     """
 
     name: str
-    plan_layer: PlanLayer
     dispatch: DispatchRule
     params: type[Any]
     cadence: Cadence
     needs_forecast: bool
     default_predictor: str
     source: str
+    plan_layer: PlanLayer = None  # type: ignore[assignment]
+    plan_layers: PlanLayers = None  # type: ignore[assignment]
     share_budget: ShareBudget | None = None
-    plan_layers: PlanLayers | None = None
+    reuse: Callable[[Setting], ReuseTerms] | None = None
     holds_extras: bool = True
     timed_as: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.dispatch, DispatchRule):
-            object.__setattr__(self, "dispatch", DispatchRule(self.dispatch, gathers_counts=True))
+            object.__setattr__(self, "dispatch", DispatchRule(gathers_counts=True, quotas=self.dispatch))
+        one, many = self.plan_layer, self.plan_layers
+        if one is None and many is None:
+            raise UserError(f"planner {self.name} has neither plan_layer nor plan_layers")
+        if one is None:
+            object.__setattr__(self, "plan_layer", lambda x, setting: many(batch_of([x]), setting).plan(0, x.layer))
+        elif many is None:
+            object.__setattr__(
+                self,
+                "plan_layers",
+                lambda batch, setting: rows_of([one(batch.input(n), setting) for n in range(len(batch))]),
+            )
 
     @property
     def control(self) -> Control:
         """What cost models charge for its decisions while requests are served."""
         return replace(self.dispatch.control, plans_ahead=self.cadence == "iteration", planning_timed_as=self.timed_as)
 
+    def plan_all(self, inputs_L: Sequence[PlanInput], setting: Setting) -> list[LayerPlan]:
+        """Plan all layers of a model at one time, each within the budget or what the planner makes of it for all.
 
-def plan_all_layers(
-    planner: Planner,
-    inputs_L: Sequence[PlanInput],
-    *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel,
-    budget: Budget,
-    params: Any,
-) -> list[LayerPlan]:
-    """Plan all layers of a model at one time, each within ``budget`` or what the planner makes of it for all.
+        Raises:
+            UserError: the planner refuses the budget.
+        """
+        if not inputs_L:
+            return []
+        if self.share_budget is not None:
+            budgets = self.share_budget(inputs_L, setting)
+            return [
+                self.plan_layer(x, replace_budget(setting, room)) for x, room in zip(inputs_L, budgets, strict=True)
+            ]
+        rows = self.plan_layers(batch_of(inputs_L), setting)
+        return [rows.plan(row, x.layer) for row, x in enumerate(inputs_L)]
 
-    Raises:
-        UserError: the planner refuses the budget.
-    """
-    if planner.plan_layers is not None and len(inputs_L) > 0:
-        return planner.plan_layers(inputs_L, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
-    budgets = [budget] * len(inputs_L)
-    if planner.share_budget is not None:
-        budgets = planner.share_budget(inputs_L, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
-    return [
-        planner.plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=room, params=params)
-        for x, room in zip(inputs_L, budgets, strict=True)
-    ]
+
+def replace_budget(setting: Setting, budget: Budget) -> Setting:
+    """The same setting with another budget."""
+    return Setting(setting.spec, setting.cluster, setting.costs, budget, setting.params)
 
 
 class PlannerInUse:
-    """Mixin of dataclasses that hold a planner with its parameters, model, cluster, costs and budget."""
+    """Mixin of frozen dataclasses that hold a planner with its parameters, model, cluster, costs and budget."""
 
     planner: Planner
     params: Any
@@ -186,6 +127,11 @@ class PlannerInUse:
     cluster: Cluster
     costs: CostModel
     budget: Budget
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What the planner is given each time."""
+        return Setting(self.spec, self.cluster, self.costs, self.budget, self.params)
 
     def plan(
         self,
@@ -199,14 +145,8 @@ class PlannerInUse:
         copy: float | None = None,
     ) -> LayerPlan:
         """Ask the planner for one layer."""
-        return self.planner.plan_layer(
-            PlanInput(layer, phase, forecast, previous, state_R, horizon, lead, copy),
-            spec=self.spec,
-            cluster=self.cluster,
-            costs=self.costs,
-            budget=self.budget,
-            params=self.params,
-        )
+        x = PlanInput(layer, phase, forecast, previous, state_R, horizon, lead, copy)
+        return self.planner.plan_layer(x, self.setting)
 
     def plan_all(
         self,
@@ -216,21 +156,12 @@ class PlannerInUse:
         horizon: int = 0,
     ) -> list[LayerPlan]:
         """Ask the planner for all layers at one time."""
-        return plan_all_layers(
-            self.planner,
-            [
-                PlanInput(layer, phase, forecast, previous_L[layer] if previous_L else None, None, horizon)
-                for layer, forecast in enumerate(forecast_L)
-            ],
-            spec=self.spec,
-            cluster=self.cluster,
-            costs=self.costs,
-            budget=self.budget,
-            params=self.params,
-        )
+        inputs = [
+            PlanInput(layer, phase, forecast, previous_L[layer] if previous_L else None, None, horizon)
+            for layer, forecast in enumerate(forecast_L)
+        ]
+        return self.planner.plan_all(inputs, self.setting)
 
     def dispatch(self, load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray) -> IntArray:
         """Ask the planner's dispatch for quotas, ``[S, R]``."""
-        return self.planner.dispatch(
-            load_SE, plan, usable_R, spec=self.spec, cluster=self.cluster, costs=self.costs, params=self.params
-        )
+        return self.planner.dispatch(load_SE, plan, usable_R, self.setting)

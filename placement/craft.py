@@ -19,15 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless.cluster import Cluster
 from moeless.contracts import Budget, FloatArray, IntArray, LayerPlan, PlanInput
-from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import eplb
-from moeless.placement.base import Planner
+from moeless.placement.base import Planner, replace_budget
 from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
-from moeless.spec import MoESpec
+from moeless.placement.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -93,21 +91,13 @@ def rounds_L(curves: Sequence[FloatArray], cost_N: IntArray, total_extra: int, m
     return rounds
 
 
-def share_budget(
-    inputs_L: Sequence[PlanInput],
-    *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel,
-    budget: Budget,
-    params: CraftParams,
-) -> list[Budget]:
+def share_budget(inputs_L: Sequence[PlanInput], setting: Setting) -> list[Budget]:
     """Room of each layer, out of as much as all have together where each has ``budget``.
 
     Raises:
         UserError: the experts do not fit.
     """
-    gpus = cluster.num_gpus
+    spec, budget, params, gpus = setting.spec, setting.budget, setting.params, setting.cluster.num_gpus
     room = room_G(budget, spec, gpus)
     even = spare_replicas(room, spec.E, budget.max_extra)
     most = int(even * params.max_share)
@@ -122,30 +112,22 @@ def share_budget(
     return budgets
 
 
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: CraftParams
-) -> LayerPlan:
+def plan_layer(x: PlanInput, setting: Setting) -> LayerPlan:
     """EPLB with as many rounds of replicas as still gain ``min_benefit`` each, up to the budget.
 
     Raises:
         UserError: the experts do not fit.
     """
-    room = room_G(budget, spec, cluster.num_gpus)
+    spec, budget, params, gpus = setting.spec, setting.budget, setting.params, setting.cluster.num_gpus
+    room = room_G(budget, spec, gpus)
     max_extra = spare_replicas(room, spec.E, budget.max_extra)
     curve = benefits_N(x.forecast.mean_E, room, max_extra)
     rounds = 0
     for n in range(1, len(curve)):
         if curve[n] - curve[rounds] >= params.min_benefit * (n - rounds):
             rounds = n
-    taken = min(rounds * cluster.num_gpus, max_extra)
-    return eplb.plan_layer(
-        x,
-        spec=spec,
-        cluster=cluster,
-        costs=costs,
-        budget=Budget(budget.slots_G, budget.bytes_G, taken),
-        params=eplb.EplbParams(),
-    )
+    taken = min(rounds * gpus, max_extra)
+    return eplb.plan_layer(x, replace_budget(setting, Budget(budget.slots_G, budget.bytes_G, taken)))
 
 
 PLANNER = Planner(

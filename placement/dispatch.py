@@ -1,83 +1,138 @@
-"""Equal shares: every usable copy of an expert serves the same number of its tokens.
+"""Dispatch rules: which copies serve which tokens of a layer, once the gate has chosen experts.
 
 Axes: S source ranks, E experts, R replicas.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
-from moeless.cluster import Cluster
-from moeless.contracts import BoolArray, IntArray, LayerPlan
-from moeless.costs import CostModel
+from moeless.contracts import BoolArray, FloatArray, IntArray, LayerPlan
+from moeless.costs import Control
 from moeless.errors import UserError
-from moeless.jit import njit
-from moeless.placement.base import DispatchRule
-from moeless.spec import MoESpec
+from moeless.jit import function_pointer, njit
+from moeless.placement import dealing
+from moeless.placement.setting import Setting
+
+NO_NUMBERS = np.zeros(0)
 
 
-def serving_R(plan: LayerPlan, usable_R: BoolArray, num_experts: int) -> BoolArray:
-    """The copies that may serve, ``[R]``: the usable ones, or the primary of an expert that has none.
+class Quotas(Protocol):
+    """A rule in Python: tokens of each source rank to each replica, ``[S, R]``; per expert they sum to ``load_SE``."""
 
-    A primary that is not usable yet has to be waited for; the caller accounts for that stall.
+    def __call__(self, load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray, setting: Setting) -> IntArray: ...
+
+
+def no_numbers(setting: Setting) -> FloatArray:
+    """For rules that need none."""
+    del setting
+    return NO_NUMBERS
+
+
+@dataclass(frozen=True)
+class DispatchRule:
+    """How a layer's tokens are dealt to its copies once the gate has chosen experts.
+
+    A rule is either compiled (``deal``) or Python (``quotas``). A compiled one runs inside the simulator's compiled
+    loops and in the live engine; a Python one is called layer by layer in both. Neither is asked where nothing is left
+    to decide: layers whose experts have one copy each, and plans whose shares were fixed ahead.
+
+    Attributes:
+        gathers_counts: True if the ranks must gather their token counts before any of them can send, so that cost
+            models charge the gathering and the decision to every layer that has a choice. False for rules that each
+            rank can follow by itself.
+        deal: ``deal(load, copies, numbers, costs, dealt)``, a function of ``moeless.jit.njit`` that writes rows into
+            ``dealt`` and returns how many, see :mod:`moeless.placement.dealing`.
+        numbers: the rule's own numbers, which ``deal`` gets.
+        table: ``deal`` from a table of tokens by source rank and expert into one of quotas in one call, where an
+            engine's speed matters: ``table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, numbers, costs,
+            quota_SR)``.
+        quotas: the rule in Python.
+        timed_as: the entry of a hardware profile's ``control.dispatch_seconds`` that holds this rule's measured time;
+            empty if none does.
     """
-    usable = np.asarray(usable_R, np.bool_)
-    if usable.shape != plan.expert_R.shape:
-        raise UserError(f"usable marks must be one per replica: {plan.R} replicas, got shape {usable.shape}")
-    if usable.all():
-        return usable
-    alive_E = np.bincount(plan.expert_R[usable], minlength=num_experts) > 0
-    return np.asarray(usable | (plan.primary_R & ~alive_E[plan.expert_R]))
+
+    gathers_counts: bool
+    deal: Callable[..., int] | None = None
+    numbers: Callable[[Setting], FloatArray] = no_numbers
+    table: Callable[..., None] | None = None
+    quotas: Quotas | None = None
+    timed_as: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.deal is None) == (self.quotas is None):
+            raise UserError("a dispatch rule is either compiled or Python: give deal or quotas")
+
+    @property
+    def control(self) -> Control:
+        """What cost models charge for it."""
+        return Control(gathers_counts=self.gathers_counts, dispatch_timed_as=self.timed_as)
+
+    @property
+    def pointer(self) -> Any:
+        """``deal`` for compiled loops."""
+        assert self.deal is not None
+        return _pointer(self.deal)
+
+    def __call__(self, load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray, setting: Setting) -> IntArray:
+        """Quotas, ``[S, R]`` tokens.
+
+        Raises:
+            UserError: ``usable_R`` does not match the plan.
+        """
+        usable = np.asarray(usable_R, np.bool_)
+        if usable.shape != plan.expert_R.shape:
+            raise UserError(f"usable marks must be one per replica: {plan.R} replicas, got shape {usable.shape}")
+        load = np.ascontiguousarray(load_SE, np.int64)
+        if self.quotas is not None and plan.decides:
+            return self.quotas(load, plan, usable, setting)
+        quota_SR = np.empty((len(load), plan.R), np.int64)
+        where = load, plan.expert_R, plan.gpu_R, plan.primary_R, usable, setting.cluster.num_gpus
+        if plan.share_R is not None:
+            _fixed_table(*where, plan.share_R, quota_SR)
+        elif self.deal is None or not plan.decides:
+            _home_table(*where, quota_SR)
+        elif self.table is not None:
+            self.table(*where, setting.derived(self.numbers), setting.costs.layer_costs, quota_SR)
+        else:
+            numbers, costs = setting.derived(self.numbers), setting.costs.layer_costs
+            rows = dealing.table_rows(*where)
+            dealing.fill_quotas(rows.dealt, self.deal(rows.load, rows.copies, numbers, costs, rows.dealt), quota_SR)
+        return quota_SR
+
+
+@lru_cache(maxsize=64)
+def _pointer(deal: Callable[..., int]) -> Any:
+    from moeless.costs.layer_time import LayerCosts, no_tables
+
+    one, flag = np.zeros(1, np.int64), np.zeros(1, np.bool_)
+    table = dealing.table_rows(np.ones((1, 1), np.int64), one.astype(np.int32), one.astype(np.int32), flag, flag, 1)
+    costs = LayerCosts(1.0, 1.0, 1.0, False, 1.0, False, 1, one, 1.0, 1.0, 1.0, 1.0, 1.0, no_tables())
+    return function_pointer(deal, np.int64(0), (table.load, table.copies, NO_NUMBERS, costs, table.dealt))
 
 
 @njit(cache=True, nogil=True)
-def _round_robin(load_SE, expert_R, serving, quota_SR):  # type: ignore[no-untyped-def]
-    num_sources, num_experts = load_SE.shape
-    copies_E = np.zeros(num_experts, np.int64)
-    index_R = np.zeros(len(expert_R), np.int64)
-    for r in range(len(expert_R)):
-        if serving[r]:
-            index_R[r] = copies_E[expert_R[r]]
-            copies_E[expert_R[r]] += 1
-    before_E = np.zeros(num_experts, np.int64)
-    for s in range(num_sources):
-        for r in range(len(expert_R)):
-            if serving[r]:
-                e = expert_R[r]
-                n, k = load_SE[s, e], copies_E[e]
-                # tokens before_E .. before_E + n of the expert, of which every k-th is this copy's
-                first = (index_R[r] - before_E[e]) % k
-                if n > first:
-                    quota_SR[s, r] = (n - first + k - 1) // k
-        for e in range(num_experts):
-            before_E[e] += load_SE[s, e]
+def _home_table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, quota_SR):  # type: ignore[no-untyped-def]
+    load, copies, dealt = dealing.table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
+    dealing.fill_quotas(dealt, dealing.deal_to_homes(load, copies, dealt), quota_SR)
 
 
-def even_dispatch(
-    load_SE: IntArray,
-    plan: LayerPlan,
-    usable_R: BoolArray,
-    *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel | None = None,
-    params: Any = None,
-) -> IntArray:
-    """Equal shares over an expert's usable copies, ``[S, R]`` tokens.
+@njit(cache=True, nogil=True)
+def _fixed_table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, share_R, quota_SR):  # type: ignore[no-untyped-def]
+    load, copies, dealt = dealing.table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
+    dealing.fill_quotas(dealt, dealing.deal_by_shares(load, copies, share_R, dealt), quota_SR)
 
-    An expert's tokens, taken in order of source rank, go to its copies in turn: every source rank's tokens and
-    their total are both split so that no two copies differ by more than one token, the lowest index having more.
 
-    Raises:
-        UserError: ``usable_R`` does not match the plan.
-    """
-    quota_SR = np.zeros((load_SE.shape[0], plan.R), np.int64)
-    serving = serving_R(plan, usable_R, load_SE.shape[1])
-    _round_robin(np.ascontiguousarray(load_SE, np.int64), plan.expert_R, serving, quota_SR)
-    return quota_SR
+@njit(cache=True, nogil=True)
+def _even_table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, numbers, costs, quota_SR):  # type: ignore[no-untyped-def]
+    load, copies, dealt = dealing.table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
+    dealing.fill_quotas(dealt, dealing.deal_evenly(load, copies, numbers, costs, dealt), quota_SR)
 
 
 #: Each rank splits its own tokens: nothing is gathered.
-EVEN = DispatchRule(even_dispatch, gathers_counts=False)
+EVEN = DispatchRule(gathers_counts=False, deal=dealing.deal_evenly, table=_even_table)

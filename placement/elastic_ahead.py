@@ -17,26 +17,19 @@ Axes: E experts, R replicas, G GPUs, S source ranks, C scenarios.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moeless.cluster import Cluster
-from moeless.contracts import BoolArray, Budget, FloatArray, IntArray, LayerPlan, Phase, PlanInput
-from moeless.costs import CostModel
+from moeless.contracts import Phase
 from moeless.errors import UserError
 from moeless.placement import elastic
-from moeless.placement.base import DispatchRule, Planner
-from moeless.placement.choose_kernels import ChoiceTerms
-from moeless.placement.dispatch import serving_R
 from moeless.placement.elastic import ElasticParams
-from moeless.placement.fixed_kernels import split_by_shares, weigh_fixed
-from moeless.placement.plan_scoring import draw_scenarios
+from moeless.placement.fixed_shares import FixedTerms, fix_layers
+from moeless.placement.plan_reuse import ReuseTerms
+from moeless.placement.plan_rows import PlanBatch, PlanRows
+from moeless.placement.setting import Setting
 from moeless.placement.threads import in_parallel
-from moeless.placement.whole_model import spread_over_sources
-from moeless.spec import MoESpec
 
 
 @dataclass(frozen=True)
@@ -67,146 +60,48 @@ class ElasticAheadParams(ElasticParams):
         return float(self.decode_spread if phase == Phase.DECODE else self.spread)
 
 
-_NO_SHARES = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0)
+def fixed_terms(setting: Setting) -> FixedTerms:
+    """What :func:`fixed_shares.fix_layers` needs beside elastic's terms."""
+    spec, params = setting.spec, setting.params
+    control_L = [setting.costs.control_seconds(elastic.DISPATCH.control, layer) for layer in range(spec.L)]
+    deviates_CE = elastic.scenario_deviates_CE(params.seed, 2 * params.share_scenarios, spec.E)
+    return FixedTerms(deviates_CE, np.array(control_L, np.float64), float(params.caution), float(params.margin))
 
 
-def _previous(x: PlanInput) -> tuple[Any, ...]:
-    """The previous plan's copies that matter, whether they are in memory, and their shares (none: not fixed)."""
-    plan = x.previous
-    if plan is None:
-        return _NO_SHARES
-    live = elastic._previous(x)[3]
-    if plan.share_R is None:
-        return plan.expert_R, plan.gpu_R, live, _NO_SHARES[3]
-    # copies that linger in memory beside the plan have no share
-    used = plan.primary_R | (plan.share_R > 0)
-    order = np.lexsort((plan.expert_R[used], ~plan.primary_R[used]))
-    return tuple(np.ascontiguousarray(row[used][order]) for row in (plan.expert_R, plan.gpu_R, live, plan.share_R))
-
-
-def fixed_terms(costs: CostModel, params: ElasticAheadParams) -> tuple[FloatArray, FloatArray, float, float]:
-    """For compiled loops: scenarios, each layer's control time, caution and margin."""
-    spec = costs.spec
-    control_L = np.array([costs.control_seconds(DISPATCH.control, layer) for layer in range(spec.L)])
-    normal_CE = elastic._normal_CE(params.seed, 2 * params.share_scenarios, spec.E)
-    return np.ascontiguousarray(normal_CE), control_L, float(params.caution), float(params.margin)
-
-
-def _fixed(
-    x: PlanInput, base: LayerPlan, terms: ChoiceTerms, costs: CostModel, params: ElasticAheadParams
-) -> LayerPlan:
-    """A plan with fixed shares where that is expected to beat ``base`` and static EP, otherwise ``base``."""
-    control = costs.control_seconds(DISPATCH.control, x.layer)
-    if terms.extra == 0 or len(terms.room_G) == 1 or control <= 0 or params.share_scenarios == 0:
-        return base
-    experts, size = len(terms.gpu_E), len(terms.gpu_E) + terms.extra
-    expert_R, gpu_R, share_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size)
-    order = np.lexsort((base.expert_R, ~base.primary_R))
-    expert_P, gpu_P, live_P, share_P = _previous(x)
-    count = weigh_fixed(
-        x.forecast.mean_E, x.forecast.var_E, params.spread_of(x.phase),
-        elastic._normal_CE(params.seed, 2 * params.share_scenarios, experts), terms, base.expert_R[order],
-        base.gpu_R[order], expert_P, gpu_P, live_P, share_P, x.horizon_iterations or params.patience_iterations,
-        float(x.lead_seconds), elastic.copy_seconds_G(costs.spec, costs, x.copy_seconds), control, params.caution,
-        params.margin, expert_R, gpu_R, share_R,
-    )  # fmt: skip
-    if count == 0:
-        return base
-    primary_R = np.arange(count) < experts
-    order = np.lexsort((expert_R[:count], ~primary_R, gpu_R[:count]))
-    made = LayerPlan(x.layer, expert_R[order], gpu_R[order], primary_R[order], share_R[order])
-    return made if costs.kernel_terms() is not None or _saves(made, x, terms, costs, params) else base
-
-
-def _saves(plan: LayerPlan, x: PlanInput, terms: ChoiceTerms, costs: CostModel, params: ElasticAheadParams) -> bool:
-    """Whether a cost model that the search knows by straight lines alone sees the plan beat static EP itself."""
-    normal_CE = elastic._normal_CE(params.seed, elastic._CHECKED, len(terms.gpu_E))
-    load_CE = np.empty(normal_CE.shape, np.int64)
-    count = draw_scenarios(x.forecast.mean_E, x.forecast.var_E, params.spread_of(x.phase), normal_CE, load_CE)
-    usable, saved = np.ones(plan.R, np.bool_), 0.0
-    for load_E in load_CE[:count]:
-        load_SE = spread_over_sources(load_E, costs.cluster.num_gpus)
-        quota_SR = np.empty((len(load_SE), plan.R), np.int64)
-        split_by_shares(load_SE, plan.expert_R, plan.primary_R, plan.share_R, usable, quota_SR)
-        saved += elastic.seconds_saved(load_SE, quota_SR, plan, costs)
-    return saved > 0.0
-
-
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: ElasticAheadParams
-) -> LayerPlan:
+def plan_layers(batch: PlanBatch, setting: Setting) -> PlanRows:
     """Of static EP, dispatch after the gate, and shares fixed ahead what is expected to be the fastest.
 
     Raises:
         UserError: a GPU has no room for its static experts.
     """
-    base = elastic.plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
-    return _fixed(x, base, elastic._choice_terms(spec, costs, budget, params), costs, params)
-
-
-def plan_layers(
-    inputs_L: Sequence[PlanInput],
-    *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel,
-    budget: Budget,
-    params: ElasticAheadParams,
-) -> list[LayerPlan]:
-    """All layers at once, on as many threads as pay: the plans that :func:`plan_layer` makes one by one.
-
-    Raises:
-        UserError: a GPU has no room for its static experts.
-    """
-    plans = elastic.plan_layers(inputs_L, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
-    terms = elastic._choice_terms(spec, costs, budget, params)
+    params: ElasticAheadParams = setting.params
+    rows = elastic.plan_layers(batch, setting)
+    fixed, terms = setting.derived(fixed_terms), setting.derived(elastic.choice_terms)
+    copy_G, costs, spread = elastic.copy_seconds_G(batch, setting), setting.costs, params.spread_of(batch.phase)
 
     def some(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            plans[i] = _fixed(inputs_L[i], plans[i], terms, costs, params)
+        fix_layers(
+            start, stop, batch.layer_N, batch.mean_NE, batch.var_NE, spread, batch.previous, batch.horizon_N,
+            batch.lead_N, copy_G, fixed, terms, costs.layer_costs, rows,
+        )  # fmt: skip
 
-    in_parallel(some, len(plans), len(plans) * spec.E * max(1, params.share_scenarios))
-    return plans
+    in_parallel(some, len(batch), len(batch) * len(terms.gpu_E) * max(1, params.share_scenarios))
+    return rows
 
 
-def dispatch(
-    load_SE: IntArray,
-    plan: LayerPlan,
-    usable_R: BoolArray,
-    *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel,
-    params: ElasticAheadParams,
-) -> IntArray:
-    """``elastic``'s dispatch, or the plan's fixed shares over the usable copies, ``[S, R]`` tokens.
-
-    Under fixed shares each source rank's tokens are split without regard to any other's.
-
-    Raises:
-        UserError: ``usable_R`` does not match the plan.
-    """
-    if plan.share_R is None:
-        return elastic.dispatch(load_SE, plan, usable_R, spec=spec, cluster=cluster, costs=costs, params=params)
-    load_SE = np.ascontiguousarray(load_SE, np.int64)
-    quota_SR = np.empty((load_SE.shape[0], plan.R), np.int64)
-    serving = serving_R(plan, usable_R, load_SE.shape[1])
-    split_by_shares(load_SE, plan.expert_R, plan.primary_R, plan.share_R, serving, quota_SR)
-    return quota_SR
+def reuse(setting: Setting) -> ReuseTerms:
+    """As elastic's. Shares fixed ahead may pay where dispatch does not: no bound on its gain keeps a layer static."""
+    terms = elastic.reuse(setting)
+    return terms._replace(skip_L=np.full_like(terms.skip_L, -1.0))
 
 
 #: Layers whose shares are fixed ahead gather nothing; the others are dispatched, and charged, as ``elastic``'s.
-DISPATCH = DispatchRule(dispatch, gathers_counts=True, timed_as=elastic.DISPATCH.timed_as)
-
-PLANNER = Planner(
+PLANNER = replace(
+    elastic.PLANNER,
     name="elastic-ahead",
-    plan_layer=plan_layer,
-    dispatch=DISPATCH,
+    plan_layer=None,  # type: ignore[arg-type]
     plan_layers=plan_layers,
     params=ElasticAheadParams,
-    cadence="iteration",
-    needs_forecast=True,
-    default_predictor="history",
     source="this project: elastic, and shares fixed ahead where dispatch does not pay for its control (no guarantee)",
-    timed_as=elastic.PLANNER.timed_as,
+    reuse=reuse,
 )

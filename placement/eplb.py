@@ -16,15 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.cluster import Cluster
-from moeless.contracts import Budget, IntArray, LayerPlan, PlanInput
-from moeless.costs import CostModel
+from moeless.contracts import IntArray, LayerPlan, PlanInput
 from moeless.errors import UserError
 from moeless.jit import njit
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
-from moeless.spec import MoESpec
+from moeless.placement.setting import Setting
 
 Float32Array = NDArray[np.float32]
 
@@ -186,9 +184,13 @@ def capacities(total: int, room: IntArray) -> IntArray:
     return capacity
 
 
-def _plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: EplbParams
-) -> LayerPlan:
+def plan_layer(x: PlanInput, setting: Setting) -> LayerPlan:
+    """Global balancing: all extras that fit, the first copy of each expert is its primary.
+
+    Raises:
+        UserError: the experts do not fit.
+    """
+    spec, cluster, budget = setting.spec, setting.cluster, setting.budget
     room = room_G(budget, spec, cluster.num_gpus)
     total = spec.E + spare_replicas(room, spec.E, budget.max_extra)
     expert_P, rank_P, weight_P, _ = replicate(x.forecast.mean_E.astype(np.float32), total)
@@ -196,20 +198,7 @@ def _plan_layer(
     return LayerPlan.build(x.layer, expert_P, gpu_P, rank_P == 0, num_experts=spec.E, num_gpus=cluster.num_gpus)
 
 
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: EplbParams
-) -> LayerPlan:
-    """Global balancing: all extras that fit, the first copy of each expert is its primary.
-
-    Raises:
-        UserError: the experts do not fit.
-    """
-    return _plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
-
-
-def plan_layer_hierarchical(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: EplbParams
-) -> LayerPlan:
+def plan_layer_hierarchical(x: PlanInput, setting: Setting) -> LayerPlan:
     """Groups of experts to nodes first, then copies and GPUs inside each node.
 
     Falls back to the global form where nodes, groups or equal slots do not divide, as DeepSeek's program does.
@@ -217,12 +206,13 @@ def plan_layer_hierarchical(
     Raises:
         UserError: the experts do not fit.
     """
+    spec, cluster, budget, params = setting.spec, setting.cluster, setting.budget, setting.params
     nodes, gpus = cluster.num_nodes, cluster.num_gpus
     groups = params.num_groups or nodes
     room = room_G(budget, spec, gpus)
     slots = min(int(room.min()), (spec.E + spare_replicas(room, spec.E, budget.max_extra)) // gpus)
     if groups % nodes or gpus % nodes or spec.E % groups or slots * gpus < spec.E:
-        return _plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
+        return plan_layer(x, setting)
     phy2log, log2phy, _ = rebalance_experts(x.forecast.mean_E[None], slots * gpus, groups, nodes, gpus)
     slot_P = np.arange(slots * gpus)
     return LayerPlan.build(

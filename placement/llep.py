@@ -17,15 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless.cluster import Cluster
-from moeless.contracts import BoolArray, Budget, FloatArray, IntArray, LayerPlan, PlanInput
-from moeless.costs import CostModel
+from moeless.contracts import BoolArray, FloatArray, IntArray, LayerPlan, PlanInput
 from moeless.errors import UserError
-from moeless.placement import dispatch_kernels as kernels
-from moeless.placement.base import DispatchRule, Planner
-from moeless.placement.dispatch import serving_R
+from moeless.placement.base import Planner
+from moeless.placement.dealing import quotas_of_totals, serving_R
+from moeless.placement.dispatch import DispatchRule
 from moeless.placement.layout import check_static_fits, room_G, spare_replicas, static_gpu_E
-from moeless.spec import MoESpec
+from moeless.placement.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,13 @@ def spill(load_E: FloatArray, home_E: IntArray, allowed_EG: BoolArray, params: L
     return tokens_EG
 
 
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: LlepParams
-) -> LayerPlan:
+def plan_layer(x: PlanInput, setting: Setting) -> LayerPlan:
     """Static primaries and a copy wherever the forecast's load would spill to, largest spills first.
 
     Raises:
         UserError: a GPU has no room for its static experts.
     """
-    gpus = cluster.num_gpus
+    spec, budget, params, gpus = setting.spec, setting.budget, setting.params, setting.cluster.num_gpus
     home_E = static_gpu_E(spec.E, gpus)
     room = room_G(budget, spec, gpus)
     check_static_fits(room, home_E)
@@ -113,24 +109,14 @@ def plan_layer(
     return LayerPlan.build(x.layer, expert, gpu, primary, num_experts=spec.E, num_gpus=gpus)
 
 
-def dispatch(
-    load_SE: IntArray,
-    plan: LayerPlan,
-    usable_R: BoolArray,
-    *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel,
-    params: LlepParams,
-) -> IntArray:
+def dispatch(load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray, setting: Setting) -> IntArray:
     """Static EP, with what overloads a GPU spilled to the usable copies, ``[S, R]`` tokens.
 
     Raises:
         UserError: ``usable_R`` does not match the plan.
     """
-    load_SE = np.ascontiguousarray(load_SE, np.int64)
-    serving = serving_R(plan, usable_R, load_SE.shape[1])
-    experts, gpus = load_SE.shape[1], cluster.num_gpus
+    experts, gpus = load_SE.shape[1], setting.cluster.num_gpus
+    serving = serving_R(plan, usable_R, experts)
     home_R = np.full(experts, -1, np.int64)
     # the primary where it serves, otherwise the first copy that does
     for r in np.flatnonzero(serving)[::-1]:
@@ -140,7 +126,7 @@ def dispatch(
     allowed_EG = np.zeros((experts, gpus), np.bool_)
     allowed_EG[plan.expert_R[serving], plan.gpu_R[serving]] = True
     home_E = plan.gpu_R[home_R].astype(np.int64)
-    tokens_EG = spill(load_SE.sum(0).astype(np.float64), home_E, allowed_EG, params)
+    tokens_EG = spill(load_SE.sum(0).astype(np.float64), home_E, allowed_EG, setting.params)
     tokens_R = np.zeros(plan.R, np.int64)
     for r in np.flatnonzero(serving):
         e, g = plan.expert_R[r], plan.gpu_R[r]
@@ -149,14 +135,14 @@ def dispatch(
             tokens_R[r] = round(tokens_EG[e, g])
             tokens_EG[e, g] = 0
     quota_SR = np.empty((load_SE.shape[0], plan.R), np.int64)
-    kernels.fill_sources(load_SE, tokens_R, plan.expert_R, plan.gpu_R, quota_SR)
+    quotas_of_totals(load_SE, plan.expert_R, plan.gpu_R, plan.primary_R, serving, gpus, tokens_R, quota_SR)
     return quota_SR
 
 
 PLANNER = Planner(
     name="llep",
     plan_layer=plan_layer,
-    dispatch=DispatchRule(dispatch, gathers_counts=True),
+    dispatch=DispatchRule(gathers_counts=True, quotas=dispatch),
     params=LlepParams,
     cadence="interval",
     needs_forecast=True,

@@ -12,14 +12,12 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from moeless.cluster import Cluster
-from moeless.contracts import Budget, FloatArray, LayerPlan, PlanInput
-from moeless.costs import CostModel
+from moeless.contracts import FloatArray, LayerPlan, PlanInput
 from moeless.errors import RunFailed, UserError
 from moeless.placement.base import Planner
 from moeless.placement.elastic import DISPATCH
 from moeless.placement.layout import room_G, spare_replicas
-from moeless.spec import MoESpec
+from moeless.placement.setting import Setting
 
 #: (expert, GPU) pairs up to which HiGHS finds optima in seconds.
 LARGEST = 128
@@ -49,21 +47,19 @@ class BestPlan:
     lower_bound: float
 
 
-def best_plan(
-    load_E: FloatArray, *, layer: int, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget,
-    params: MilpParams,
-) -> BestPlan:  # fmt: skip
+def best_plan(load_E: FloatArray, layer: int, setting: Setting) -> BestPlan:
     """Least ``makespan + 2 * link * fullest GPU`` over all plans within the budget; shares are continuous.
 
     Raises:
         UserError: the instance is too large, or the experts do not fit.
         RunFailed: no plan within the time limit.
     """
-    experts, gpus, terms = spec.E, cluster.num_gpus, costs.terms()
+    spec, params, terms = setting.spec, setting.params, setting.costs.terms()
+    experts, gpus = spec.E, setting.cluster.num_gpus
     if experts * gpus > LARGEST:
         raise UserError(f"milp plans up to {LARGEST} pairs of experts and GPUs, this layer has {experts * gpus}")
-    room = room_G(budget, spec, gpus)
-    extra = spare_replicas(room, experts, budget.max_extra)
+    room = room_G(setting.budget, spec, gpus)
+    extra = spare_replicas(room, experts, setting.budget.max_extra)
     load = np.asarray(load_E, np.float64)
     total, pairs = max(load.sum(), 1.0), experts * gpus
     unit = max(terms.floor_seconds, terms.token_seconds)
@@ -111,13 +107,9 @@ def best_plan(
     )
 
 
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: MilpParams
-) -> LayerPlan:
+def plan_layer(x: PlanInput, setting: Setting) -> LayerPlan:
     """The best plan for the forecast's mean; see :func:`best_plan` for what it raises."""
-    return best_plan(
-        x.forecast.mean_E, layer=x.layer, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params
-    ).plan
+    return best_plan(x.forecast.mean_E, x.layer, setting).plan
 
 
 PLANNER = Planner(

@@ -12,24 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeless.cluster import Cluster
-from moeless.contracts import (
-    BoolArray,
-    Budget,
-    FloatArray,
-    InstanceState,
-    Int32Array,
-    IntArray,
-    LayerPlan,
-    PlanInput,
-)
-from moeless.costs import CostModel
+from moeless.contracts import BoolArray, FloatArray, InstanceState, Int32Array, IntArray
 from moeless.errors import UserError
 from moeless.jit import njit
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import room_G, spare_replicas
-from moeless.spec import MoESpec
+from moeless.placement.plan_rows import PlanBatch, PlanRows, empty_rows
+from moeless.placement.setting import Setting
+
+_WARM, _LOADING = int(InstanceState.WARM), int(InstanceState.LOADING)
 
 
 @dataclass(frozen=True)
@@ -181,25 +173,29 @@ def plan_copies(
     return replicas
 
 
-def alive_copies_EG(x: PlanInput, num_experts: int, num_gpus: int) -> IntArray:
-    """Copies of the previous plan that are warm or loading, ``[E, G]``."""
-    if x.previous is None:
-        return np.zeros((num_experts, num_gpus), np.int64)
-    expert, gpu = x.previous.expert_R, x.previous.gpu_R
-    if x.state_R is not None:
-        live = (x.state_R == InstanceState.WARM) | (x.state_R == InstanceState.LOADING)
-        expert, gpu = expert[live], gpu[live]
-    counts = np.bincount(expert.astype(np.int64) * num_gpus + gpu, minlength=num_experts * num_gpus)
-    return counts.astype(np.int64, copy=False).reshape(num_experts, num_gpus)
+@njit(cache=True, nogil=True)
+def plan_all_copies(mean_NE, previous, terms, rows):  # type: ignore[no-untyped-def]
+    """:func:`plan_copies` for each layer of a batch, into its row."""
+    experts, num_gpus = mean_NE.shape[1], len(terms.room_G)
+    for n in range(len(mean_NE)):
+        alive_EG = np.zeros((experts, num_gpus), np.int64)
+        for p in range(previous.first_N[n], previous.first_N[n + 1]):
+            if previous.state_P[p] == _WARM or previous.state_P[p] == _LOADING:
+                alive_EG[previous.expert_P[p], previous.gpu_P[p]] += 1
+        rows.count_N[n] = plan_copies(
+            mean_NE[n], terms, alive_EG, rows.expert_NR[n], rows.gpu_NR[n], rows.primary_NR[n]
+        )
+        rows.fixed_N[n] = False
 
 
-def plan_terms(spec: MoESpec, cluster: Cluster, budget: Budget, params: PaperParams) -> PaperTerms:
+def plan_terms(setting: Setting) -> PaperTerms:
     """The compiled algorithms' numbers.
 
     Raises:
         UserError: the experts do not fit.
     """
-    room = room_G(budget, spec, cluster.num_gpus)
+    spec, budget, params = setting.spec, setting.budget, setting.params
+    room = room_G(budget, spec, setting.cluster.num_gpus)
     max_extra, cap = spare_replicas(room, spec.E, budget.max_extra), params.max_extra(spec.expert_bytes)
     return PaperTerms(
         max_extra if cap is None else min(max_extra, cap), float(params.cv_threshold), bool(params.count_idle),
@@ -207,26 +203,21 @@ def plan_terms(spec: MoESpec, cluster: Cluster, budget: Budget, params: PaperPar
     )  # fmt: skip
 
 
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: PaperParams
-) -> LayerPlan:
+def plan_layers(batch: PlanBatch, setting: Setting) -> PlanRows:
     """Algorithms 1 and 2; an expert's first placed replica is its primary.
 
     Raises:
         UserError: the experts do not fit.
     """
-    terms = plan_terms(spec, cluster, budget, params)
-    size = spec.E + terms.max_extra
-    expert_R, gpu_R, primary_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_)
-    alive_EG = alive_copies_EG(x, spec.E, cluster.num_gpus)
-    load_E = np.ascontiguousarray(x.forecast.mean_E, np.float64)
-    count = plan_copies(load_E, terms, alive_EG, expert_R, gpu_R, primary_R)
-    return LayerPlan(x.layer, expert_R[:count], gpu_R[:count], primary_R[:count])
+    terms = setting.derived(plan_terms)
+    rows = empty_rows(len(batch), setting.spec.E + terms.max_extra)
+    plan_all_copies(batch.mean_NE, batch.previous, terms, rows)
+    return rows
 
 
 PLANNER = Planner(
     name="moeless",
-    plan_layer=plan_layer,
+    plan_layers=plan_layers,
     dispatch=EVEN,
     params=PaperParams,
     cadence="iteration",

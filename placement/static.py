@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless.cluster import Cluster
-from moeless.contracts import Budget, LayerPlan, PlanInput
-from moeless.costs import CostModel
+from moeless.contracts import LayerPlan, PlanInput
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import EVEN
 from moeless.placement.layout import check_static_fits, room_G, static_gpu_E
-from moeless.spec import MoESpec
+from moeless.placement.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -29,16 +27,15 @@ def static_plan(layer: int, num_experts: int, num_gpus: int) -> LayerPlan:
     )
 
 
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: StaticParams
-) -> LayerPlan:
+def plan_layer(x: PlanInput, setting: Setting) -> LayerPlan:
     """Contiguous primaries, whatever the forecast.
 
     Raises:
         UserError: a GPU has no room for its block of experts.
     """
-    check_static_fits(room_G(budget, spec, cluster.num_gpus), static_gpu_E(spec.E, cluster.num_gpus))
-    return static_plan(x.layer, spec.E, cluster.num_gpus)
+    experts, gpus = setting.spec.E, setting.cluster.num_gpus
+    check_static_fits(room_G(setting.budget, setting.spec, gpus), static_gpu_E(experts, gpus))
+    return static_plan(x.layer, experts, gpus)
 
 
 PLANNER = Planner(

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moeless.cluster import Cluster
-from moeless.contracts import Budget, Forecast, IntArray, ModelPlan, Phase, PlanInput
-from moeless.costs import CostModel
+from moeless.contracts import Forecast, IntArray, ModelPlan, Phase, PlanInput
 from moeless.errors import UserError
-from moeless.placement.base import Planner, plan_all_layers
+from moeless.placement.base import Planner
+from moeless.placement.fastest_dispatch import spread_evenly
+from moeless.placement.setting import Setting
 from moeless.placement.static import static_plan
-from moeless.spec import MoESpec
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,8 @@ class PlanSummary:
 def plan_model(
     planner: Planner,
     forecast_L: Sequence[Forecast],
+    setting: Setting,
     *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel,
-    budget: Budget,
-    params: Any,
     phase: Phase,
     previous: ModelPlan | None = None,
     horizon_iterations: int = 0,
@@ -57,6 +52,7 @@ def plan_model(
     Raises:
         UserError: the forecasts are not one per MoE layer, or the planner refuses the budget.
     """
+    spec = setting.spec
     if len(forecast_L) != spec.L:
         raise UserError(f"{spec.name} has {spec.L} MoE layers, {len(forecast_L)} forecasts were given")
     inputs = [
@@ -65,42 +61,35 @@ def plan_model(
         )
         for layer, forecast in enumerate(forecast_L)
     ]
-    layers = plan_all_layers(planner, inputs, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
-    return ModelPlan(spec.name, spec.E, cluster.num_gpus, planner.name, tuple(layers), dict(notes or {}))
+    layers = planner.plan_all(inputs, setting)
+    return ModelPlan(spec.name, spec.E, setting.cluster.num_gpus, planner.name, tuple(layers), dict(notes or {}))
 
 
 def spread_over_sources(load_E: IntArray, num_sources: int) -> IntArray:
     """Each expert's tokens as if every rank had sent the same number, ``[S, E]``; the rest goes round."""
-    base, rest = np.divmod(load_E, num_sources)
-    # a running start keeps the ranks' totals even too
-    start = np.concatenate([[0], np.cumsum(rest)[:-1]]) % num_sources
-    turn = (np.arange(num_sources)[:, None] - start[None, :]) % num_sources
-    return np.asarray(base[None, :] + (turn < rest[None, :]), np.int64)
+    load_SE = np.empty((num_sources, len(load_E)), np.int64)
+    spread_evenly(np.asarray(load_E, np.int64), load_SE)
+    return load_SE
 
 
 def summarise(
     plan: ModelPlan,
     planner: Planner,
     forecast_L: Sequence[Forecast],
-    *,
-    spec: MoESpec,
-    cluster: Cluster,
-    costs: CostModel,
-    params: Any,
+    setting: Setting,
 ) -> PlanSummary:
     """Judge a plan on the expected loads, tokens spread evenly over source ranks."""
-    figures = []
+    spec, gpus, figures = setting.spec, setting.cluster.num_gpus, []
     for layer, forecast in zip(plan.layers, forecast_L, strict=True):
-        load_SE = spread_over_sources(np.rint(forecast.mean_E).astype(np.int64), cluster.num_gpus)
+        load_SE = spread_over_sources(np.rint(forecast.mean_E).astype(np.int64), gpus)
         row = []
-        for candidate in (layer, static_plan(layer.layer, spec.E, cluster.num_gpus)):
+        for candidate in (layer, static_plan(layer.layer, spec.E, gpus)):
             usable_R = np.ones(candidate.R, np.bool_)
-            quota_SR = planner.dispatch(
-                load_SE, candidate, usable_R, spec=spec, cluster=cluster, costs=costs, params=params
-            )
-            tokens_G = np.bincount(candidate.gpu_R, weights=quota_SR.sum(0), minlength=cluster.num_gpus)
-            row += [tokens_G.max() / max(tokens_G.mean(), 1e-12), costs.layer_seconds(quota_SR, candidate).total]
+            quota_SR = planner.dispatch(load_SE, candidate, usable_R, setting)
+            tokens_G = np.bincount(candidate.gpu_R, weights=quota_SR.sum(0), minlength=gpus)
+            seconds = setting.costs.layer_seconds(quota_SR, candidate).total
+            row += [tokens_G.max() / max(tokens_G.mean(), 1e-12), seconds]
         figures.append(row)
-    imbalance, seconds, static_imbalance, static_seconds = np.mean(figures, axis=0).tolist()
+    imbalance, planned, static_imbalance, static = np.mean(figures, axis=0).tolist()
     extras = sum(layer.num_extra for layer in plan.layers)
-    return PlanSummary(extras, extras * spec.expert_bytes, imbalance, static_imbalance, seconds, static_seconds)
+    return PlanSummary(extras, extras * spec.expert_bytes, imbalance, static_imbalance, planned, static)

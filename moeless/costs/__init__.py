@@ -3,11 +3,11 @@
 from functools import partial
 from typing import Any
 
-from moeless.costs.base import Control, CostModel, CostTerms, LayerTime
+from moeless.costs.base import Control, CostModel, CostTerms
 from moeless.errors import UserError
 from moeless.registry import Registry
 
-__all__ = ["COSTS", "Control", "CostModel", "CostTerms", "LayerTime"]
+__all__ = ["COSTS", "Control", "CostModel", "CostTerms"]
 
 
 class CostRegistry(Registry):

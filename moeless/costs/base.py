@@ -1,5 +1,6 @@
-"""What every cost model answers, and the one place where a layer's time is composed.
+"""What every cost model answers.
 
+A layer's time is made up in ``layer_time``, of the numbers that a cost model gives.
 Axes: R replicas of the plan, G GPUs, S source ranks (rank s is GPU s).
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -16,23 +18,8 @@ from moeless.contracts import FloatArray, IntArray, LayerPlan
 from moeless.spec import MoESpec
 
 if TYPE_CHECKING:
-    # profiles are written on machines without numba, which the kernels need
-    from moeless.costs.kernels import KernelTerms
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """Seconds of one layer, by part; ``total`` is their sum."""
-
-    expert: float
-    all_to_all: float
-    misc: float
-    control: float
-
-    @property
-    def total(self) -> float:
-        """Seconds from the gate's output to the combined hidden states."""
-        return self.expert + self.all_to_all + self.misc + self.control
+    # profiles are written on machines without numba, which compiled functions need
+    from moeless.costs.layer_time import LayerCosts, LayerTime
 
 
 @dataclass(frozen=True)
@@ -84,17 +71,49 @@ class CostModel(ABC):
     def terms(self) -> CostTerms:
         """The model's numbers for kernels."""
 
-    def kernel_terms(self) -> KernelTerms | None:
-        """The whole of :meth:`layer_seconds` as numbers for compiled code; None where it is more than that."""
-        return None
+    @cached_property
+    def layer_costs(self) -> LayerCosts:
+        """The model's numbers for :mod:`moeless.costs.layer_time`, made once."""
+        return self.make_layer_costs()
 
     @abstractmethod
+    def make_layer_costs(self) -> LayerCosts:
+        """All that a layer's time depends on."""
+
+    @property
+    def is_lines(self) -> bool:
+        """Whether :meth:`terms` say all that :attr:`layer_costs` do about compute and exchange within one link tier."""
+        return len(self.layer_costs.tables.tokens_N) == 0
+
     def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
         """Compute time of each GPU, ``[G]``, for ``tokens_R`` tokens on each replica; unused ones are free."""
+        from moeless.costs.layer_time import gpu_seconds
 
-    @abstractmethod
+        seconds_G = np.zeros(self.cluster.num_gpus)
+        gpu_seconds(np.ascontiguousarray(tokens_R, np.int64), plan.gpu_R, self.layer_costs, seconds_G)
+        return seconds_G
+
     def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
         """Both directions of the layer's exchange, for bytes from source rank to GPU, ``[S, G]``."""
+        from moeless.costs.layer_time import (
+            GOT_FAST,
+            LOAD,
+            NUM_TRAFFIC,
+            SENT,
+            SENT_FAST,
+            exchange_load,
+            exchange_seconds,
+        )
+
+        tokens_SG = np.asarray(bytes_SG, np.float64) / self.spec.token_bytes
+        traffic_QG = np.zeros((NUM_TRAFFIC, self.cluster.num_gpus))
+        traffic_QG[LOAD], traffic_QG[SENT] = tokens_SG.sum(0), tokens_SG.sum(1)
+        island_G, away_SG = self.layer_costs.island_G, tokens_SG * ~np.eye(len(tokens_SG), dtype=bool)
+        near_GG = island_G[:, None] == island_G[None]
+        for tier, pairs_GG in enumerate((near_GG, ~near_GG)):
+            traffic_QG[SENT_FAST + tier] = (away_SG * pairs_GG).sum(1)
+            traffic_QG[GOT_FAST + tier] = (away_SG * pairs_GG).sum(0)
+        return float(exchange_seconds(exchange_load(traffic_QG), self.layer_costs))
 
     @abstractmethod
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
@@ -116,18 +135,12 @@ class CostModel(ABC):
         """What lies outside the model's grounds so far (extrapolation, say), one sentence each."""
         return ()
 
-    def misc_seconds(self) -> float:
-        """Fixed time of a layer outside expert compute and exchange (T_misc of the paper)."""
-        return 0.0
-
     def layer_seconds(self, quota_SR: IntArray, plan: LayerPlan, control: float = 0.0) -> LayerTime:
         """Time of one layer whose tokens go to replicas by ``quota_SR``, ``[S, R]`` tokens."""
-        expert_G = self.expert_seconds(quota_SR.sum(0), plan)
-        bytes_SG = np.zeros((quota_SR.shape[0], self.cluster.num_gpus))
-        np.add.at(bytes_SG.T, plan.gpu_R, quota_SR.T * float(self.spec.token_bytes))
-        return LayerTime(
-            expert=float(expert_G.max(initial=0.0)),
-            all_to_all=self.all_to_all_seconds(bytes_SG),
-            misc=self.misc_seconds(),
-            control=control,
-        )
+        from moeless.costs.layer_time import NUM_TRAFFIC, layer_parts, quota_seconds
+
+        traffic_QG = np.empty((NUM_TRAFFIC, self.cluster.num_gpus))
+        quota = np.ascontiguousarray(quota_SR, np.int64)
+        expert, exchange, _ = quota_seconds(quota, plan.gpu_R, self.layer_costs, traffic_QG)
+        parts: LayerTime = layer_parts(expert, exchange, control, 0.0, self.layer_costs)
+        return parts

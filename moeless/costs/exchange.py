@@ -13,6 +13,7 @@ import numpy as np
 from moeless.cluster import Cluster
 from moeless.contracts import FloatArray
 from moeless.costs import links, roofline
+from moeless.costs.layer_time import EVEN_OR_FAST, HOT_OR_SLOW, LINKS, RANKS, STATED
 from moeless.costs.profile import Curve, Exchange, HardwareProfile
 from moeless.costs.profile_reader import SHIPPED
 from moeless.errors import UserError
@@ -64,24 +65,6 @@ class ExchangeTimes:
             self.slow = Curve(np.array(entry["slow"]["bytes"]), np.array(entry["slow"]["seconds"]))
         self._warn(f"the exchange is computed from the link model {name}, not measured among ranks")
 
-    def seconds(self, bytes_SG: FloatArray) -> float:
-        """Seconds for bytes from source rank to GPU; local ones are free."""
-        sizes = np.array(bytes_SG, np.float64)
-        if self.cluster.num_gpus == 1:
-            return 0.0
-        np.fill_diagonal(sizes, 0.0)
-        if self.measured is not None:
-            return self._measured(sizes)
-        if self.fast is None or self.slow is None:
-            return links.all_to_all_seconds(self.cluster, bytes_SG)
-        worst = 0.0
-        fast_pairs = links.same_island(self.cluster)
-        for curve, pairs in ((self.fast, fast_pairs), (self.slow, ~fast_pairs)):
-            tier = np.where(pairs, sizes, 0.0)
-            worst = max(worst, self._at(curve, max(tier.sum(0).max(), tier.sum(1).max())))
-        # ranks wait for each other even where nothing travels
-        return max(worst, float(self.fast.seconds[0]))
-
     @property
     def engine(self) -> Exchange | None:
         """Where the engine's own layer was measured among exactly that many ranks."""
@@ -89,21 +72,25 @@ class ExchangeTimes:
         whole = found is not None and found.ranks == self.cluster.num_gpus and found.engine_rest is not None
         return found if whole else None
 
-    def _measured(self, sizes: FloatArray) -> float:
-        assert self.measured is not None
-        ranks = self.cluster.num_gpus
-        fullest = float(max(sizes.sum(0).max(), sizes.sum(1).max()))
-        if fullest == 0.0:
-            return float(self.measured.hot.seconds[0])
-        # how even the exchange is: 0 when one rank takes all, 1 when every rank takes as much as the fullest
-        even = (float(sizes.sum()) / fullest - 1.0) / (ranks - 1.0)
-        hot, uniform = self._at(self.measured.hot, fullest), self._at(self.measured.uniform, fullest)
-        return hot + min(max(even, 0.0), 1.0) * max(uniform - hot, 0.0)
+    def tables(self) -> tuple[int, dict[int, tuple[FloatArray, FloatArray]]]:
+        """Which of ``layer_time``'s exchanges this is, and its curves."""
+        if self.measured is not None:
+            kind, even, hot = RANKS, self.measured.uniform, self.measured.hot
+        elif self.fast is not None and self.slow is not None:
+            kind, even, hot = LINKS, self.fast, self.slow
+        else:
+            return STATED, {}
+        points = {EVEN_OR_FAST: (even.x, even.seconds), HOT_OR_SLOW: (hot.x, hot.seconds)}
+        return kind, points
 
-    def _at(self, curve: Curve, num_bytes: float) -> float:
-        if num_bytes > curve.x[-1]:
-            self._warn(f"exchanges of more than {curve.x[-1] / 2**20:.3g} MiB on a link are extrapolated")
-        return curve.at(num_bytes)
+    def beyond(self, even_or_fast: bool, hot_or_slow: bool) -> list[str]:
+        """What to say where more bytes were asked for than a curve was measured with."""
+        _, points = self.tables()
+        asked = [curve for curve, over in ((EVEN_OR_FAST, even_or_fast), (HOT_OR_SLOW, hot_or_slow)) if over]
+        return [
+            f"exchanges of more than {points[curve][0][-1] / 2**20:.3g} MiB on a link are extrapolated"
+            for curve in asked
+        ]
 
     def pair_seconds(self, num_bytes: float, slow: bool) -> float:
         """Weights from one rank to another."""

@@ -19,38 +19,29 @@ from functools import cached_property
 import numpy as np
 
 from moeless.cluster import CPU, Cluster
-from moeless.contracts import FloatArray, Int32Array, IntArray, LayerPlan
+from moeless.contracts import FloatArray, Int32Array, IntArray
 from moeless.costs import links, roofline
 from moeless.costs.base import Control, CostModel, CostTerms
 from moeless.costs.exchange import ExchangeTimes
+from moeless.costs.layer_time import (
+    BEYOND_ACTIVE,
+    BEYOND_FAST,
+    BEYOND_SLOW,
+    BEYOND_TOKENS,
+    COMBINE,
+    ENGINE_EXPERT,
+    ENGINE_REST,
+    PERMUTE,
+    SOURCE,
+    LayerCosts,
+    MeasuredTables,
+    curves,
+    gpu_seconds,
+)
 from moeless.costs.profile import SHAPES, ExpertGrid, HardwareProfile
 from moeless.costs.profile_reader import load_profile, shipped_profiles
 from moeless.errors import UserError
-from moeless.jit import njit
 from moeless.spec import MoESpec
-
-
-@njit("float64(float64, float64[::1], float64[::1])", cache=True)
-def _row(n, tokens_N, seconds_N):  # type: ignore[no-untyped-def]
-    """Linear interpolation over tokens; the last segment's slope beyond the grid; 0 for no tokens."""
-    if n <= 0.0:
-        return 0.0
-    last = len(tokens_N) - 1
-    i = min(max(np.searchsorted(tokens_N, n), 1), last)
-    step = (n - tokens_N[i - 1]) / (tokens_N[i] - tokens_N[i - 1])
-    return seconds_N[i - 1] + step * (seconds_N[i] - seconds_N[i - 1])
-
-
-@njit("void(float64[::1], int64[::1], float64[::1], float64[:, ::1], float64[::1])", cache=True)
-def _gpu_seconds(tokens_R, gpu_R, tokens_N, seconds_KN, out_G):  # type: ignore[no-untyped-def]
-    for g in range(len(out_G)):
-        loads = np.sort(tokens_R[(gpu_R == g) & (tokens_R > 0)])[::-1]
-        total = 0.0
-        for k in range(len(loads)):
-            below = loads[k + 1] if k + 1 < len(loads) else 0.0
-            if loads[k] > below:
-                total += _row(loads[k], tokens_N, seconds_KN[k]) - _row(below, tokens_N, seconds_KN[k])
-        out_G[g] = total
 
 
 def active_rows(grid: ExpertGrid, most: int) -> FloatArray:
@@ -122,8 +113,6 @@ class MeasuredCosts(CostModel):
         self.charge_control = charge_control
         self._warnings: dict[str, None] = {}
         self.exchange = ExchangeTimes(self.profile, cluster, self._warn)
-        self._rows_KN = active_rows(self.grid, int(self.grid.active_A[-1]))
-        self._tokens_N = np.ascontiguousarray(self.grid.tokens_N)
         machine = self.profile.document["machine"]
         if (machine.get("device") == "cpu") != (cluster.device.name == CPU.name):
             self._warn(f"times are those of {self.profile.device}, cluster {cluster.name} is of {cluster.device.name}")
@@ -138,6 +127,13 @@ class MeasuredCosts(CostModel):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was taken from outside the measurements so far, one sentence each."""
+        beyond = self.layer_costs.tables.beyond > 0
+        if beyond[BEYOND_ACTIVE]:
+            self._warn(f"more than {self.grid.active_A[-1]:g} active experts on a GPU are extrapolated")
+        if beyond[BEYOND_TOKENS]:
+            self._warn(f"more than {self.grid.tokens_N[-1]:g} tokens per expert are extrapolated")
+        for sentence in self.exchange.beyond(bool(beyond[BEYOND_FAST]), bool(beyond[BEYOND_SLOW])):
+            self._warn(sentence)
         return tuple(self._warnings)
 
     def _warn(self, sentence: str) -> None:
@@ -160,41 +156,43 @@ class MeasuredCosts(CostModel):
             reduce_max=False,
         )
 
+    def make_layer_costs(self) -> LayerCosts:
+        cluster, parts, engine = self.cluster, self.profile.parts, self.exchange.engine
+        kind, points = self.exchange.tables()
+        found = {PERMUTE: parts["permute"], COMBINE: parts["combine"], SOURCE: parts.get("source")}
+        if engine is not None:
+            found |= {ENGINE_EXPERT: engine.engine_expert, ENGINE_REST: engine.engine_rest}
+        points |= {name: (curve.x, curve.seconds) for name, curve in found.items() if curve is not None}
+        rows_KN = active_rows(self.grid, max(self.spec.E, int(self.grid.active_A[-1])))
+        tables = MeasuredTables(
+            np.ascontiguousarray(self.grid.tokens_N, np.float64), rows_KN, int(self.grid.active_A[-1]), self.spec.K,
+            kind, *curves(points), np.zeros(4),
+        )  # fmt: skip
+        lines = self.terms()
+        return LayerCosts(
+            token_seconds=lines.token_seconds,
+            floor_seconds=lines.floor_seconds,
+            launch_seconds=lines.launch_seconds,
+            reduce_max=False,
+            token_bytes=float(self.spec.token_bytes),
+            local_is_free=True,
+            island_size=cluster.island_size,
+            island_G=np.arange(cluster.num_gpus) // cluster.island_size,
+            fast_bytes_per_second=cluster.fast.bandwidth,
+            fast_latency=cluster.fast.latency,
+            slow_bytes_per_second=cluster.slow.bandwidth,
+            slow_latency=cluster.slow.latency,
+            misc_seconds=0.0,
+            tables=tables,
+        )
+
     def grouped_seconds(self, tokens_R: IntArray, gpu_R: IntArray | Int32Array) -> FloatArray:
         """Expert FFN time alone of each GPU, ``[G]``; equal loads that are grid points give the measured time."""
-        tokens = np.ascontiguousarray(tokens_R, np.float64)
-        gpu = np.ascontiguousarray(gpu_R, np.int64)
-        most = int(np.bincount(gpu[tokens > 0], minlength=1).max())
-        if most > len(self._rows_KN):
-            self._rows_KN = active_rows(self.grid, most)
-        if most > self.grid.active_A[-1]:
-            self._warn(f"more than {self.grid.active_A[-1]:g} active experts on a GPU are extrapolated")
-        if tokens.max(initial=0.0) > self.grid.tokens_N[-1]:
-            self._warn(f"more than {self.grid.tokens_N[-1]:g} tokens per expert are extrapolated")
+        tables = self.layer_costs.tables
+        alone = self.layer_costs._replace(tables=tables._replace(points_C=np.zeros_like(tables.points_C)))
         seconds_G = np.zeros(self.cluster.num_gpus)
-        _gpu_seconds(tokens, gpu, self._tokens_N, self._rows_KN, seconds_G)
+        gpu_seconds(np.ascontiguousarray(tokens_R, np.int64), np.asarray(gpu_R, np.int32), alone, seconds_G)
         return seconds_G
-
-    def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
-        seconds_G = self.grouped_seconds(tokens_R, plan.gpu_R)
-        tokens_G = np.bincount(plan.gpu_R, weights=tokens_R, minlength=self.cluster.num_gpus)
-        for g, tokens in enumerate(tokens_G.tolist()):
-            # sorting a GPU's tokens by expert, and adding the results back in the tokens' order
-            seconds_G[g] += self.profile.parts["permute"].at(tokens) + self.profile.parts["combine"].at(tokens)
-            if (engine := self.exchange.engine) is not None and engine.engine_expert is not None:
-                seconds_G[g] += engine.engine_expert.at(tokens / self.spec.K)
-        return seconds_G
-
-    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
-        seconds = 2.0 * self.exchange.seconds(bytes_SG)
-        # the fullest source rank sorts its tokens by destination and adds up what comes back
-        sent = float(np.asarray(bytes_SG, np.float64).sum(1).max(initial=0.0))
-        tokens = sent / (self.spec.token_bytes * self.spec.K)
-        if (source := self.profile.parts.get("source")) is not None:
-            seconds += source.at(tokens)
-        if (engine := self.exchange.engine) is not None and engine.engine_rest is not None:
-            seconds += engine.engine_rest.at(tokens)
-        return seconds
 
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
         copies = self.profile.copies

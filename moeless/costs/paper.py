@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import FloatArray, IntArray, LayerPlan
 from moeless.costs.base import Control, CostModel, CostTerms
-from moeless.costs.kernels import KernelTerms
+from moeless.costs.layer_time import LayerCosts, no_tables
 from moeless.costs.links import transfer_seconds
 from moeless.spec import MoESpec
 
@@ -45,26 +44,16 @@ class PaperCosts(CostModel):
     def terms(self) -> CostTerms:
         return CostTerms(self.alpha, 0.0, 0.0, self.beta, 0.0, reduce_max=True)
 
-    def kernel_terms(self) -> KernelTerms:
+    def make_layer_costs(self) -> LayerCosts:
         # beta is seconds per token: one "byte" per token, 1/beta tokens a second
         speed = 1.0 / self.beta if self.beta else np.inf
-        return KernelTerms(self.alpha, 0.0, 0.0, True, 1.0, False, 1, speed, 0.0, speed, 0.0)
-
-    def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
-        seconds_G = np.zeros(self.cluster.num_gpus)
-        np.maximum.at(seconds_G, plan.gpu_R, self.alpha * np.asarray(tokens_R, np.float64))
-        return seconds_G
-
-    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
-        # the paper counts every token of a GPU, the ones that stay on it too
-        tokens = float(np.asarray(bytes_SG).sum(0).max(initial=0.0)) / self.spec.token_bytes
-        return 2.0 * self.beta * tokens
+        return LayerCosts(
+            self.alpha, 0.0, 0.0, True, 1.0, False, 1, np.arange(self.cluster.num_gpus), speed, 0.0, speed, 0.0,
+            float(self.misc), no_tables(),
+        )  # fmt: skip
 
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
         return transfer_seconds(self.cluster, num_bytes, source_tier)
 
     def control_seconds(self, control: Control, layer: int) -> float:
         return 0.0
-
-    def misc_seconds(self) -> float:
-        return self.misc

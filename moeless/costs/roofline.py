@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from moeless.cluster import Cluster
-from moeless.contracts import FloatArray, IntArray, LayerPlan
 from moeless.costs import links
 from moeless.costs.base import Control, CostModel, CostTerms
-from moeless.costs.kernels import KernelTerms
+from moeless.costs.layer_time import LayerCosts, no_tables
 from moeless.spec import MoESpec
 
 #: Exposed control time of a layer, seconds, where the ranks decide after the gate: gathering their counts, and the
@@ -53,9 +52,9 @@ class RooflineCosts(CostModel):
             reduce_max=False,
         )
 
-    def kernel_terms(self) -> KernelTerms:
+    def make_layer_costs(self) -> LayerCosts:
         cluster = self.cluster
-        return KernelTerms(
+        return LayerCosts(
             token_seconds=self.token_seconds,
             floor_seconds=self.floor_seconds,
             launch_seconds=cluster.device.launch_seconds,
@@ -63,20 +62,14 @@ class RooflineCosts(CostModel):
             token_bytes=float(self.spec.token_bytes),
             local_is_free=True,
             island_size=cluster.island_size,
+            island_G=np.arange(cluster.num_gpus) // cluster.island_size,
             fast_bytes_per_second=cluster.fast.bandwidth,
             fast_latency=cluster.fast.latency,
             slow_bytes_per_second=cluster.slow.bandwidth,
             slow_latency=cluster.slow.latency,
+            misc_seconds=0.0,
+            tables=no_tables(),
         )
-
-    def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
-        tokens = np.asarray(tokens_R, np.float64)
-        replica = np.where(tokens > 0, np.maximum(tokens * self.token_seconds, self.floor_seconds), 0.0)
-        seconds_G = np.bincount(plan.gpu_R, weights=replica, minlength=self.cluster.num_gpus)
-        return np.where(seconds_G > 0, seconds_G + self.cluster.device.launch_seconds, 0.0)
-
-    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
-        return 2.0 * links.all_to_all_seconds(self.cluster, bytes_SG)
 
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:
         return links.transfer_seconds(self.cluster, num_bytes, source_tier)

@@ -30,9 +30,9 @@ from moeless.engine.moves import Held, moves_to, num_words, pack
 from moeless.engine.options import CopySource
 from moeless.engine.planning import Planning
 from moeless.engine.store import ReplicaStore
-from moeless.placement.keep_kernels import hardly_changed
 from moeless.policy import LoadHistory, ResolvedPolicy
 from moeless.policy.resolved import INTERVAL_ITERATIONS
+from moeless.policy.reuse import PlanReuse
 from moeless.predictors.distance import DistanceRule
 from moeless.predictors.forecast_horizon import ForecastHorizon
 from moeless.serverless import KeepAlive
@@ -90,9 +90,8 @@ class Controller:
         self._next_replan = settings.replan_seconds
         self._phase, self._tokens, self._now, self._skip = Phase.MIXED, 0, 0.0, False
         self._plans_now, self._since_plan, self._carried = False, 0, 0.0
-        # what each layer's plan was made for; a forecast that hardly differs leaves it, as in the simulator
-        self._planned_LE = np.zeros((self.spec.L, self.spec.E))
-        self._tolerance = float(getattr(policy.params, "keep", 0.0))
+        self.reuse = PlanReuse(policy)
+        self._asked: dict[int, Forecast] = {}
         self.life = ForecastHorizon(self.history.shares_or_even())
         tiers = ("peer", "host") if settings.copy_from == "auto" else (settings.copy_from,)
         self._copy_seconds = min(policy.costs.load_seconds(self.spec.expert_bytes, tier, 0) for tier in tiers)
@@ -170,9 +169,9 @@ class Controller:
         plan, held = self.plans[layer], self._held_L[layer]
         if self.ahead:
             here_R = (held.ready_GE | held.busy_GE)[plan.gpu_R, plan.expert_R]
-            if here_R.all() and hardly_changed(forecast.mean_E, self._planned_LE[layer], self._tolerance):
+            if here_R.all() and self.reuse.keeps(layer, forecast):
                 return
-            self._planned_LE[layer] = forecast.mean_E
+            self._asked[layer] = forecast
             # when a layer begins differs from rank to rank, plans must not: no lead is counted on
             horizon = self.life.horizon(layer, self._phase, forecast, self.history.share(layer))
         state_R = np.where(held.ready_R(plan), InstanceState.WARM, InstanceState.LOADING)
@@ -184,6 +183,8 @@ class Controller:
             layer, bytes_ = plan.layer, self.spec.expert_bytes
             moves = moves_to(plan, self._held_L[layer], self.policy.costs, bytes_, self.settings.copy_from)
             self.plans[layer] = plan
+            if layer in self._asked:
+                self.reuse.note_plan(self._asked.pop(layer), plan)
             self.store.provision(layer, self._own(plan), self._now, moves)
 
     def decide(self, layer: int, hidden_TH: torch.Tensor, topk_TK: torch.Tensor, times: PartTimes) -> Decision:

@@ -17,8 +17,8 @@ from moeless.costs import CostModel
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
 from moeless.placement.base import PlannerInUse
-from moeless.placement.keep_kernels import hardly_changed
 from moeless.policy.predictors import PredictorSource, ReadyPredictors
+from moeless.policy.reuse import PlanReuse
 from moeless.predictors.distance import LONGEST, DistanceRule
 from moeless.spec import MoESpec
 
@@ -107,7 +107,7 @@ class ResolvedPolicy(PlannerInUse):
             load_E = np.rint(forecast.mean_E).astype(np.int64)
             load_SE = np.tile(load_E // self.cluster.G, (self.cluster.G, 1))
             self.dispatch(load_SE, plan, np.ones(plan.R, np.bool_))
-            hardly_changed(forecast.mean_E, np.zeros((1, self.spec.E))[0], 0.0)
+            PlanReuse(self).keeps(0, forecast)
 
 
 def resolve(

@@ -11,12 +11,16 @@ from moeless.jit import njit
 from moeless.serverless.keep_alive import COVERED, FIRST_BIN_SECONDS, MIN_GAPS
 
 # accounts, as places in one array of floats
-RESIDENT, LOADS, EVICTIONS, REFUSED, BY_TIER = 0, 1, 2, 3, 4
-NUM_COUNTERS = 7
+RESIDENT, LOADS, EVICTIONS, REFUSED, BY_TIER, LOGGED = 0, 1, 2, 3, 4, 7
+NUM_COUNTERS = 8
 
 
 class PoolState(NamedTuple):
-    """A pool's arrays and settings for compiled code, which changes the arrays in place."""
+    """A pool's arrays and settings for compiled code, which changes the arrays in place.
+
+    Attributes:
+        log_X5: room for transfers: GPU, layer, expert, begin and end of each; of no rows where nobody asks.
+    """
 
     num_bytes: float
     fixed_keep_alive: float
@@ -35,58 +39,61 @@ class PoolState(NamedTuple):
     resident_G: FloatArray
     capacity_G: FloatArray
     counters: FloatArray
+    log_X5: FloatArray
 
 
 @njit(cache=True, nogil=True)
-def evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters):  # type: ignore[no-untyped-def]
+def evict(layer, expert, gpu, end, pool):  # type: ignore[no-untyped-def]
     """Free a copy's memory as of ``end``."""
-    counters[RESIDENT] += num_bytes * max(0.0, end - born[layer, expert, gpu])
-    counters[EVICTIONS] += 1
-    ready[layer, expert, gpu] = np.inf
-    born[layer, expert, gpu] = np.inf
-    resident_G[gpu] -= num_bytes
+    pool.counters[RESIDENT] += pool.num_bytes * max(0.0, end - pool.born_LEG[layer, expert, gpu])
+    pool.counters[EVICTIONS] += 1
+    pool.ready_LEG[layer, expert, gpu] = np.inf
+    pool.born_LEG[layer, expert, gpu] = np.inf
+    pool.resident_G[gpu] -= pool.num_bytes
 
 
 @njit(cache=True, nogil=True)
-def make_room(  # type: ignore[no-untyped-def]
-    gpu, wanted, now, num_bytes, ready, born, used, planned, resident_G, capacity_G, counters
-):
+def make_room(gpu, wanted, now, pool):  # type: ignore[no-untyped-def]
     """Evict the least recently used unplanned copies of a GPU until ``wanted`` bytes fit; False where they cannot."""
-    layers, experts, _ = ready.shape
-    while resident_G[gpu] + wanted > capacity_G[gpu]:
+    ready_LEG, used_LEG, planned_LEG = pool.ready_LEG, pool.used_LEG, pool.planned_LEG
+    layers, experts, _ = ready_LEG.shape
+    while pool.resident_G[gpu] + wanted > pool.capacity_G[gpu]:
         oldest, at_layer, at_expert = np.inf, -1, -1
         for layer in range(layers):
             for expert in range(experts):
                 # a copy on its way cannot be called back
-                if planned[layer, expert, gpu] or ready[layer, expert, gpu] > now:
+                if planned_LEG[layer, expert, gpu] or ready_LEG[layer, expert, gpu] > now:
                     continue
-                if used[layer, expert, gpu] < oldest:
-                    oldest, at_layer, at_expert = used[layer, expert, gpu], layer, expert
+                if used_LEG[layer, expert, gpu] < oldest:
+                    oldest, at_layer, at_expert = used_LEG[layer, expert, gpu], layer, expert
         if at_layer < 0:
             return False
-        evict(at_layer, at_expert, gpu, now, num_bytes, ready, born, resident_G, counters)
+        evict(at_layer, at_expert, gpu, now, pool)
     return True
 
 
 @njit(cache=True, nogil=True)
-def expire(layer, now, num_bytes, keep_LE, ready, born, used, planned, resident_G, counters):  # type: ignore[no-untyped-def]
+def expire(layer, now, pool):  # type: ignore[no-untyped-def]
     """Evict a layer's unplanned copies whose keep-alive has run out, as of when it did."""
-    _, experts, gpus = ready.shape
+    born_LEG, ready_LEG, used_LEG = pool.born_LEG, pool.ready_LEG, pool.used_LEG
+    planned_LEG, keep_LE = pool.planned_LEG, pool.keep_LE
+    _, experts, gpus = ready_LEG.shape
     for expert in range(experts):
         for gpu in range(gpus):
-            if born[layer, expert, gpu] == np.inf or planned[layer, expert, gpu]:
+            if born_LEG[layer, expert, gpu] == np.inf or planned_LEG[layer, expert, gpu]:
                 continue
-            end = max(used[layer, expert, gpu], ready[layer, expert, gpu]) + keep_LE[layer, expert]
+            end = max(used_LEG[layer, expert, gpu], ready_LEG[layer, expert, gpu]) + keep_LE[layer, expert]
             if end <= now:
-                evict(layer, expert, gpu, end, num_bytes, ready, born, resident_G, counters)
+                evict(layer, expert, gpu, end, pool)
 
 
 @njit(cache=True, nogil=True)
-def _source(layer, expert, gpu, now, island_size, tier_seconds, ready):  # type: ignore[no-untyped-def]
+def _source(layer, expert, gpu, now, pool):  # type: ignore[no-untyped-def]
     """The quickest place to load from: a warm copy on the island, one elsewhere, or the experts' home."""
+    ready_LEG, tier_seconds, island_size = pool.ready_LEG, pool.tier_seconds, pool.island_size
     best, tier = tier_seconds[2], 2
-    for other in range(ready.shape[2]):
-        if other == gpu or ready[layer, expert, other] > now:
+    for other in range(ready_LEG.shape[2]):
+        if other == gpu or ready_LEG[layer, expert, other] > now:
             continue
         kind = 0 if other // island_size == gpu // island_size else 1
         if tier_seconds[kind] < best:
@@ -116,63 +123,55 @@ def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def provision(  # type: ignore[no-untyped-def]
-    layer,
-    expert_R,
-    gpu_R,
-    now,
-    num_bytes,
-    fixed_keep_alive,
-    adaptive,
-    keep_LE,
-    histogram_LEB,
-    island_size,
-    tier_seconds,
-    start_seconds,
-    instant,
-    ready,
-    born,
-    used,
-    planned,
-    engine_free_G,
-    resident_G,
-    capacity_G,
-    counters,
-):
-    """Make a plan the current one; see :meth:`moeless.serverless.pool.InstancePool.provision`."""
-    experts, gpus = ready.shape[1], ready.shape[2]
-    wanted = np.zeros((experts, gpus), np.bool_)
+def _mark_wanted(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def]
+    """Note which copies the layer's new plan wants; of those that it drops, the idle time begins."""
+    used_LEG, planned_LEG = pool.used_LEG, pool.planned_LEG
+    experts, gpus = used_LEG.shape[1], used_LEG.shape[2]
+    wanted_EG = np.zeros((experts, gpus), np.bool_)
     for r in range(len(expert_R)):
-        wanted[expert_R[r], gpu_R[r]] = True
+        wanted_EG[expert_R[r], gpu_R[r]] = True
     for expert in range(experts):
         for gpu in range(gpus):
-            if planned[layer, expert, gpu] and not wanted[expert, gpu]:
-                # a copy's idle time starts when the plan drops it, not before
-                used[layer, expert, gpu] = max(used[layer, expert, gpu], now)
-            elif adaptive and wanted[expert, gpu] and not planned[layer, expert, gpu] and used[layer, expert, gpu] >= 0:
-                gap = max(0.0, now - used[layer, expert, gpu])
-                keep_LE[layer, expert] = learn(gap, histogram_LEB[layer, expert], fixed_keep_alive)
-            planned[layer, expert, gpu] = wanted[expert, gpu]
-    expire(layer, now, num_bytes, keep_LE, ready, born, used, planned, resident_G, counters)
+            wanted, planned = wanted_EG[expert, gpu], planned_LEG[layer, expert, gpu]
+            if planned and not wanted:
+                used_LEG[layer, expert, gpu] = max(used_LEG[layer, expert, gpu], now)
+            elif pool.adaptive and wanted and not planned and used_LEG[layer, expert, gpu] >= 0:
+                gap = max(0.0, now - used_LEG[layer, expert, gpu])
+                pool.keep_LE[layer, expert] = learn(gap, pool.histogram_LEB[layer, expert], pool.fixed_keep_alive)
+            planned_LEG[layer, expert, gpu] = wanted
+
+
+@njit(cache=True, nogil=True)
+def provision(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def]
+    """Make a plan the current one; see :meth:`moeless.serverless.pool.InstancePool.provision`."""
+    _mark_wanted(layer, expert_R, gpu_R, now, pool)
+    expire(layer, now, pool)
+    born_LEG = pool.born_LEG
     for r in range(len(expert_R)):
         expert, gpu = expert_R[r], gpu_R[r]
-        if born[layer, expert, gpu] != np.inf:
+        if born_LEG[layer, expert, gpu] != np.inf:
             continue
-        if not make_room(gpu, num_bytes, now, num_bytes, ready, born, used, planned, resident_G, capacity_G, counters):
+        counters = pool.counters
+        if not make_room(gpu, pool.num_bytes, now, pool):
             counters[REFUSED] += 1
             continue
         start = now
         seconds, tier, begin = 0.0, 2, 0.0
-        if not instant:
-            begin = start_seconds
-            seconds, tier = _source(layer, expert, gpu, now, island_size, tier_seconds, ready)
+        if not pool.instant:
+            begin = pool.start_seconds
+            seconds, tier = _source(layer, expert, gpu, now, pool)
             # a GPU's copy engine takes one transfer at a time
-            start = max(now, engine_free_G[gpu])
-            engine_free_G[gpu] = start + seconds
-        born[layer, expert, gpu] = now
+            start = max(now, pool.engine_free_G[gpu])
+            pool.engine_free_G[gpu] = start + seconds
+        born_LEG[layer, expert, gpu] = now
         # instances start beside each other; only their transfers queue
-        ready[layer, expert, gpu] = start + seconds + begin
-        used[layer, expert, gpu] = start + seconds + begin
-        resident_G[gpu] += num_bytes
+        pool.ready_LEG[layer, expert, gpu] = start + seconds + begin
+        pool.used_LEG[layer, expert, gpu] = start + seconds + begin
+        pool.resident_G[gpu] += pool.num_bytes
+        at = int(counters[LOGGED])
+        if at < len(pool.log_X5):
+            row_5 = pool.log_X5[at]
+            row_5[0], row_5[1], row_5[2], row_5[3], row_5[4] = gpu, layer, expert, start, start + seconds
+            counters[LOGGED] += 1
         counters[LOADS] += 1
         counters[BY_TIER + tier] += 1

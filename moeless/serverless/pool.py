@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,8 +88,7 @@ class InstancePool:
         self.held_G = np.ones(cluster.G, np.bool_)
         # since when each GPU is held, or is not, and how long it was either before
         self._changed_G, self._held_seconds_G, self._released_seconds_G = np.zeros((3, cluster.G))
-        #: told of every transfer: GPU, layer, expert, begin, end
-        self.on_copy: Callable[[int, int, int, float, float], None] | None = None
+        self._on_copy: Callable[[int, int, int, float, float], None] | None = None
 
     def _room(self) -> FloatArray:
         given = self.settings.expert_bytes_G
@@ -138,54 +138,44 @@ class InstancePool:
                 f"which has {room:.1f} GB for them; use more GPUs or fewer extra slots"
             )
 
+    @property
+    def on_copy(self) -> Callable[[int, int, int, float, float], None] | None:
+        """Told of every transfer: GPU, layer, expert, begin, end."""
+        return self._on_copy
+
+    @on_copy.setter
+    def on_copy(self, told: Callable[[int, int, int, float, float], None] | None) -> None:
+        self._on_copy = told
+        self.__dict__.pop("state", None)
+
+    @cached_property
     def state(self) -> kernels.PoolState:
-        """The pool for compiled code; arrays that are replaced from time to time are today's."""
+        """The pool for compiled code."""
         settings = self.settings
+        room = 0 if self._on_copy is None else self.born_LEG.size
         return kernels.PoolState(
             self._bytes, float(settings.keep_alive.seconds), settings.keep_alive.kind == "adaptive", self._keep_LE,
             self._histogram_LEB, self.cluster.island_size, self.tier_seconds, float(settings.start_seconds),
             bool(settings.instant), self.ready_LEG, self.born_LEG, self.used_LEG, self.planned_LEG, self.engine_free_G,
-            self.resident_G, self.capacity_G, self._counters,
+            self.resident_G, self.capacity_G, self._counters, np.empty((room, 5)),
         )  # fmt: skip
 
     def provision(self, layer: int, expert_R: Int32Array, gpu_R: Int32Array, now: float) -> None:
         """Make these replicas the layer's plan: start loading what is missing, let what is left out grow old."""
-        cold_EG, free_G = self.born_LEG[layer] == np.inf, self.engine_free_G
-        if self.on_copy is not None:
-            cold_EG, free_G = cold_EG.copy(), free_G.copy()
-        kernels.provision(layer, expert_R, gpu_R, now, *self.state())
+        kernels.provision(layer, expert_R, gpu_R, now, self.state)
+        self.tell_copies()
 
-        if self.on_copy is not None:
-            self._report(layer, cold_EG & np.isfinite(self.born_LEG[layer]), free_G, now)
+    def tell_copies(self) -> None:
+        """Tell of the transfers that compiled code has begun since the last time."""
+        if self._on_copy is None:
+            return
+        for gpu, layer, expert, begin, end in self.state.log_X5[: int(self._counters[kernels.LOGGED])].tolist():
+            self._on_copy(int(gpu), int(layer), int(expert), begin, end)
+        self._counters[kernels.LOGGED] = 0
 
     def expire(self, layer: int, now: float) -> None:
         """Free what lingers beside a layer's plan for longer than its keep-alive."""
-        kernels.expire(
-            layer,
-            now,
-            self._bytes,
-            self._keep_LE,
-            self.ready_LEG,
-            self.born_LEG,
-            self.used_LEG,
-            self.planned_LEG,
-            self.resident_G,
-            self._counters,
-        )
-
-    def _report(self, layer: int, begun_EG: BoolArray, free_G: FloatArray, now: float) -> None:
-        assert self.on_copy is not None
-        for gpu in np.flatnonzero(begun_EG.any(0)).tolist():
-            begin = max(now, float(free_G[gpu]))
-            for expert in sorted(
-                np.flatnonzero(begun_EG[:, gpu]).tolist(), key=lambda e: self.ready_LEG[layer, e, gpu]
-            ):
-                # an instance may be ready later than its transfer ends: starts do not hold up the copy engine
-                end = float(self.ready_LEG[layer, expert, gpu])
-                if not self.settings.instant:
-                    end -= self.settings.start_seconds
-                self.on_copy(gpu, layer, expert, begin, end)
-                begin = end
+        kernels.expire(layer, now, self.state)
 
     def ready_at(self, plan: LayerPlan) -> FloatArray:
         """When each replica of a plan is warm, ``[R]``; infinite where nothing loads it."""
@@ -202,12 +192,6 @@ class InstancePool:
         state[np.isfinite(ready)] = InstanceState.LOADING
         state[ready <= now] = InstanceState.WARM
         return state
-
-    def states_unless_live(self, plan: LayerPlan, now: float) -> NDArray[np.uint8] | None:
-        """States for a planner: None where every replica is warm or loading, which is the usual case."""
-        if np.isinf(self.ready_LEG[plan.layer, plan.expert_R, plan.gpu_R]).any():
-            return self.states(plan, now)
-        return None
 
     def alive(self, plan: LayerPlan) -> LayerPlan:
         """The plan with the copies that linger beside it as further extras: what a planner may reuse warm."""
@@ -231,7 +215,7 @@ class InstancePool:
         """
         if self.settings.expert_bytes_G is not None:
             return
-        self.capacity_G = np.where(self.down_G, 0.0, np.maximum(0.0, self.room_G - kv_bytes_G))
+        self.capacity_G[:] = np.where(self.down_G, 0.0, np.maximum(0.0, self.room_G - kv_bytes_G))
         for gpu in np.flatnonzero(self.resident_G > self.capacity_G):
             self._make_room(int(gpu), now)
             over = float(self.resident_G[gpu] - self.capacity_G[gpu])
@@ -247,19 +231,7 @@ class InstancePool:
         self._make_room(gpu, now, float(self.capacity_G[gpu] - self.resident_G[gpu]) + num_bytes)
 
     def _make_room(self, gpu: int, now: float, wanted: float = 0.0) -> None:
-        kernels.make_room(
-            gpu,
-            wanted,
-            now,
-            self._bytes,
-            self.ready_LEG,
-            self.born_LEG,
-            self.used_LEG,
-            self.planned_LEG,
-            self.resident_G,
-            self.capacity_G,
-            self._counters,
-        )
+        kernels.make_room(gpu, wanted, now, self.state)
 
     def bytes_of(self, plans: Sequence[LayerPlan]) -> FloatArray:
         """What the plans' copies take on each GPU, ``[G]``."""
@@ -276,9 +248,7 @@ class InstancePool:
     def drop(self, copies_LEG: BoolArray, end: float) -> None:
         """Take copies out of memory as of ``end``, planned or not (expiry, failure)."""
         for layer, expert, gpu in np.argwhere(copies_LEG & np.isfinite(self.born_LEG)).tolist():
-            kernels.evict(
-                layer, expert, gpu, end, self._bytes, self.ready_LEG, self.born_LEG, self.resident_G, self._counters
-            )
+            kernels.evict(layer, expert, gpu, end, self.state)
 
     @property
     def gives_back(self) -> bool:

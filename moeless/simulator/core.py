@@ -14,7 +14,7 @@ from moeless.metrics.requests import Objective, request_metrics
 from moeless.metrics.result import Cell, Evidence
 from moeless.policy import ResolvedPolicy
 from moeless.serverless import InstancePool, PoolSettings
-from moeless.simulator import kernels
+from moeless.simulator import tally
 from moeless.simulator.clocks import RequestClocks
 from moeless.simulator.failures import Failure
 from moeless.simulator.loop import Run, SchedulerLike
@@ -101,9 +101,9 @@ def simulate(
     run.to_the_end(progress)
     record, pool, clocks, now, busy = run.record, run.pool, run.clocks, run.now, run.busy
     meter = Meter(
-        own_layer_byte_seconds=float(record.billed[kernels.OWN]) * spec.expert_bytes,
-        whole_byte_seconds=float(record.billed[kernels.WHOLE]) * spec.expert_bytes,
-        misc_byte_seconds=float(record.billed[kernels.MISC]) * spec.non_expert_bytes * run.mean_held,
+        own_layer_byte_seconds=float(record.billed[tally.OWN]) * spec.expert_bytes,
+        whole_byte_seconds=float(record.billed[tally.WHOLE]) * spec.expert_bytes,
+        misc_byte_seconds=float(record.billed[tally.MISC]) * spec.non_expert_bytes * run.mean_held,
         resident_byte_seconds=pool.resident_byte_seconds(now),
         gpu_seconds=pool.gpu_seconds(now),
     )

@@ -14,7 +14,6 @@ from moeless.costs.nonexpert import NonExpertCosts
 from moeless.errors import RunFailed
 from moeless.policy import LoadHistory, ResolvedPolicy
 from moeless.serverless import InstancePool
-from moeless.simulator.ahead import Work
 from moeless.simulator.clocks import RequestClocks
 from moeless.simulator.failures import Failure, check_failures
 from moeless.simulator.record import LayerRecord
@@ -22,6 +21,7 @@ from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
 from moeless.simulator.scaling import Member, Scaling
 from moeless.simulator.stage import Stage
 from moeless.simulator.timeline import Timeline
+from moeless.simulator.work import Work
 
 if TYPE_CHECKING:
     from moeless.simulator.core import SimulationSettings

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from moeless.contracts import FloatArray
 from moeless.metrics.latency import cdf, summarise
 from moeless.metrics.result import LayerMetrics
-from moeless.simulator import kernels
+from moeless.simulator import tally as columns
 
 PARTS = {
-    "expert": kernels.EXPERT,
-    "all_to_all": kernels.EXCHANGE,
-    "misc": kernels.MISC,
-    "control": kernels.CONTROL,
-    "stall": kernels.STALL,
+    "expert": columns.EXPERT,
+    "all_to_all": columns.EXCHANGE,
+    "misc": columns.MISC,
+    "control": columns.CONTROL,
+    "stall": columns.STALL,
 }
 
 
@@ -29,7 +29,7 @@ class LayerRecord:
     """Layer times of every pair, and sums of everything else.
 
     Attributes:
-        tally: sums over the pairs recorded, by the columns of ``moeless.simulator.kernels``.
+        tally: sums over the pairs recorded, by the columns of ``moeless.simulator.tally``.
         stalls: exposed waiting by cause, seconds over the whole run.
         marks: (iterations, replica-seconds and misc seconds billed, replicas counted) so far, now and then: how evenly
             these grew, for intervals.
@@ -38,8 +38,8 @@ class LayerRecord:
     def __init__(self, num_layers: int) -> None:
         self._times = np.empty((1024, num_layers), np.float32)
         self._iterations = 0
-        self._billed = np.zeros(kernels.NUM_TALLIES)
-        self.tally = np.zeros(kernels.NUM_TALLIES)
+        self._billed = np.zeros(columns.NUM_TALLIES)
+        self.tally = np.zeros(columns.NUM_TALLIES)
         self.stalls: dict[str, float] = defaultdict(float, cold=0.0)
         self.marks: list[tuple[int, float, float, float]] = []
 
@@ -50,7 +50,7 @@ class LayerRecord:
             self._times = np.concatenate([self._times, np.empty_like(self._times)])
         self._times[self._iterations : need] = time_IL
         self._iterations = need
-        own, misc, replicas = (float(self.tally[at]) for at in (kernels.OWN, kernels.MISC, kernels.REPLICAS))
+        own, misc, replicas = (float(self.tally[at]) for at in (columns.OWN, columns.MISC, columns.REPLICAS))
         self.marks.append((need, own, misc, replicas))
         if len(self.marks) > MARKS:
             del self.marks[::2]
@@ -85,18 +85,18 @@ class LayerRecord:
             return None
         mean = self.tally / len(times)
         return LayerMetrics(
-            mean_ms=1e3 * float(mean[kernels.TOTAL]),
+            mean_ms=1e3 * float(mean[columns.TOTAL]),
             p50_ms=1e3 * summary.median,
             p99_ms=1e3 * summary.p99,
-            imbalance=float(mean[kernels.IMBALANCE]),
-            replicas=float(mean[kernels.REPLICAS]),
+            imbalance=float(mean[columns.IMBALANCE]),
+            replicas=float(mean[columns.REPLICAS]),
             moved_bytes=moved_bytes,
-            warm_rate=float(mean[kernels.WARM] / mean[kernels.REPLICAS]) if mean[kernels.REPLICAS] else 1.0,
+            warm_rate=float(mean[columns.WARM] / mean[columns.REPLICAS]) if mean[columns.REPLICAS] else 1.0,
             stalls=dict(self.stalls),
             samples=len(times),
             p90_ms=1e3 * summary.p90,
-            balancedness=float(mean[kernels.BALANCED]),
-            active_experts=float(mean[kernels.ACTIVE]),
+            balancedness=float(mean[columns.BALANCED]),
+            active_experts=float(mean[columns.ACTIVE]),
             parts_ms={part: 1e3 * float(mean[column]) for part, column in PARTS.items()},
             cdf_ms=tuple(1e3 * value for value in cdf(times)),
         )

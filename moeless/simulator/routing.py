@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray, Int32Array, IntArray, Iteration, Phase
 from moeless.errors import UserError
-from moeless.simulator import kernels
+from moeless.simulator import token_rows
 from moeless.workloads.lengths import Workload
 
 
@@ -79,7 +79,7 @@ class Replay:
         """Tokens by layer, source rank and expert, ``[L, S, E]``."""
         load_LSE = np.zeros((self.topk_TLK.shape[1], self.num_ranks, self.num_experts), np.int64)
         start_N = self.base_N[spans.request_N] + spans.start_N
-        kernels.count_loads(self.topk_TLK, start_N, spans.stop_N - spans.start_N, spans.rank_N, self.row_F, load_LSE)
+        token_rows.count_loads(self.topk_TLK, start_N, spans.stop_N - spans.start_N, spans.rank_N, self.row_F, load_LSE)
         return load_LSE
 
     def sorted_tokens(self, spans: SpanColumns) -> tuple[IntArray, IntArray]:
@@ -87,7 +87,7 @@ class Replay:
         count_N = spans.stop_N - spans.start_N
         row_T, rank_T = np.empty((2, int(count_N.sum())), np.int64)
         start_N = self.base_N[spans.request_N] + spans.start_N
-        kernels.sort_tokens(start_N, count_N, spans.rank_N, self.row_F, self.num_ranks, row_T, rank_T)
+        token_rows.sort_tokens(start_N, count_N, spans.rank_N, self.row_F, self.num_ranks, row_T, rank_T)
         return row_T, rank_T
 
     def rows(self, spans: SpanColumns) -> IntArray:
@@ -135,5 +135,5 @@ def balanced_topk(rank_N: IntArray, gpu_E: Int32Array, num_ranks: int, top_k: in
 def rank_sums(spans: SpanColumns, num_ranks: int) -> FloatArray:
     """What non-expert costs ask of each rank: tokens, attended positions, KV entries, logit rows, ``[S, 4]``."""
     sums_SX = np.zeros((num_ranks, 4))
-    kernels.span_sums(spans.start_N, spans.stop_N, spans.rank_N, sums_SX)
+    token_rows.span_sums(spans.start_N, spans.stop_N, spans.rank_N, sums_SX)
     return sums_SX

@@ -6,47 +6,40 @@ uses the copies that are warm when it starts, and waits only for an expert that 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, Int32Array, IntArray, LayerPlan, Phase
-from moeless.costs.kernels import quota_time
 from moeless.costs.nonexpert import NonExpertCosts, NonExpertTime
 from moeless.errors import RunFailed
-from moeless.placement import elastic, elastic_ahead
-from moeless.placement.dispatch import even_dispatch
+from moeless.placement.dispatch import EVEN, NO_NUMBERS
+from moeless.placement.plan_rows import PlanRows, rows_of
 from moeless.placement.threads import in_parallel
 from moeless.policy import LoadHistory, ResolvedPolicy
 from moeless.policy.resolved import INTERVAL_ITERATIONS
 from moeless.serverless import InstancePool
-from moeless.simulator import kernels
-from moeless.simulator.ahead import AheadPlans, Work
-from moeless.simulator.decode import Batch, DecodeSteps, dispatch_work
 from moeless.simulator.failures import Failure, Outage, without_extras
-from moeless.simulator.in_force import PlansInForce
-from moeless.simulator.layer_kernels import CHOSEN, EVEN
-from moeless.simulator.planned import NO_ROOM, PlannedIterations
+from moeless.simulator.iteration_plans import ComingPlans, IterationPlans
+from moeless.simulator.layer_timing import locate, memory, time_layers
+from moeless.simulator.layer_walk import CLOCK, FAILED, LATE, NUM_STATE, WAITED, Walk, run_dealt, walk, walk_layers
 from moeless.simulator.record import LayerRecord
-from moeless.simulator.routing import Replay, SpanColumns, balanced_loads, balanced_topk
-from moeless.simulator.single_kernels import NUM_PARTS, locate
+from moeless.simulator.routing import Replay, SpanColumns, balanced_topk
+from moeless.simulator.steady_steps import Batch, SteadySteps, dispatch_work
+from moeless.simulator.tally import NUM_PARTS, START_PART, layer_time, tally_layers
 from moeless.simulator.timeline import Timeline
+from moeless.simulator.work import Work
 
 #: Steady decode steps that are simulated in one go, at most.
 LONGEST_RUN = 4096
-
-
-def _dispatch_mode(runtime: ResolvedPolicy) -> tuple[int | None, tuple[float, ...]]:
-    """Which compiled dispatch is the planner's own, None where there is none, and what it takes."""
-    none = (0.0, 0.0, 0.0, 0.0, 0.0)
-    if runtime.planner.dispatch.quotas is even_dispatch:
-        return EVEN, none
-    if runtime.planner.dispatch.quotas in (elastic.dispatch, elastic_ahead.dispatch):
-        rates = elastic.rates_of(runtime.costs)
-        fuel = float(elastic.fuel_on(runtime.cluster.num_gpus, runtime.params.fuel))
-        return CHOSEN, (rates.a, rates.b, rates.c, float(runtime.params.depth), fuel)
-    return None, none
+#: Why a run ends where no copy of an expert with tokens can be loaded.
+NO_ROOM = (
+    "layer {layer}: GPU memory has no room for any copy of an expert that tokens need; "
+    "use more GPUs, fewer extra slots or fewer running requests"
+)
+_NO_PLANS = rows_of([])
+_NO_LOADS = np.empty((0, 0))
 
 
 class Stage:
@@ -76,60 +69,63 @@ class Stage:
         self.replan_seconds, self.plan_every, self.timeline = replan_seconds, plan_every, timeline
         self.spec, self.cluster, self.costs = runtime.spec, runtime.cluster, runtime.costs
         self.cadence = runtime.planner.cadence
-        self.terms = self.costs.kernel_terms()
         self.outage = Outage(self.cluster.G)
-        layers = range(self.spec.L)
-        self._wanted = runtime.first_plans([history.share(layer) for layer in layers])
-        self.ahead = AheadPlans(runtime, pool, history, PlansInForce(self._wanted, 0), self.outage)
-        self.control_L = np.array([self.costs.control_seconds(runtime.planner.control, layer) for layer in layers])
-        self._misc = self.costs.misc_seconds()
-        self._mode, self._rates = _dispatch_mode(runtime)
-        self._steps = DecodeSteps(
-            runtime, history, record, self.ahead.keeping.terms, plan_every, self._mode or EVEN, self._rates,
-            self.control_L, self._misc,
-        )  # fmt: skip
-        self._planned: PlannedIterations | None = None
-        if self.terms is not None and self._mode is not None:
-            self._planned = PlannedIterations(runtime, self.ahead, self._mode, self._rates, self.control_L)
-            self.ahead.plans = PlansInForce(self._wanted, self._planned.widest, self._planned.shares)
+        rule = runtime.planner.dispatch
+        # a rule in Python deals where there is a choice; layers without one are dealt as by any other
+        self._in_python = rule.deal is None
+        self._rule: Any = (EVEN if self._in_python else rule).pointer
+        self._numbers = NO_NUMBERS if self._in_python else runtime.setting.derived(rule.numbers)
+        self.control_L = np.array(
+            [self.costs.control_seconds(runtime.planner.control, layer) for layer in range(self.spec.L)], np.float64
+        )
+        self._wanted = runtime.first_plans([history.share(layer) for layer in range(self.spec.L)])
+        self._rows = rows_of(self._wanted)
+        self._plans: list[LayerPlan] | None = list(self._wanted)
+        self._gpu_LE = np.zeros((self.spec.L, self.spec.E), np.int64)
+        self.ahead = IterationPlans(runtime, pool, history)
+        self._steps = SteadySteps(
+            runtime, history, record, self.ahead.reuse.steps, plan_every, self._rule, self._numbers, self.control_L
+        )
         self._since_plan = 0
-        self._stale = False
+        self._stale = True
         self._pending: list[LayerPlan] | None = None
         self._planned_at = 0.0
         self._next_change = replan_seconds if self.cadence == "interval" else np.inf
         # until when copies are on their way that the plans in force cannot do without
         self._settled_at, self._cause = 0.0, "cold"
-        pool.deploy(self.plans, 0.0)
-        self._adopt()
+        pool.deploy(self._wanted, 0.0)
+        self._look()
 
     @property
-    def plans(self) -> PlansInForce:
+    def plans(self) -> Sequence[LayerPlan]:
         """The plan in force of each layer."""
-        return self.ahead.plans
+        if self._plans is None:
+            self._plans = [self._rows.plan(layer, layer) for layer in range(self.spec.L)]
+        return self._plans
+
+    def _put(self, plans: Sequence[LayerPlan]) -> None:
+        """Put plans in force, one of each layer."""
+        self._rows, self._plans = rows_of(plans, self._rows.widest), list(plans)
+        self._look()
 
     @property
     def wanted(self) -> list[LayerPlan]:
         """What would be in force if every GPU worked."""
         return list(self.plans) if self.cadence == "iteration" else self._wanted
 
-    def _adopt(self) -> None:
+    def _look(self) -> None:
         """Look at the plans once, until the next change."""
-        self._rows, self._gpu_LE = self.plans.rows(), np.zeros((self.spec.L, self.spec.E), np.int64)
-        locate(self._rows.expert_LR, self._rows.gpu_LR, self._gpu_LE)
-        self._dispatch_work = dispatch_work(self._rows, self.spec.E, self._mode)
+        locate(self._rows, self._gpu_LE)
+        self._dispatch_work = dispatch_work(self._rows, self.spec.E, self.runtime.planner.dispatch.gathers_counts)
+        self._decides = bool(((self._rows.count_N > self.spec.E) & ~self._rows.fixed_N).any())
         self._stale = False
-
-    @property
-    def _single(self) -> bool:
-        """Whether every expert has one copy."""
-        return bool((self.plans.rows().count_L == self.spec.E).all())
 
     def _last_ready(self) -> float:
         """When the last copy of any plan in force is warm; infinity where memory had no room for one."""
-        expert_LR, gpu_LR, _, count_L, *_ = self.plans.rows()
-        held_LR = np.arange(expert_LR.shape[1]) < count_L[:, None]
-        layer_N = np.repeat(np.arange(self.spec.L), count_L)
-        return float(self.pool.ready_LEG[layer_N, expert_LR[held_LR], gpu_LR[held_LR]].max())
+        held_LR = np.arange(self._rows.widest) < self._rows.count_N[:, None]
+        layer_N = np.repeat(np.arange(self.spec.L), self._rows.count_N)
+        ready = self.pool.ready_LEG[layer_N, self._rows.expert_NR[held_LR], self._rows.gpu_NR[held_LR]]
+        return float(ready.max())
 
     @property
     def _first_gpu_E(self) -> Int32Array:
@@ -138,16 +134,14 @@ class Stage:
         gpu_E[plan.expert_R[plan.primary_R]] = plan.gpu_R[plan.primary_R]
         return gpu_E
 
-    def _compiled(self, now: float, kept_L: BoolArray | None) -> bool:
-        """Whether an iteration is one compiled call: known terms, warm plans that stay, no choice of copies."""
-        if self.terms is None or (kept_L is not None and not kept_L.all()):
-            return False
-        if self._mode is None and not self._single:
-            return False
+    def _settled(self, now: float) -> bool:
+        """Whether every copy of the plans in force is warm, and layers can be timed in any order."""
         if self._stale:
-            self._adopt()
+            self._look()
             self._settled_at = self._last_ready()
             self._cause = "cold"
+        if self._in_python and self._decides:
+            return False
         return now >= self._settled_at and (self.timeline is None or not self.timeline.watches(now))
 
     @property
@@ -155,41 +149,125 @@ class Stage:
         """Whether the next iteration is one before whose layers plans are made."""
         return self.cadence == "iteration" and self._since_plan % self.plan_every == 0
 
-    def _kept(self, tokens: int) -> BoolArray | None:
-        """Layers whose plans the next iteration leaves as they are; None where it plans nothing."""
-        if not self._plans_now:
-            return None
-        return self.ahead.keeping.kept(self.history.weight_LE, tokens * self.spec.K)
-
     def run(self, work: Work, now: float, other: NonExpertTime) -> float:
         """Run one iteration's layers from ``now`` on; returns when the last of them ended."""
-        given_LSE = np.empty((0, 0, 0), np.int64)
-        if self.runtime.lossy:
-            given_LSE = balanced_loads(work.load_LSE, self._first_gpu_E)
-            work = dataclasses.replace(work, given_LSE=given_LSE)
         self._replan(now)
-        kept_L = self._kept(work.tokens)
-        if not self._compiled(now, kept_L):
-            return self._run_layers(work, now, other, kept_L)
+        tokens = (work.replay.topk_TLK, *work.sorted_T)
+        if self.runtime.lossy:
+            tokens = self._overridden(work)
+        coming = self.ahead.make(work, self._rows, now) if self._plans_now else None
         self._since_plan += 1
-        time_IL = np.empty((1, self.spec.L))
-        part_LX = np.empty((self.spec.L, NUM_PARTS))
+        part_LX, time_IL = np.zeros((self.spec.L, NUM_PARTS)), np.empty((1, self.spec.L))
         load_LE = np.empty((self.spec.L, self.spec.E), np.int64)
-        row_T, rank_T = work.sorted_T
-
-        def some(start: int, stop: int) -> None:
-            kernels.time_layers(
-                start, stop, given_LSE, work.replay.topk_TLK, row_T, rank_T, self._rows, self._gpu_LE,
-                self._mode or EVEN, self._rates, self.terms, self.cluster.G, part_LX, load_LE,
-            )  # fmt: skip
-
-        in_parallel(some, self.spec.L, self._dispatch_work)
-        kernels.tally_layers(
-            part_LX, self._rows, self.spec.E, self._misc, self.control_L, self.record.tally, time_IL[0]
-        )
+        replicas, costs = int(self._rows.count_N.sum()), self.costs.layer_costs
+        timed_L = np.zeros(self.spec.L, np.bool_)
+        if self._settled(now):
+            timed_L[:] = True
+            if coming is not None:
+                timed_L[coming.layer_N] = False
+            self._time(np.flatnonzero(timed_L), tokens, part_LX, load_LE)
+        if timed_L.all():
+            tally_layers(part_LX, replicas, costs, self.record.tally, time_IL[0])
+            end = now + float(time_IL.sum()) + self.spec.L * other.per_moe_layer
+        else:
+            end = self._walk(work, tokens, coming, now, other, timed_L, part_LX, load_LE)
+            tally_layers(part_LX, replicas, costs, self.record.tally, time_IL[0])
         work.load_LE = load_LE
         self.record.append(time_IL)
-        return now + float(time_IL.sum()) + self.spec.L * other.per_moe_layer
+        return end
+
+    def _overridden(self, work: Work) -> tuple[Any, IntArray, IntArray]:
+        """The oracle's override: the iteration's tokens with experts dealt evenly, the same in every layer."""
+        _, rank_T = work.sorted_T
+        topk_TK = balanced_topk(rank_T, self._first_gpu_E, self.cluster.G, self.spec.K)
+        topk_TLK = np.ascontiguousarray(np.broadcast_to(topk_TK[:, None], (len(rank_T), self.spec.L, self.spec.K)))
+        return topk_TLK, np.arange(len(rank_T)), rank_T
+
+    def _time(self, layer_N: IntArray, tokens: tuple[Any, ...], part_LX: FloatArray, load_LE: IntArray) -> None:
+        """Time layers under the plans in force, all copies warm, on as many threads as pay."""
+
+        def some(start: int, stop: int) -> None:
+            time_layers(
+                start, stop, layer_N, *tokens, self._rows, self._gpu_LE, self._rule, self._numbers, self.control_L,
+                self.costs.layer_costs, part_LX, load_LE,
+            )  # fmt: skip
+
+        in_parallel(some, len(layer_N), self._dispatch_work * len(layer_N) // self.spec.L)
+
+    def _walk(
+        self, work: Work, tokens: tuple[Any, ...], coming: ComingPlans | None, now: float, other: NonExpertTime,
+        timed_L: BoolArray, part_LX: FloatArray, load_LE: IntArray,
+    ) -> float:  # fmt: skip
+        """Walk the layers on the clock; returns when the last of them ended."""
+        spec, record = self.spec, self.record
+        row_L, asked_L = np.full(spec.L, -1), np.full(spec.L, -1)
+        rows = _NO_PLANS
+        if coming is not None:
+            rows = self._reachable(coming)
+            row_L[coming.layer_N], asked_L[coming.layer_N] = np.arange(len(coming.layer_N)), coming.asked_N
+            if rows.widest > self._rows.widest:
+                self._rows = self._rows.widened(rows.widest)
+        watched = self.timeline is not None and self.timeline.watches(now)
+        state_X = np.zeros(NUM_STATE)
+        state_X[CLOCK], state_X[FAILED] = now, -1.0
+        cause = self._cause if now < self._settled_at else "cold"
+        stall_2, stalled_2 = np.array([record.stalls.get(cause, 0.0), record.stalls["cold"]]), np.zeros(2, np.bool_)
+        w = Walk(
+            *tokens, self._rows, rows, row_L, asked_L, np.where(asked_L < 0, now, np.inf), self.pool.state,
+            self._gpu_LE, self.control_L, self.costs.layer_costs, timed_L, part_LX, load_LE,
+            np.zeros((spec.L, self.cluster.G)) if watched else _NO_LOADS, state_X, stall_2, stalled_2,
+            # one account where the cause is the same
+            self._settled_at if cause != "cold" else -np.inf, float(other.per_moe_layer), float(self.ahead.delay),
+        )  # fmt: skip
+        if self._in_python:
+            self._walk_asking(w, work)
+        else:
+            walk(w, self._rule, self._numbers)
+        self._stale, self._plans = True, None
+        self.pool.tell_copies()
+        for name, seconds, touched in zip((cause, "cold"), stall_2.tolist(), stalled_2.tolist(), strict=True):
+            if touched:
+                record.stalls[name] = seconds
+        if state_X[FAILED] >= 0:
+            raise RunFailed(NO_ROOM.format(layer=int(state_X[FAILED])))
+        if coming is not None:
+            seconds_L = np.diff(np.append(part_LX[:, START_PART], state_X[CLOCK] + other.per_moe_layer))
+            self.ahead.ran(work.phase, seconds_L, int(state_X[LATE]))
+        if watched:
+            self._show(w, other)
+        return float(state_X[CLOCK])
+
+    def _walk_asking(self, w: Walk, work: Work) -> None:
+        """Walk, asking a rule in Python for the quotas of each layer that has a choice."""
+        gpus, assignments = self.cluster.G, len(w.row_T) * w.topk_TLK.shape[2]
+        m, layer = memory(gpus, self.spec.E, self._rows.widest, gpus, assignments), 0
+        while (layer := walk_layers(layer, w, self._rule, self._numbers, True, m)) < self.spec.L:
+            if w.state_X[FAILED] >= 0:
+                return
+            plan = self._rows.plan(layer, layer)
+            usable_R = self.pool.ready_at(plan) <= w.state_X[CLOCK] + w.state_X[WAITED]
+            run_dealt(layer, self.runtime.dispatch(work.load_LSE[layer], plan, usable_R), w, m)
+            layer += 1
+
+    def _reachable(self, coming: ComingPlans) -> PlanRows:
+        """The coming plans as far as GPUs work."""
+        if not self.outage.down:
+            return coming.rows
+        plans = [coming.rows.plan(row, layer) for row, layer in enumerate(coming.layer_N.tolist())]
+        return rows_of([self.outage.evacuate(plan) for plan in plans])
+
+    def _show(self, w: Walk, other: NonExpertTime) -> None:
+        """Tell the timeline of an iteration's layers."""
+        assert self.timeline is not None
+        for layer, start in enumerate(w.part_LX[:, START_PART].tolist()):
+            time = layer_time(w.part_LX[layer], w.costs)
+            parts = {
+                "stall": time.stall,
+                "control": time.control,
+                "all-to-all": time.all_to_all,
+                "experts": time.expert,
+            }
+            self.timeline.layer(layer, start, other.per_moe_layer, parts, w.load_LG[layer])
 
     def repeat(
         self, spans: SpanColumns, replay: Replay, steps: int, now: float, deadline: float, other: NonExpertCosts
@@ -201,13 +279,17 @@ class Stage:
         if steps < 2:
             return np.empty(0)
         self._replan(now)
-        if not self._compiled(now, self._kept(len(spans.request_N))):
+        reuse = self.ahead.reuse
+        if self._plans_now:
+            assignments = len(spans.request_N) * self.spec.K
+            if not (reuse.steps.active and reuse.kept_by_history(self.history.weight_LE, assignments).all()):
+                return np.empty(0)
+        if not self._settled(now):
             return np.empty(0)
         if self.timeline is not None:
             deadline = min(deadline, self.timeline.next_start(now))
         steps = min(steps, LONGEST_RUN)
-        keep = self.ahead.keeping.terms
-        if self.cadence == "iteration" and not keep.active:
+        if self.cadence == "iteration" and not reuse.steps.active:
             steps = min(steps, self.plan_every - self._since_plan % self.plan_every)
         topk_TLK, row_F, index_N = replay.topk_TLK, replay.row_F, replay.base_N[spans.request_N] + spans.start_N
         if self.runtime.lossy:
@@ -222,88 +304,6 @@ class Stage:
         end_I = self._steps.run(batch, steps, now, deadline, self._rows, self._gpu_LE, other.terms, self._since_plan)
         self._since_plan += len(end_I)
         return end_I
-
-    def _run_layers(self, work: Work, now: float, other: NonExpertTime, kept_L: BoolArray | None) -> float:
-        planned = kept_L is not None and not kept_L.all()
-        self._since_plan += 1
-        self._stale = self._stale or planned
-        time_IL = np.empty((1, self.spec.L))
-        compiled = self._planned if self._unwatched(planned) else None
-        if compiled is not None:
-            cause = self._cause if now < self._settled_at else "cold"
-            none_L = np.ones(self.spec.L, np.bool_)
-            clock = compiled.run(
-                work, now, other.per_moe_layer, kept_L if kept_L is not None else none_L, self._settled_at, cause,
-                self.record, time_IL[0],
-            )  # fmt: skip
-            self.record.append(time_IL)
-            return clock
-        clock = now
-        if kept_L is not None and planned:
-            self.ahead.start_iteration(work, clock, kept_L)
-        all_replicas = sum(plan.R for plan in self.plans)
-        for layer in range(self.spec.L):
-            clock += other.per_moe_layer
-            if planned:
-                self.ahead.start_layer(layer, work, clock)
-            plan, load_SE = self.ahead.in_force(layer, clock), work.load_LSE[layer]
-            usable_R, stall, warm = self._wait(plan, load_SE, clock)
-            quota_SR = self.runtime.dispatch(load_SE, plan, usable_R)
-            expert, exchange, load_G = self._layer_time(quota_SR, plan)
-            # primaries alone, and shares fixed ahead, leave nothing to decide: no counts are gathered
-            control = float(self.control_L[layer]) if plan.decides else 0.0
-            time_IL[0, layer] = kernels.tally_layer(
-                self.record.tally,
-                expert,
-                exchange,
-                self._misc,
-                control,
-                stall,
-                kernels.imbalance(load_G),
-                plan.R,
-                all_replicas,
-                int(quota_SR.any(0).sum()),
-                warm,
-            )
-            if self.timeline is not None:
-                parts = {"stall": stall, "control": control, "all-to-all": exchange, "experts": expert}
-                self.timeline.layer(layer, clock, other.per_moe_layer, parts, load_G)
-            clock += time_IL[0, layer]
-            if planned:
-                self.ahead.layer_ran(layer, work.phase, other.per_moe_layer + float(time_IL[0, layer]))
-        self.record.append(time_IL)
-        return clock
-
-    def _unwatched(self, planned: bool) -> bool:
-        """Whether an iteration's layers may be compiled: nobody looks, and the planner can if it has to."""
-        if self._planned is None or self.timeline is not None or self.runtime.lossy:
-            return False
-        return not planned or (self._planned.plans and not self.outage.down)
-
-    def _layer_time(self, quota_SR: IntArray, plan: LayerPlan) -> tuple[float, float, FloatArray]:
-        load_G = np.zeros(self.cluster.G)
-        if self.terms is not None:
-            expert, exchange = quota_time(quota_SR, plan.gpu_R, self.terms, self.cluster.G, load_G)
-            return expert, exchange, load_G
-        time = self.costs.layer_seconds(quota_SR, plan)
-        load_G += np.bincount(plan.gpu_R, weights=quota_SR.sum(0), minlength=self.cluster.G)
-        return time.expert, time.all_to_all, load_G
-
-    def _wait(self, plan: LayerPlan, load_SE: IntArray, clock: float) -> tuple[BoolArray, float, int]:
-        """Copies to use, how long until every expert with tokens has one, and how many were warm at once."""
-        ready_R = self.pool.ready_at(plan)
-        usable_R = np.asarray(ready_R <= clock)
-        warm = int(usable_R.sum())
-        if warm == plan.R:
-            return usable_R, 0.0, warm
-        first_E = np.full(self.spec.E, np.inf)
-        np.minimum.at(first_E, plan.expert_R, ready_R)
-        until = float(first_E[load_SE.any(0)].max(initial=clock))
-        if not np.isfinite(until):
-            raise RunFailed(NO_ROOM.format(layer=plan.layer))
-        stall = max(0.0, until - clock)
-        self.record.stalls[self._cause if clock < self._settled_at else "cold"] += stall
-        return np.asarray(ready_R <= clock + stall), stall, warm
 
     def _replan(self, now: float) -> None:
         """Make an interval planner's new plans when their time has come; switch once all their copies are there."""
@@ -335,10 +335,10 @@ class Stage:
 
     def _restore(self, now: float) -> None:
         """Put the wanted plans in force, as far as GPUs work; layers wait for what has to be loaded."""
-        for layer, there in enumerate(self._there(self._wanted)):
+        plans = self._there(self._wanted)
+        for layer, there in enumerate(plans):
             self.pool.provision(layer, there.expert_R, there.gpu_R, now)
-            self.plans[layer] = there
-        self._adopt()
+        self._put(plans)
         self._settled_at = self._last_ready()
 
     def wake(self, now: float) -> None:
@@ -349,7 +349,7 @@ class Stage:
         """Load what GPUs that work lack of the wanted plans; layers that wait for it do so for this cause."""
         self._cause = cause
         self._wanted = self.wanted
-        self.ahead.keeping.forget()
+        self.ahead.reuse.forget()
         self._restore(now)
 
     def waking_bytes_G(self) -> FloatArray:
@@ -387,7 +387,7 @@ class Stage:
         for gpu in back:
             self.pool.set_down(gpu, False)
         if back:
-            self.ahead.keeping.forget()
+            self.ahead.reuse.forget()
         if back and loads and self.cadence != "iteration":
             self._restore(now)
         return back

@@ -12,7 +12,7 @@ from typing import Any
 from moeless.contracts import FloatArray
 from moeless.errors import UserError
 from moeless.files import write_json
-from moeless.simulator.ahead import Work
+from moeless.simulator.work import Work
 
 MODEL, COPIES, REQUESTS = 1, 2, 3
 

@@ -1,7 +1,7 @@
 """Compiled placement of a layer: grow by several rules, judge on scenarios, drop the last extras, weigh the change.
 
-Axes: C scenarios, E experts, X extras in order of decision, R replicas, G GPUs, L layers, P a previous plan's replicas,
-N what is noted of a choice.
+Axes: C scenarios, E experts, X extras in order of decision, R replicas, G GPUs, N layers of a batch, P a previous
+plan's replicas.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeless.contracts import FloatArray, IntArray
+from moeless.contracts import FloatArray, InstanceState, IntArray
 from moeless.jit import njit
 from moeless.placement.dispatch_search import Rates
 from moeless.placement.extra_copies import BY_EXPERT, BY_GPU, BY_LEVEL, add_extra_copies
+from moeless.placement.fastest_dispatch import seconds_saved
 from moeless.placement.plan_scoring import draw_scenarios, mean_seconds, score_static
 
 #: Rules tried, with whether they grow by likely time rather than by mean tokens. Ties: the first.
 _RULES = ((BY_LEVEL, False), (BY_EXPERT, False), (BY_GPU, True), (BY_LEVEL, True))
 #: Control times that dispatch saves beyond doubt, whatever the scenarios' spread.
 _SURELY = 3.0
-#: What :func:`choose_noting` notes of a choice.
-NOTES = 3
-_WEIGHED, _GAIN, _COUNT = 0, 1, 2
+LOADING, WARM = int(InstanceState.LOADING), int(InstanceState.WARM)
+#: Scenarios on which a plan is checked by the cost model itself: the first mirrored pairs.
+_CHECKED = 4
 
 
 class ChoiceTerms(NamedTuple):
@@ -34,6 +35,9 @@ class ChoiceTerms(NamedTuple):
         a, b, c: seconds per token, weight read, exchange per token.
         depth, fuel: of the search that stands for the dispatch.
         economy, caution: as ``economy`` and ``skip_caution`` in ``ElasticParams``.
+        skip_L: seconds that dispatch must be expected to save in each layer; negative: any saving is welcome.
+        patience: iterations that a change's gain is weighed over where nobody knows better.
+        numbers: of the dispatch rule.
     """
 
     normal_CE: FloatArray
@@ -47,6 +51,9 @@ class ChoiceTerms(NamedTuple):
     fuel: int
     economy: float
     caution: float
+    skip_L: FloatArray
+    patience: int
+    numbers: FloatArray
 
 
 @njit(cache=True, nogil=True)
@@ -153,38 +160,6 @@ def choose(  # type: ignore[no-untyped-def]
 
     What it saves is counted less ``terms.caution`` of its standard errors over the scenarios.
     """
-    return choose_noting(
-        mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, copy_G, skip, terms, expert_R, gpu_R,
-        np.empty(NOTES), expert_R[:0], gpu_R[:0],
-    )  # fmt: skip
-
-
-@njit(cache=True, nogil=True)
-def still_chosen(noted_N, expert_X, gpu_X, expert_P, gpu_P, primary_P, live_P, lead, copy_G):  # type: ignore[no-untyped-def]
-    """Whether :func:`choose_noting` would choose the same with these copies in memory and this lead.
-
-    ``expert_X`` and ``gpu_X`` are what it noted; the previous plan must be the one that it was given.
-    """
-    if noted_N[_WEIGHED] == 0.0:
-        return True
-    count, extras = int(noted_N[_COUNT]), np.flatnonzero(~primary_P)
-    delay = late(expert_X[:count], gpu_X[:count], expert_P, gpu_P, live_P, copy_G, lead) - late(
-        expert_P[extras], gpu_P[extras], expert_P, gpu_P, live_P, copy_G, lead
-    )
-    return (noted_N[_GAIN] <= delay) == (noted_N[_WEIGHED] < 0.0)
-
-
-@njit(cache=True, nogil=True)
-def choose_noting(  # type: ignore[no-untyped-def]
-    mean_E, var_E, doubt, expert_P, gpu_P, primary_P, live_P, horizon, lead, copy_G, skip, terms, expert_R, gpu_R,
-    noted_N, expert_X, gpu_X,
-):  # fmt: skip
-    """:func:`choose`, and what of it hangs on the moment: for :func:`still_chosen`.
-
-    ``noted_N`` gets whether a change was weighed against its delay (negative: and was found wanting), its gain, and
-    how many extras it has; ``expert_X`` and ``gpu_X``, where they have room, these extras.
-    """
-    noted_N[_WEIGHED] = 0.0
     a, b, c, gpu_E, experts = terms.a, terms.b, terms.c, terms.gpu_E, len(terms.gpu_E)
     num_gpus = len(terms.room_G)
     for e in range(experts):
@@ -222,10 +197,6 @@ def choose_noting(  # type: ignore[no-untyped-def]
             expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P, copy_G, lead
         ) - late(old_expert, old_gpu, expert_P, gpu_P, live_P, copy_G, lead)
         gain = (kept - reached) * horizon
-        noted_N[_WEIGHED], noted_N[_GAIN] = -1.0 if gain <= delay else 1.0, gain
-        noted_N[_COUNT] = count
-        if len(expert_X) > 0:
-            expert_X[:count], gpu_X[:count] = expert_R[experts : experts + count], gpu_R[experts : experts + count]
         if gain <= delay:
             count, reached = len(extras), kept
             expert_R[experts : experts + count], gpu_R[experts : experts + count] = old_expert, old_gpu
@@ -271,18 +242,45 @@ def sort_plan(count, terms, expert_R, gpu_R, primary_R):  # type: ignore[no-unty
 
 
 @njit(cache=True, nogil=True)
-def choose_layers(  # type: ignore[no-untyped-def]
-    start, stop, mean_LE, var_LE, doubt_L, offset_L, expert_P, gpu_P, primary_P, live_P, horizon_L, lead_L, copy_LG,
-    skip_L, terms, expert_LR, gpu_LR, primary_LR, count_L,
-):  # fmt: skip
-    """Layers ``start`` to ``stop``, one after the other; rows of the outputs are in a plan's order.
+def _worth_it(mean_E, var_E, doubt, skip, terms, costs, expert_R, gpu_R, primary_R):  # type: ignore[no-untyped-def]
+    """Whether the cost model itself sees a plan's dispatch save more than ``skip`` seconds.
 
-    The previous plans stand behind each other, layer l's from ``offset_L[l]`` to ``offset_L[l + 1]``.
+    The search knows a cost model by straight lines. Where it is a table (of measurements), these may promise more than
+    the table keeps: an exchange, say, whose time hardly depends on its bytes.
     """
-    for i in range(start, stop):
-        old = slice(offset_L[i], offset_L[i + 1])
-        count_L[i] = choose(
-            mean_LE[i], var_LE[i], doubt_L[i], expert_P[old], gpu_P[old], primary_P[old], live_P[old], horizon_L[i],
-            lead_L[i], copy_LG[i], skip_L[i], terms, expert_LR[i], gpu_LR[i],
+    normal_CE = terms.normal_CE if len(terms.normal_CE) > 0 else np.zeros((1, len(mean_E)))
+    load_CE = np.empty(normal_CE.shape, np.int64)
+    checked = min(draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE), _CHECKED)
+    return skip < seconds_saved(
+        load_CE[:checked], expert_R, gpu_R, primary_R, np.empty(0), len(terms.room_G), terms.numbers, costs
+    )
+
+
+@njit(cache=True, nogil=True)
+def choose_layers(  # type: ignore[no-untyped-def]
+    start, stop, layer_N, mean_NE, var_NE, doubt, previous, horizon_N, lead_N, copy_G, terms, costs, rows
+):
+    """Layers ``start`` to ``stop`` of a batch, one after the other, into their rows, which are in a plan's order."""
+    experts = mean_NE.shape[1]
+    for n in range(start, stop):
+        old = slice(previous.first_N[n], previous.first_N[n + 1])
+        state_P = previous.state_P[old]
+        live_P = np.empty(len(state_P), np.bool_)
+        for p in range(len(state_P)):
+            live_P[p] = state_P[p] == WARM or state_P[p] == LOADING
+        expert_R, gpu_R, primary_R = rows.expert_NR[n], rows.gpu_NR[n], rows.primary_NR[n]
+        skip = terms.skip_L[layer_N[n]]
+        count = choose(
+            mean_NE[n], var_NE[n], doubt, previous.expert_P[old], previous.gpu_P[old], previous.primary_P[old], live_P,
+            horizon_N[n] if horizon_N[n] > 0 else terms.patience, lead_N[n], copy_G, skip, terms, expert_R, gpu_R,
         )  # fmt: skip
-        sort_plan(count_L[i], terms, expert_LR[i], gpu_LR[i], primary_LR[i])
+        sort_plan(count, terms, expert_R, gpu_R, primary_R)
+        checked = count > experts and skip >= 0.0 and len(costs.tables.tokens_N) > 0
+        if checked and not _worth_it(
+            mean_NE[n], var_NE[n], doubt, skip, terms, costs, expert_R[:count], gpu_R[:count], primary_R[:count]
+        ):
+            for e in range(experts):
+                expert_R[e], gpu_R[e] = e, terms.gpu_E[e]
+            count = experts
+            sort_plan(count, terms, expert_R, gpu_R, primary_R)
+        rows.count_N[n], rows.fixed_N[n] = count, False

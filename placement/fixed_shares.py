@@ -1,6 +1,7 @@
-"""Compiled search for extras whose shares are fixed ahead, and the splitting of tokens by such shares.
+"""Compiled search for extras whose shares are fixed ahead.
 
-Axes: C scenarios, E experts, G GPUs, X copies (primaries of ascending experts first), R replicas, S source ranks.
+Axes: C scenarios, E experts, G GPUs, X copies (primaries of ascending experts first), R replicas, N layers of a batch,
+P a previous plan's replicas.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.jit import njit
-from moeless.placement.choose_kernels import late
-from moeless.placement.dispatch_kernels import expected_seconds
+from moeless.placement.dealing import TINY
+from moeless.placement.elastic_placement import LOADING, WARM, late
+from moeless.placement.fastest_dispatch import expected_seconds, seconds_saved
 from moeless.placement.plan_scoring import draw_scenarios
 
 #: Parts of a copy's share that one step may hand on.
 _PARTS = (1.0, 0.75, 0.5, 0.25)
 #: Steps per extra, at most.
 _STEPS = 8
-#: Where source ranks begin to count: golden-section steps, so that their roundings do not add up.
-_GOLDEN = 0.6180339887498949
-#: Shares and tokens below this are none.
-TINY = 1e-9
+#: Scenarios on which a plan is checked by the cost model itself: the first mirrored pairs.
+_CHECKED = 4
 #: Part of the time that a step has to save.
 LEAST = 1e-6
 
@@ -320,47 +320,118 @@ def weigh_fixed(  # type: ignore[no-untyped-def]
     return count if ahead > 0.0 and ahead * horizon > delay else 0
 
 
-@njit(cache=True, nogil=True)
-def source_start(s):  # type: ignore[no-untyped-def]
-    """The fraction of a token at which source rank s starts to count."""
-    return (s * _GOLDEN) % 1.0
+class FixedTerms(NamedTuple):
+    """What weighing fixed shares needs beside the elastic planner's terms; see ``ElasticAheadParams``.
 
-
-@njit(cache=True, nogil=True)
-def share_bound(done, tokens, start):  # type: ignore[no-untyped-def]
-    """How many of a source's tokens go to the copies that have ``done`` of the expert's share together."""
-    # the last copy's bound is the whole, whatever the rounding of shares
-    return tokens if done >= 1.0 - TINY else min(np.int64(np.floor(done * tokens + start)), tokens)
-
-
-@njit(cache=True, nogil=True)
-def split_by_shares(load_SE, expert_R, primary_R, share_R, serving_R, quota_SR):  # type: ignore[no-untyped-def]
-    """Each source rank's tokens over the serving copies by their shares, knowing no other rank's counts.
-
-    Of n tokens a copy gets its share within one token, and so do the totals nearly: rank s starts to count at its own
-    fraction of a token. Where the serving copies have no share, the primary (else the first of them) takes all.
+    Attributes:
+        normal_CE: standard normal deviates of the scenarios.
+        control_L: seconds that dispatch after the gate takes in each layer.
+        caution: standard deviations of the gain, over scenarios, that are left out of it.
+        margin: part of static EP's time that is left out of it besides.
     """
-    num_sources, num_experts = load_SE.shape
-    whole_E, home_E = np.zeros(num_experts), np.full(num_experts, -1, np.int64)
-    for r in range(len(expert_R)):
-        if serving_R[r]:
-            whole_E[expert_R[r]] += share_R[r]
-            if home_E[expert_R[r]] < 0 or primary_R[r]:
-                home_E[expert_R[r]] = r
-    done_E, last_E = np.empty(num_experts), np.empty(num_experts, np.int64)
-    quota_SR[:] = 0
-    for s in range(num_sources):
-        start = source_start(s)
-        done_E[:] = 0.0
-        last_E[:] = 0
-        for r in range(len(expert_R)):
-            e = expert_R[r]
-            if not serving_R[r] or whole_E[e] <= TINY:
-                continue
-            done_E[e] += share_R[r] / whole_E[e]
-            bound = share_bound(done_E[e], load_SE[s, e], start)
-            quota_SR[s, r] = bound - last_E[e]
-            last_E[e] = bound
-        for e in range(num_experts):
-            if whole_E[e] <= TINY and home_E[e] >= 0:
-                quota_SR[s, home_E[e]] = load_SE[s, e]
+
+    normal_CE: FloatArray
+    control_L: FloatArray
+    caution: float
+    margin: float
+
+
+@njit(cache=True, nogil=True)
+def _before(r, q, expert_R, primary_R):  # type: ignore[no-untyped-def]
+    """Whether replica r goes before q where primaries are first, then experts ascend."""
+    if primary_R[r] != primary_R[q]:
+        return primary_R[r]
+    return expert_R[r] < expert_R[q]
+
+
+@njit(cache=True, nogil=True)
+def _primaries_first(expert_R, primary_R):  # type: ignore[no-untyped-def]
+    """Order of replicas: primaries first, experts ascending, ties as they are."""
+    order_R = np.arange(len(expert_R))
+    for i in range(1, len(order_R)):
+        r, at = order_R[i], i
+        while at > 0 and _before(r, order_R[at - 1], expert_R, primary_R):
+            order_R[at] = order_R[at - 1]
+            at -= 1
+        order_R[at] = r
+    return order_R
+
+
+@njit(cache=True, nogil=True)
+def _into_order(count, experts, expert_R, gpu_R, share_R, n, rows):  # type: ignore[no-untyped-def]
+    """Copies, primaries first, into the layer's row in a plan's order: GPU, primary first, expert."""
+    for i in range(count):
+        at = i
+        while at > 0:
+            g, e = rows.gpu_NR[n, at - 1], rows.expert_NR[n, at - 1]
+            primary = rows.primary_NR[n, at - 1]
+            mine = i < experts
+            if g < gpu_R[i] or (g == gpu_R[i] and (primary > mine or (primary == mine and e <= expert_R[i]))):
+                break
+            rows.gpu_NR[n, at], rows.expert_NR[n, at] = g, e
+            rows.primary_NR[n, at], rows.share_NR[n, at] = primary, rows.share_NR[n, at - 1]
+            at -= 1
+        rows.gpu_NR[n, at], rows.expert_NR[n, at] = gpu_R[i], expert_R[i]
+        rows.primary_NR[n, at], rows.share_NR[n, at] = i < experts, share_R[i]
+
+
+@njit(cache=True, nogil=True)
+def _shared_before(n, previous):  # type: ignore[no-untyped-def]
+    """A layer's copies before, which are in memory, and their shares; of fixed shares those in use."""
+    first, last = previous.first_N[n], previous.first_N[n + 1]
+    expert_P, gpu_P, state_P = previous.expert_P[first:last], previous.gpu_P[first:last], previous.state_P[first:last]
+    primary_P, share_P = previous.primary_P[first:last], previous.share_P[first:last]
+    if previous.fixed_N[n]:
+        # copies that linger in memory beside the plan have no share
+        used = np.flatnonzero(primary_P | (share_P > 0))
+        order = used[_primaries_first(expert_P[used], primary_P[used])]
+        expert_P, gpu_P, state_P, share_P = expert_P[order], gpu_P[order], state_P[order], share_P[order]
+    else:
+        share_P = share_P[:0]
+    live_P = np.empty(len(state_P), np.bool_)
+    for p in range(len(state_P)):
+        live_P[p] = state_P[p] == WARM or state_P[p] == LOADING
+    return expert_P, gpu_P, live_P, share_P
+
+
+@njit(cache=True, nogil=True)
+def fix_layers(  # type: ignore[no-untyped-def]
+    start, stop, layer_N, mean_NE, var_NE, spread, previous, horizon_N, lead_N, copy_G, fixed, terms, costs, rows
+):
+    """Replace elastic's plans by ones with fixed shares where these are expected to be faster.
+
+    Args:
+        spread: relative spread that the forecast has at least.
+        copy_G: seconds in which an expert comes to each GPU.
+        fixed, terms: of the two planners.
+        rows: elastic's plans.
+    """
+    experts = mean_NE.shape[1]
+    size = experts + terms.extra
+    if terms.extra == 0 or len(terms.room_G) == 1 or len(fixed.normal_CE) == 0:
+        return
+    for n in range(start, stop):
+        control = fixed.control_L[layer_N[n]]
+        if control <= 0.0:
+            continue
+        count = rows.count_N[n]
+        order_R = _primaries_first(rows.expert_NR[n, :count], rows.primary_NR[n, :count])
+        base_expert_R, base_gpu_R = rows.expert_NR[n, :count][order_R], rows.gpu_NR[n, :count][order_R]
+        expert_P, gpu_P, live_P, share_P = _shared_before(n, previous)
+        expert_R, gpu_R, share_R = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size)
+        count = weigh_fixed(
+            mean_NE[n], var_NE[n], spread, fixed.normal_CE, terms, base_expert_R, base_gpu_R, expert_P, gpu_P, live_P,
+            share_P, horizon_N[n] if horizon_N[n] > 0 else terms.patience, lead_N[n], copy_G, control, fixed.caution,
+            fixed.margin, expert_R, gpu_R, share_R,
+        )  # fmt: skip
+        if count > 0 and len(costs.tables.tokens_N) > 0:
+            load_CE, primary_R = np.empty((_CHECKED, experts), np.int64), np.arange(count) < experts
+            drawn = draw_scenarios(mean_NE[n], var_NE[n], spread, fixed.normal_CE[:_CHECKED], load_CE)
+            saved = seconds_saved(
+                load_CE[:drawn], expert_R[:count], gpu_R[:count], primary_R, share_R[:count], len(terms.room_G),
+                terms.numbers, costs,
+            )  # fmt: skip
+            count = count if saved > 0.0 else 0
+        if count > 0:
+            _into_order(count, experts, expert_R, gpu_R, share_R, n, rows)
+            rows.count_N[n], rows.fixed_N[n] = count, True
