@@ -25,6 +25,7 @@ from moeless.placement import PLANNERS
 from moeless.placement.bound import layer_bound
 from moeless.placement.exact import terms_seconds
 from moeless.placement.milp import MilpParams, best_plan
+from moeless.placement.setting import Setting
 from moeless.spec import Attention, MoESpec
 
 EXPERTS, GPUS = 6, 3
@@ -39,18 +40,16 @@ def excess(seed: int) -> dict[str, float]:
     budget = Budget.even(EXPERTS, GPUS, 1, SPEC.expert_bytes)
     rng = np.random.default_rng(seed)
     load_E = rng.multinomial(int(10 ** rng.uniform(1, 4.5)), rng.dirichlet(np.full(EXPERTS, 0.7)))
-    shared = {"spec": SPEC, "cluster": costs.cluster, "costs": costs}
-    exact = best_plan(load_E, layer=0, budget=budget, params=MilpParams(), **shared)
+    exact = best_plan(load_E, 0, Setting(SPEC, costs.cluster, costs, budget, MilpParams()))
     load_SE = np.zeros((GPUS, EXPERTS), np.int64)
     load_SE[0] = load_E
     forecast = Forecast(load_E.astype(float), np.zeros(EXPERTS), int(load_E.sum()), "true")
     found = {}
     for name in NAMES:
         planner = PLANNERS.get(name)
-        plan = planner.plan_layer(
-            PlanInput(0, Phase.PREFILL, forecast), budget=budget, params=planner.params(), **shared
-        )
-        quota_SR = planner.dispatch(load_SE, plan, np.ones(plan.R, np.bool_), params=planner.params(), **shared)
+        setting = Setting(SPEC, costs.cluster, costs, budget, planner.params())
+        plan = planner.plan(PlanInput(0, Phase.PREFILL, forecast), setting)
+        quota_SR = planner.dispatch(load_SE, plan, np.ones(plan.R, np.bool_), setting)
         seconds = terms_seconds(quota_SR.sum(0), plan.gpu_R, costs.terms(), GPUS)
         found[name] = 100 * (seconds / exact.lower_bound - 1)
     found[BOUND] = 100 * (1 - layer_bound(load_E, costs.terms(), GPUS, budget.max_extra) / exact.seconds)

@@ -48,6 +48,7 @@ from memory_replay import Life, Replayed, consecutive_rows, outside_seconds, rep
 
 from moeless.contracts import Budget, Forecast, LayerPlan, PlanInput
 from moeless.placement import PLANNERS
+from moeless.placement.setting import Setting
 from moeless.placement.static import static_plan
 from moeless.predictors.forecast_horizon import ForecastHorizon
 
@@ -92,6 +93,7 @@ def _points(job: tuple[Regime, int, int]) -> list[Point]:
     share_LE, planner = history_share_LE(_routing), PLANNERS.get("elastic")
     even = Budget.even(spec.E, GPUS, extra, spec.expert_bytes)
     budget = Budget(even.slots_G, even.bytes_G, cap)
+    setting = Setting(spec, costs.cluster, costs, budget, planner.params())
     told = {
         "predicted": predicted,
         "true": [forecasts("true", regime.tokens, share_LE, load_LE, i) for i, load_LE in enumerate(load_ILE)],
@@ -108,9 +110,7 @@ def _points(job: tuple[Regime, int, int]) -> list[Point]:
                 forecast = told[know][i][layer]
                 horizon = lasting.horizon(layer, regime.phase, forecast, share_LE[layer])
                 x = PlanInput(layer, regime.phase, forecast, previous, state_R, horizon, lead, seconds)
-                return planner.plan_layer(
-                    x, spec=spec, cluster=costs.cluster, costs=costs, budget=budget, params=planner.params()
-                )
+                return planner.plan(x, setting)
             if know == HISTORY:
                 return deployed[layer]
             if (know, i) not in from_nothing:
@@ -123,7 +123,7 @@ def _points(job: tuple[Regime, int, int]) -> list[Point]:
     made = []
     for curve, life, tier, know in CURVES:
         seconds = costs.load_seconds(spec.expert_bytes, tier, 0)
-        done = replay(load_ILE, "elastic", plan_for(know, life, seconds), life, seconds, costs, outside, deployed)
+        done = replay(load_ILE, planner, setting, plan_for(know, life, seconds), life, seconds, outside, deployed)
         made.append(_point(regime, curve, cap, load_ILE, done, costs))
     return made
 

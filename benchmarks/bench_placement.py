@@ -19,10 +19,10 @@ from gap_protocol import protocol_costs, protocol_spec
 import moeless
 from moeless.contracts import Budget, Forecast, Phase, PlanInput
 from moeless.placement import PLANNERS
-from moeless.placement.base import plan_all_layers
-from moeless.placement.dispatch import even_dispatch
+from moeless.placement.dispatch import EVEN
 from moeless.placement.elastic import ElasticParams
 from moeless.placement.eplb import rebalance_experts
+from moeless.placement.setting import Setting
 from moeless.spec import preset
 
 
@@ -51,12 +51,10 @@ def speeds() -> None:
         for layer, load_E in enumerate(load_LE)
     ]
     for scenarios in (0, 2, 8):
-        params = ElasticParams(scenarios=scenarios)
+        setting = Setting(spec, costs.cluster, costs, budget, ElasticParams(scenarios=scenarios))
 
-        def whole(params: ElasticParams = params) -> None:
-            plan_all_layers(
-                elastic, inputs, spec=spec, cluster=costs.cluster, costs=costs, budget=budget, params=params
-            )
+        def whole(setting: Setting = setting) -> None:
+            elastic.plan_all(inputs, setting)
 
         print(f"elastic, the same model, {scenarios} scenarios: "
               f"{best_seconds(whole) * 1e3:.1f} ms (target 10)")  # fmt: skip
@@ -64,15 +62,12 @@ def speeds() -> None:
     for tokens in (128, 8192, 65_536):
         load_SE = rng.multinomial(tokens, np.tile(rng.dirichlet(np.full(32, 2.0)), 8) / 8).reshape(8, 32)
         load_E = load_SE.sum(0).astype(float)
-        plan = elastic.plan_layer(
-            PlanInput(0, Phase.PREFILL, Forecast(load_E, load_E, tokens, "synthetic")), spec=spec,
-            cluster=costs.cluster, costs=costs, budget=Budget.even(32, 8, 2, spec.expert_bytes),
-            params=ElasticParams(scenarios=0, skip=False),
-        )  # fmt: skip
+        budget = Budget.even(32, 8, 2, spec.expert_bytes)
+        setting = Setting(spec, costs.cluster, costs, budget, ElasticParams(scenarios=0, skip=False))
+        plan = elastic.plan(PlanInput(0, Phase.PREFILL, Forecast(load_E, load_E, tokens, "synthetic")), setting)
         usable = np.ones(plan.R, np.bool_)
-        shared = {"spec": spec, "cluster": costs.cluster, "costs": costs, "params": ElasticParams()}
-        mine = best_seconds(lambda: elastic.dispatch(load_SE, plan, usable, **shared), 200)  # noqa: B023
-        even = best_seconds(lambda: even_dispatch(load_SE, plan, usable, **shared), 200)  # noqa: B023
+        mine = best_seconds(lambda: elastic.dispatch(load_SE, plan, usable, setting), 200)  # noqa: B023
+        even = best_seconds(lambda: EVEN(load_SE, plan, usable, setting), 200)  # noqa: B023
         print(f"dispatch, 32 experts, {plan.R} replicas, 8 GPUs, {tokens} assignments: elastic {mine * 1e6:.1f} us "
               f"(target 20), even {even * 1e6:.1f} us")  # fmt: skip
 

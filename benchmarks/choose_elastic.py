@@ -48,6 +48,7 @@ from gap_protocol import (
 
 from moeless.contracts import Budget, IntArray
 from moeless.placement import PLANNERS
+from moeless.placement.setting import Setting
 from moeless.placement.static import static_plan
 from moeless.placement.whole_model import spread_over_sources
 
@@ -140,13 +141,11 @@ def cell(routing: Routing, regime: Regime, gpus: int, charged: bool, job: Job) -
     told = forecasts("history", regime.tokens, history_share_LE(routing), load_ILE[0], 0)
     budget = Budget.even(spec.E, gpus, 1, spec.expert_bytes)
     plans = plan_iteration(job.planner, told, regime, budget, costs, LONG_HORIZON, params)
+    setting = Setting(spec, costs.cluster, costs, budget, params)
     control, total = costs.control_seconds(planner.control, 0), 0.0
     for load_LE in load_ILE:
         for plan, load_E in zip(plans, load_LE, strict=True):
-            quota_SR = planner.dispatch(
-                spread_over_sources(load_E, gpus), plan, np.ones(plan.R, np.bool_),
-                spec=spec, cluster=costs.cluster, costs=costs, params=params,
-            )  # fmt: skip
+            quota_SR = planner.dispatch(spread_over_sources(load_E, gpus), plan, np.ones(plan.R, np.bool_), setting)
             total += pair_seconds(quota_SR.sum(0), plan.gpu_R, costs)[0] + (control if plan.decides else 0.0)
     return float((static - total) / room), float(np.mean([plan.num_extra for plan in plans]))
 

@@ -29,8 +29,8 @@ from gap_protocol import (
 
 from moeless.contracts import Budget, FloatArray, Forecast, IntArray, LayerPlan, PlanInput
 from moeless.placement import PLANNERS
-from moeless.placement.base import plan_all_layers
 from moeless.placement.exact import exact_dispatch
+from moeless.placement.setting import Setting
 from moeless.placement.static import static_plan
 from moeless.placement.whole_model import spread_over_sources
 
@@ -117,10 +117,7 @@ def plan_iteration(
     """A planner's plans of all layers, from nothing."""
     planner = PLANNERS.get(name)
     inputs = [PlanInput(layer, regime.phase, f, None, None, horizon) for layer, f in enumerate(forecast_L)]
-    return plan_all_layers(
-        planner, inputs, spec=costs.spec, cluster=costs.cluster, costs=costs, budget=budget,
-        params=params or planner.params(),
-    )  # fmt: skip
+    return planner.plan_all(inputs, Setting(costs.spec, costs.cluster, costs, budget, params or planner.params()))
 
 
 def ask(routing: Routing, question: Question, pairs: int, given: list[list[Forecast]] | None) -> list[Cell]:
@@ -181,9 +178,9 @@ def _run(
 
     Last the most copies that one GPU has to load for each pair.
     """
-    spec, machine, planner = costs.spec, costs.cluster, PLANNERS.get(q.planner)
+    planner = PLANNERS.get(q.planner)
     params, control = planner.params(**dict(q.params)), costs.control_seconds(planner.control, 0)
-    stays = q.know == "history"
+    setting, stays = Setting(costs.spec, costs.cluster, costs, budget, params), q.know == "history"
     plans = plan_iteration(q.planner, told(0), q.regime, budget, costs, LONG_HORIZON, params) if stays else []
     time, optimal, extras, moved, most = [], [], 0, 0, []
     with ExactTimes(CACHE / f"exact-{q.regime.name}-{q.gpus}-{q.extra_slots}-{q.know}.json") as times:
@@ -199,10 +196,7 @@ def _run(
             most += arrivals_LG.max(1).tolist()
             for plan, load_E in zip(plans, load_LE, strict=True):
                 usable_R = np.ones(plan.R, np.bool_)
-                quota_SR = planner.dispatch(
-                    spread_over_sources(load_E, q.gpus), plan, usable_R,
-                    spec=spec, cluster=machine, costs=costs, params=params,
-                )  # fmt: skip
+                quota_SR = planner.dispatch(spread_over_sources(load_E, q.gpus), plan, usable_R, setting)
                 # a layer without extras, or with shares fixed ahead, has nothing to decide and takes no control time
                 paid = control if plan.decides else 0.0
                 time.append(pair_seconds(quota_SR.sum(0), plan.gpu_R, costs)[0] + paid)

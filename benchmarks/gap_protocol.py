@@ -19,7 +19,7 @@ import numpy as np
 
 from moeless.cluster import Cluster, cluster
 from moeless.contracts import FloatArray, IntArray, Phase
-from moeless.costs.kernels import KernelTerms
+from moeless.costs.layer_time import LayerCosts
 from moeless.costs.roofline import RooflineCosts
 from moeless.spec import MoESpec, preset
 
@@ -145,13 +145,14 @@ def sample_iterations(routing: Routing, regime: Regime, pairs: int = PAIRS) -> l
 class ProtocolCosts(RooflineCosts):
     """Roofline compute; every token travels, wherever it came from, as the protocol's formula has it."""
 
-    def kernel_terms(self) -> KernelTerms:
-        terms = super().kernel_terms()
-        return terms._replace(local_is_free=False, slow_bytes_per_second=terms.fast_bytes_per_second)
-
-    def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:
-        link = self.cluster.fast
-        return 2.0 * (float(bytes_SG.sum(0).max()) / link.bandwidth + link.latency)
+    def make_layer_costs(self) -> LayerCosts:
+        costs = super().make_layer_costs()
+        # what travels counts by bytes alone; the latency of both directions is the same whatever travels
+        return costs._replace(
+            local_is_free=False,
+            slow_bytes_per_second=costs.fast_bytes_per_second,
+            misc_seconds=2.0 * self.terms().latency_seconds,
+        )
 
 
 @lru_cache(maxsize=64)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from gap_protocol import REGIMES, Regime, Routing, gap_closed, history_share_LE, sample_iterations
-from gpu_layers import RANKS, loads_by_source, plan_for, quotas
+from gpu_layers import RANKS, loads_by_source, plan_for, quotas, setting_of
 
-from moeless.contracts import Budget, FloatArray, LayerPlan
+from moeless.contracts import FloatArray, LayerPlan
 from moeless.costs.measured import MeasuredCosts
 from moeless.placement import PLANNERS
 
@@ -69,7 +69,6 @@ def gap_table(
 ) -> list[GapCell]:
     """Every planner in every regime, one slot of extras a GPU, placement from history."""
     spec, share_LE = routing.spec, history_share_LE(routing)
-    budget = Budget.even(spec.E, RANKS, 1, spec.expert_bytes)
     cells: list[GapCell] = []
     for regime in regimes:
         if left() < 10:
@@ -83,12 +82,13 @@ def gap_table(
         static_B = np.zeros(0)
         for name in PLANNERS_SHOWN:
             planner, plans = PLANNERS.get(name), dict[int, LayerPlan]()
+            setting = setting_of(planner, costs)
             time_B, control_B = np.zeros(len(loads)), np.zeros(len(loads))
             for i, (layer, load_SE) in enumerate(loads):
                 if layer not in plans:
-                    plans[layer] = plan_for(planner, regime, layer, share_LE[layer], costs, budget)
+                    plans[layer] = plan_for(planner, setting, regime, layer, share_LE[layer])
                 plan = plans[layer]
-                time_B[i] = costs.layer_seconds(quotas(planner, load_SE, plan, costs), plan).total
+                time_B[i] = costs.layer_seconds(quotas(planner, setting, load_SE, plan), plan).total
                 control_B[i] = costs.control_seconds(planner.control, layer) if plan.decides else 0.0
             if name == "static":
                 static_B = time_B

@@ -14,6 +14,7 @@ from gap_protocol import REGIMES, Regime, Routing, history_share_LE, sample_rows
 from moeless.contracts import Budget, Forecast, LayerPlan, PlanInput
 from moeless.costs.measured import MeasuredCosts
 from moeless.placement import PLANNERS, Planner
+from moeless.placement.setting import Setting
 from moeless.profiling.emulate import REFERENCE, EmulatedLayer, RankWork, emulate_layer
 from moeless.profiling.timing import Effort
 from moeless.spec import MoESpec, preset
@@ -73,33 +74,22 @@ def loads_by_source(routing: Routing, rows: np.ndarray, layer: int, ranks: int) 
     return np.bincount(flat.reshape(-1), minlength=ranks * routing.spec.E).reshape(ranks, routing.spec.E)
 
 
-def plan_for(
-    planner: Planner, regime: Regime, layer: int, share_E: np.ndarray, costs: MeasuredCosts, budget: Budget
-) -> LayerPlan:
+def setting_of(planner: Planner, costs: MeasuredCosts) -> Setting:
+    """A planner at its defaults, one slot of extras per GPU."""
+    spec = costs.spec
+    return Setting(spec, costs.cluster, costs, Budget.even(spec.E, RANKS, 1, spec.expert_bytes), planner.params())
+
+
+def plan_for(planner: Planner, setting: Setting, regime: Regime, layer: int, share_E: np.ndarray) -> LayerPlan:
     """A plan made ahead from the history's mean load."""
-    mean_E = share_E * regime.tokens * costs.spec.K
+    mean_E = share_E * regime.tokens * setting.spec.K
     forecast = Forecast(mean_E, mean_E, regime.tokens, "history")
-    return planner.plan_layer(
-        PlanInput(layer, regime.phase, forecast),
-        spec=costs.spec,
-        cluster=costs.cluster,
-        costs=costs,
-        budget=budget,
-        params=planner.params(),
-    )
+    return planner.plan(PlanInput(layer, regime.phase, forecast), setting)
 
 
-def quotas(planner: Planner, load_SE: np.ndarray, plan: LayerPlan, costs: MeasuredCosts) -> np.ndarray:
+def quotas(planner: Planner, setting: Setting, load_SE: np.ndarray, plan: LayerPlan) -> np.ndarray:
     """The planner's dispatch with every copy ready, ``[S, R]``."""
-    return planner.dispatch(
-        load_SE,
-        plan,
-        np.ones(plan.R, np.bool_),
-        spec=costs.spec,
-        cluster=costs.cluster,
-        costs=costs,
-        params=planner.params(),
-    )
+    return planner.dispatch(load_SE, plan, np.ones(plan.R, np.bool_), setting)
 
 
 def emulate(
@@ -113,7 +103,6 @@ def emulate(
 ) -> list[Cell]:
     """All policies on the same real loads, one slot of extras per GPU, plans from history."""
     spec, share_LE = routing.spec, history_share_LE(routing)
-    budget = Budget.even(spec.E, RANKS, 1, spec.expert_bytes)
     active, tokens = min(REFERENCE[0], work.weights.count), REFERENCE[1]
     reference = float(costs.grouped_seconds(np.full(active, tokens), np.zeros(active, np.int64))[0])
     cells: list[Cell] = []
@@ -128,10 +117,10 @@ def emulate(
         ]
         for name in POLICIES:
             planner = PLANNERS.get(name)
-            found = []
+            setting, found = setting_of(planner, costs), []
             for layer, load_SE in drawn:
-                plan = plan_for(planner, regime, layer, share_LE[layer], costs, budget)
-                found.append(emulate_layer(quotas(planner, load_SE, plan, costs), plan, costs, work, effort))
+                plan = plan_for(planner, setting, regime, layer, share_LE[layer])
+                found.append(emulate_layer(quotas(planner, setting, load_SE, plan), plan, costs, work, effort))
             cells.append(summarise(regime, name, found, reference))
     return cells
 

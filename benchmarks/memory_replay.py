@@ -14,7 +14,8 @@ from gap_protocol import SEED, Regime, Routing, pair_seconds
 
 from moeless.contracts import InstanceState, IntArray, LayerPlan, Phase
 from moeless.costs.nonexpert import NonExpertCosts
-from moeless.placement import PLANNERS
+from moeless.placement import Planner
+from moeless.placement.setting import Setting
 from moeless.placement.whole_model import spread_over_sources
 
 #: Past positions of a token, for the time outside the experts (the trace's requests are about twice as long).
@@ -116,11 +117,11 @@ class Replayed:
 
 def replay(
     load_ILE: IntArray,
-    name: str,
+    planner: Planner,
+    setting: Setting,
     plan: Plan,
     life: Life,
     load_seconds: float,
-    costs: Any,
     outside: float,
     deployed_L: list[LayerPlan],
 ) -> Replayed:
@@ -130,9 +131,9 @@ def replay(
     copy at a time. Copies that are not there when their layer's experts begin do not serve in it. Dispatch decides from
     the true counts.
     """
-    planner, gpus = PLANNERS.get(name), costs.cluster.num_gpus
-    params, layers = planner.params(), load_ILE.shape[1]
-    held = Held(float(costs.spec.expert_bytes), load_seconds if life in ("resident", "transient") else 0.0)
+    costs: Any = setting.costs
+    gpus, layers = setting.cluster.num_gpus, load_ILE.shape[1]
+    held = Held(float(setting.spec.expert_bytes), load_seconds if life in ("resident", "transient") else 0.0)
     plans: list[LayerPlan | None] = list(deployed_L) if life in ("fixed", "resident") else [None] * layers
     for layer, deployed in enumerate(deployed_L if life in ("fixed", "resident") else []):
         for key in _extras(layer, deployed):
@@ -168,10 +169,7 @@ def replay(
             usable_R = _states(held, layer, current, now) == InstanceState.WARM
             wanted += current.num_extra
             late += int((~usable_R).sum())
-            quota_SR = planner.dispatch(
-                spread_over_sources(load_E, gpus), current, usable_R,
-                spec=costs.spec, cluster=costs.cluster, costs=costs, params=params,
-            )  # fmt: skip
+            quota_SR = planner.dispatch(spread_over_sources(load_E, gpus), current, usable_R, setting)
             time_IL[i, layer] = pair_seconds(quota_SR.sum(0), current.gpu_R, costs)[0]
             if life == "transient":
                 # what has not begun by now is of no more use

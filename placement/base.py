@@ -45,7 +45,7 @@ class ShareBudget(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """A planner by name. It plans layer by layer or several layers at once: one of the two is enough.
+    """A planner by name. It plans layer by layer (``plan_layer``) or several layers at once (``plan_layers``).
 
     Attributes:
         dispatch: the rule that serves its plans. A plain function counts as a rule in Python that gathers counts.
@@ -69,8 +69,8 @@ class Planner:
     needs_forecast: bool
     default_predictor: str
     source: str
-    plan_layer: PlanLayer = None  # type: ignore[assignment]
-    plan_layers: PlanLayers = None  # type: ignore[assignment]
+    plan_layer: PlanLayer | None = None
+    plan_layers: PlanLayers | None = None
     share_budget: ShareBudget | None = None
     reuse: Callable[[Setting], ReuseTerms] | None = None
     holds_extras: bool = True
@@ -79,17 +79,30 @@ class Planner:
     def __post_init__(self) -> None:
         if not isinstance(self.dispatch, DispatchRule):
             object.__setattr__(self, "dispatch", DispatchRule(gathers_counts=True, quotas=self.dispatch))
-        one, many = self.plan_layer, self.plan_layers
-        if one is None and many is None:
-            raise UserError(f"planner {self.name} has neither plan_layer nor plan_layers")
-        if one is None:
-            object.__setattr__(self, "plan_layer", lambda x, setting: many(batch_of([x]), setting).plan(0, x.layer))
-        elif many is None:
-            object.__setattr__(
-                self,
-                "plan_layers",
-                lambda batch, setting: rows_of([one(batch.input(n), setting) for n in range(len(batch))]),
+        if (self.plan_layer is None) == (self.plan_layers is None):
+            raise UserError(
+                f"planner {self.name} plans layer by layer or several at once: give plan_layer or plan_layers"
             )
+
+    def plan(self, x: PlanInput, setting: Setting) -> LayerPlan:
+        """One layer's plan.
+
+        Raises:
+            UserError: the planner refuses the budget.
+        """
+        if self.plan_layer is not None:
+            return self.plan_layer(x, setting)
+        return self.plan_many(batch_of([x]), setting).plan(0, x.layer)
+
+    def plan_many(self, batch: PlanBatch, setting: Setting) -> PlanRows:
+        """The plans of several layers, in the batch's order.
+
+        Raises:
+            UserError: the planner refuses the budget.
+        """
+        if self.plan_layers is not None:
+            return self.plan_layers(batch, setting)
+        return rows_of([self.plan(batch.input(row), setting) for row in range(len(batch))])
 
     @property
     def control(self) -> Control:
@@ -106,10 +119,8 @@ class Planner:
             return []
         if self.share_budget is not None:
             budgets = self.share_budget(inputs_L, setting)
-            return [
-                self.plan_layer(x, replace_budget(setting, room)) for x, room in zip(inputs_L, budgets, strict=True)
-            ]
-        rows = self.plan_layers(batch_of(inputs_L), setting)
+            return [self.plan(x, replace_budget(setting, room)) for x, room in zip(inputs_L, budgets, strict=True)]
+        rows = self.plan_many(batch_of(inputs_L), setting)
         return [rows.plan(row, x.layer) for row, x in enumerate(inputs_L)]
 
 
@@ -146,7 +157,7 @@ class PlannerInUse:
     ) -> LayerPlan:
         """Ask the planner for one layer."""
         x = PlanInput(layer, phase, forecast, previous, state_R, horizon, lead, copy)
-        return self.planner.plan_layer(x, self.setting)
+        return self.planner.plan(x, self.setting)
 
     def plan_all(
         self,

@@ -99,7 +99,6 @@ def reuse(setting: Setting) -> ReuseTerms:
 PLANNER = replace(
     elastic.PLANNER,
     name="elastic-ahead",
-    plan_layer=None,  # type: ignore[arg-type]
     plan_layers=plan_layers,
     params=ElasticAheadParams,
     source="this project: elastic, and shares fixed ahead where dispatch does not pay for its control (no guarantee)",

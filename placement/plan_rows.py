@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from moeless.contracts import (
     Phase,
     PlanInput,
 )
-from moeless.jit import njit
 
 
 class PlanRows(NamedTuple):
@@ -45,7 +44,7 @@ class PlanRows(NamedTuple):
     @property
     def widest(self) -> int:
         """Replicas that a row has room for."""
-        return self.expert_NR.shape[1]
+        return int(self.expert_NR.shape[1])
 
     def plan(self, row: int, layer: int) -> LayerPlan:
         """One row as a layer's plan."""
@@ -70,11 +69,8 @@ class PlanRows(NamedTuple):
     def widened(self, widest: int) -> PlanRows:
         """The same plans with room for so many replicas."""
         rows = empty_rows(len(self.count_N), widest)
-        for old, new in zip(self, rows, strict=True):
-            if old.ndim == 2:
-                new[:, : old.shape[1]] = old
-            else:
-                new[:] = old
+        for row in range(len(self.count_N)):
+            rows.put(row, self.plan(row, row))
         return rows
 
 
@@ -152,8 +148,9 @@ class PlanBatch:
         if stop > start:
             _, expert_P, gpu_P, primary_P, state_P, share_P, fixed_N = self.previous
             share = share_P[start:stop].copy() if fixed_N[row] else None
-            rows = (row_P[start:stop].copy() for row_P in (expert_P, gpu_P, primary_P))
-            previous, state_P = LayerPlan(layer, *rows, share), state_P[start:stop].copy()
+            of = slice(start, stop)
+            previous = LayerPlan(layer, expert_P[of].copy(), gpu_P[of].copy(), primary_P[of].copy(), share)
+            state_P = state_P[of].copy()
         return PlanInput(
             layer, self.phase, Forecast(mean_E, var_E, self.tokens, self.source), previous, state_P,
             int(self.horizon_N[row]), float(self.lead_N[row]), self.copy_seconds,
@@ -196,15 +193,5 @@ def batch_of(inputs: Sequence[PlanInput]) -> PlanBatch:
     )
 
 
-def _joined(rows: Sequence[NDArray[np.generic]], kind: type[np.generic]) -> NDArray[np.generic]:
+def _joined(rows: Sequence[Any], kind: Any) -> Any:
     return np.ascontiguousarray(np.concatenate(rows), kind) if rows else np.empty(0, kind)
-
-
-@njit(cache=True, nogil=True, inline="always")
-def goes_before(gpu, primary, expert, other_gpu, other_primary, other_expert):  # type: ignore[no-untyped-def]
-    """Whether a replica stands before another in a plan's order: GPU, primaries first, expert."""
-    if gpu != other_gpu:
-        return gpu < other_gpu
-    if primary != other_primary:
-        return primary
-    return expert < other_expert

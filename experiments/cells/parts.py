@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from moeless.cluster import Cluster
-from moeless.contracts import Budget, IntArray, LayerPlan, PlanInput
-from moeless.costs import CostModel
+from moeless.contracts import IntArray, LayerPlan, PlanInput
 from moeless.experiments.cells import serving
 from moeless.placement import PLANNERS, elastic, paper
 from moeless.placement.layout import room_G, static_gpu_E
-from moeless.spec import MoESpec
+from moeless.placement.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,14 @@ class PartsParams(paper.PaperParams):
     fuel: int = 1000
 
 
-def plan_layer(
-    x: PlanInput, *, spec: MoESpec, cluster: Cluster, costs: CostModel, budget: Budget, params: PartsParams
-) -> LayerPlan:
-    """Algorithms 1 and 2 as far as ``params`` keep them."""
+def plan_layer(x: PlanInput, setting: Setting) -> LayerPlan:
+    """Algorithms 1 and 2 as far as the parameters keep them."""
+    spec, budget, params = setting.spec, setting.budget, setting.params
     if not params.reuse:
         x = dataclasses.replace(x, previous=None, state_R=None)
     if params.place:
-        return paper.plan_layer(x, spec=spec, cluster=cluster, costs=costs, budget=budget, params=params)
-    gpus, gpu_E = cluster.num_gpus, static_gpu_E(spec.E, cluster.num_gpus)
+        return paper.PLANNER.plan(x, setting)
+    gpus, gpu_E = setting.cluster.num_gpus, static_gpu_E(spec.E, setting.cluster.num_gpus)
     room = room_G(budget, spec, gpus)
     extra = min(int(room.sum()) - spec.E, budget.max_extra)
     count_E = paper.scale_experts(x.forecast.mean_E, extra, params.cv_threshold, params.count_idle)
@@ -60,7 +57,7 @@ def _in_turn(count: int, room: IntArray) -> IntArray:
 
 
 #: Even shares, as in the paper; and the same plans with our dispatch from true counts.
-EVEN = dataclasses.replace(paper.PLANNER, name="parts", plan_layer=plan_layer, params=PartsParams)
+EVEN = dataclasses.replace(paper.PLANNER, name="parts", plan_layer=plan_layer, plan_layers=None, params=PartsParams)
 CHOSEN = dataclasses.replace(EVEN, name="parts-dispatch", dispatch=elastic.DISPATCH)
 
 

@@ -18,7 +18,7 @@ REPETITIONS = 40
 
 
 def measure_control(spec: MoESpec, planners: tuple[str, ...] = ("eplb", "moeless", "elastic")) -> dict[str, Any]:
-    """A profile's ``control``: seconds of ``plan_layer`` and ``dispatch`` of each planner.
+    """A profile's ``control``: seconds of planning a layer and of ``dispatch`` of each planner.
 
     One layer of 8 ranks, skewed loads (expert i has 1 / i of the first one's), one slot of extras a rank, compiled
     functions warmed up. Empty where the planners' compiler is not installed.
@@ -29,6 +29,7 @@ def measure_control(spec: MoESpec, planners: tuple[str, ...] = ("eplb", "moeless
     from moeless.contracts import Budget, Forecast, Phase, PlanInput
     from moeless.costs.roofline import RooflineCosts
     from moeless.placement import PLANNERS
+    from moeless.placement.setting import Setting
 
     machine = cluster("h100x8")
     costs = RooflineCosts(spec, machine)
@@ -40,12 +41,12 @@ def measure_control(spec: MoESpec, planners: tuple[str, ...] = ("eplb", "moeless
     budget = Budget.even(spec.E, RANKS, 1, spec.expert_bytes)
     dispatch, plan = {}, {}
     for planner in map(PLANNERS.get, planners):
-        shared: dict[str, Any] = {"spec": spec, "cluster": machine, "costs": costs, "params": planner.params()}
-        plan_layer = partial(planner.plan_layer, ahead, budget=budget, **shared)
-        made = plan_layer()
-        plan[planner.timed_as] = _median(plan_layer)
+        setting = Setting(spec, machine, costs, budget, planner.params())
+        plan_one = partial(planner.plan, ahead, setting)
+        made = plan_one()
+        plan[planner.timed_as] = _median(plan_one)
         usable_R = np.ones(made.R, np.bool_)
-        dispatch[planner.timed_as] = _median(partial(planner.dispatch, load_SE, made, usable_R, **shared))
+        dispatch[planner.timed_as] = _median(partial(planner.dispatch, load_SE, made, usable_R, setting))
     return {"dispatch_seconds": dispatch, "plan_seconds": plan}
 
 

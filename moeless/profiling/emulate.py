@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from moeless.contracts import FloatArray, IntArray, LayerPlan
-from moeless.costs.base import CostModel, LayerTime
+from moeless.costs.base import CostModel
+from moeless.costs.layer_time import LayerTime
 from moeless.profiling.experts import Weights, pool_size, random_weights, run_kernel
 from moeless.profiling.parts import combine, permute
 from moeless.profiling.timing import Call, Effort, measure_in_turn

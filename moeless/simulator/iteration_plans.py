@@ -95,7 +95,7 @@ class IterationPlans:
             layer_N, work.phase, mean_NE, var_NE, work.tokens, source, self._copies_before(layer_N, plans, now),
             horizon_N, lead_N, self._copy_seconds,
         )  # fmt: skip
-        rows = policy.planner.plan_layers(batch, policy.setting)
+        rows = policy.planner.plan_many(batch, policy.setting)
         self.reuse.note(layer_N, mean_NE, rows)
         self.made += len(layer_N)
         return ComingPlans(layer_N, rows, np.where(first_N, -1, layer_N - distance_N))

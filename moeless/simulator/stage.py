@@ -212,9 +212,10 @@ class Stage:
         state_X[CLOCK], state_X[FAILED] = now, -1.0
         cause = self._cause if now < self._settled_at else "cold"
         stall_2, stalled_2 = np.array([record.stalls.get(cause, 0.0), record.stalls["cold"]]), np.zeros(2, np.bool_)
+        since_L = np.where(asked_L < 0, now, np.inf)
         w = Walk(
-            *tokens, self._rows, rows, row_L, asked_L, np.where(asked_L < 0, now, np.inf), self.pool.state,
-            self._gpu_LE, self.control_L, self.costs.layer_costs, timed_L, part_LX, load_LE,
+            tokens[0], tokens[1], tokens[2], self._rows, rows, row_L, asked_L, since_L, self.pool.state, self._gpu_LE,
+            self.control_L, self.costs.layer_costs, timed_L, part_LX, load_LE,
             np.zeros((spec.L, self.cluster.G)) if watched else _NO_LOADS, state_X, stall_2, stalled_2,
             # one account where the cause is the same
             self._settled_at if cause != "cold" else -np.inf, float(other.per_moe_layer), float(self.ahead.delay),
@@ -231,7 +232,8 @@ class Stage:
         if state_X[FAILED] >= 0:
             raise RunFailed(NO_ROOM.format(layer=int(state_X[FAILED])))
         if coming is not None:
-            seconds_L = np.diff(np.append(part_LX[:, START_PART], state_X[CLOCK] + other.per_moe_layer))
+            start_L = np.append(part_LX[:, START_PART], state_X[CLOCK] + other.per_moe_layer)
+            seconds_L = np.diff(start_L)
             self.ahead.ran(work.phase, seconds_L, int(state_X[LATE]))
         if watched:
             self._show(w, other)

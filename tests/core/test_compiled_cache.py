@@ -163,12 +163,12 @@ def test_few_older_caches_are_kept(tmp_path: Path, root: Path, monkeypatch: pyte
 
 
 def test_modules_of_one_name_have_caches_of_their_own(root: Path) -> None:
-    folders = {jit.cache_folder(jit._PACKAGE / part / "kernels.py") for part in ("costs", "serverless", "simulator")}
+    folders = {jit.cache_folder(jit._PACKAGE / part / "base.py") for part in ("costs", "placement", "predictors")}
     assert len(folders) == 3
 
 
 def test_doctor_shows_and_empties_the_cache(root: Path, cli) -> None:
-    folder = Path(jit.cache_folder(jit._PACKAGE / "costs" / "kernels.py"))
+    folder = Path(jit.cache_folder(jit._PACKAGE / "costs" / "layer_time.py"))
     (folder / "function.nbc").write_bytes(bytes(3_000_000))
     status, out, _ = cli("doctor", "--clear-cache")
     assert status == 0

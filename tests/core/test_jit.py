@@ -17,6 +17,7 @@ def plans():
     from moeless.contracts import Budget, Forecast, Phase, PlanInput
     from moeless.costs.roofline import RooflineCosts
     from moeless.placement import PLANNERS
+    from moeless.placement.setting import Setting
     from moeless.spec import preset
 
     spec, machine = preset("gpt-oss-20b"), cluster("h100x8").with_gpus(4)
@@ -26,10 +27,10 @@ def plans():
     found = {}
     for name in NAMES:
         planner = PLANNERS.get(name)
-        shared = {"spec": spec, "cluster": machine, "costs": costs, "params": planner.params()}
+        setting = Setting(spec, machine, costs, Budget.even(spec.E, 4, 1, spec.expert_bytes), planner.params())
         ahead = PlanInput(0, Phase.PREFILL, Forecast(mean_E, mean_E, 4096, "made"))
-        plan = planner.plan_layer(ahead, budget=Budget.even(spec.E, 4, 1, spec.expert_bytes), **shared)
-        quota_SR = planner.dispatch(load_SE, plan, np.ones(plan.R, np.bool_), **shared)
+        plan = planner.plan(ahead, setting)
+        quota_SR = planner.dispatch(load_SE, plan, np.ones(plan.R, np.bool_), setting)
         found[name] = [plan.expert_R.tolist(), plan.gpu_R.tolist(), quota_SR.tolist()]
     return found
 

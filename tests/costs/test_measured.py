@@ -13,6 +13,7 @@ from moeless.costs.measured import MeasuredCosts, linear_terms
 from moeless.costs.profile_reader import FIELDS, load_profile, parse_profile
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, elastic
+from moeless.placement.setting import Setting
 from moeless.profiling.monotone import monotone_grid
 from moeless.spec import preset
 
@@ -223,11 +224,8 @@ def test_elastic_keeps_no_copies_that_a_table_sees_save_less_than_dispatch_costs
     def extras(token_seconds, **params):
         costs = costs_of(np.outer(ACTIVE, np.array(TOKENS) * token_seconds), exchange=[entry])
         budget = Budget.even(SPEC.E, 2, 2, SPEC.expert_bytes)
-        common = {"spec": SPEC, "cluster": costs.cluster, "costs": costs, "budget": budget}
-        one = elastic.plan_layer(x, params=elastic.ElasticParams(**params), **common)
-        (other,) = elastic.plan_layers([x], params=elastic.ElasticParams(**params), **common)
-        assert one.to_json() == other.to_json()
-        return one.num_extra
+        setting = Setting(SPEC, costs.cluster, costs, budget, elastic.ElasticParams(**params))
+        return elastic.PLANNER.plan(x, setting).num_extra
 
     assert extras(1e-12) == 0
     assert extras(1e-12, skip=False) > 0

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.cluster import cluster
-from moeless.contracts import LayerPlan
+from moeless.contracts import Budget, LayerPlan
+from moeless.costs import COSTS
 from moeless.engine.core import PartTimes, order_by_replica, run_layer
 from moeless.engine.elastic import even_choice
 from moeless.engine.exchange import Exchange
 from moeless.engine.ffn import GatedFFN, silu_gate
 from moeless.engine.groups import Ranks
-from moeless.placement.dispatch import even_dispatch
+from moeless.placement.dispatch import EVEN
+from moeless.placement.setting import Setting
 from moeless.spec import preset
 
 H, WIDTH, K = 8, 12, 2
@@ -82,7 +84,9 @@ def test_any_placement_computes_what_a_dense_layer_computes(case: dict[str, Any]
     weights = [torch.rand(n, K, generator=random) for n in case["tokens"]]
     load_SE = np.stack([np.bincount(ids.reshape(-1).numpy(), minlength=experts) for ids in topk])
     spec = preset("bundled")
-    quota_SR = even_dispatch(load_SE, plan, np.ones(plan.R, np.bool_), spec=spec, cluster=cluster("cpu8"))
+    where = cluster("cpu8")
+    setting = Setting(spec, where, COSTS.get("roofline")(spec, where), Budget.even(experts, 8, 1, 1.0), None)
+    quota_SR = EVEN(load_SE, plan, np.ones(plan.R, np.bool_), setting)
     board: dict[Any, Any] = {}
     barrier = threading.Barrier(world)
     found: list[Any] = [None] * world

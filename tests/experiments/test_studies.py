@@ -15,6 +15,7 @@ from moeless.experiments.cells import parts
 from moeless.experiments.cells.scale import serve
 from moeless.experiments.cells.serving import in_blocks
 from moeless.placement.layout import static_gpu_E
+from moeless.placement.setting import Setting
 from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
 from moeless.spec import preset
@@ -24,14 +25,10 @@ from moeless.workloads.lengths import Workload
 def planned(previous=None, **params):
     spec, where = preset("phi-3.5-moe"), cluster("h100x8")
     mean_E = np.arange(16, dtype=np.float64) ** 2
-    return parts.plan_layer(
-        PlanInput(0, Phase.DECODE, Forecast(mean_E, mean_E, 620, "test"), previous, None, 1),
-        spec=spec,
-        cluster=where,
-        costs=COSTS.get("roofline")(spec, where),
-        budget=Budget.even(spec.E, where.G, 1, spec.expert_bytes),
-        params=parts.PartsParams(**params),
-    )
+    budget = Budget.even(spec.E, where.G, 1, spec.expert_bytes)
+    setting = Setting(spec, where, COSTS.get("roofline")(spec, where), budget, parts.PartsParams(**params))
+    x = PlanInput(0, Phase.DECODE, Forecast(mean_E, mean_E, 620, "test"), previous, None, 1)
+    return parts.EVEN.plan(x, setting)
 
 
 def test_without_placement_primaries_stay_and_copies_go_to_gpus_in_turn():

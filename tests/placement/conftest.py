@@ -12,6 +12,7 @@ from moeless.cluster import Cluster, cluster
 from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.placement import PLANNERS
+from moeless.placement.setting import Setting
 from moeless.spec import Attention, MoESpec
 
 
@@ -35,6 +36,22 @@ def make_cluster(num_gpus: int) -> Cluster:
     return cluster("h100x8").with_gpus(num_gpus)
 
 
+def make_setting(
+    name: str,
+    num_experts: int,
+    gpus: int,
+    extra_slots: int = 1,
+    *,
+    costs: str = "roofline",
+    budget: Budget | None = None,
+    **params: Any,
+) -> Setting:
+    """What a planner of :func:`make_spec` on :func:`make_cluster` is given."""
+    spec, machine = make_spec(num_experts), make_cluster(gpus)
+    room = budget or Budget.even(num_experts, gpus, extra_slots, spec.expert_bytes)
+    return Setting(spec, machine, COSTS.get(costs)(spec, machine), room, PLANNERS.get(name).params(**params))
+
+
 @pytest.fixture(scope="session")
 def plan_with() -> Callable[..., LayerPlan]:
     """Plan one layer by name: ``plan_with("eplb", mean_E, gpus, extra_slots)``."""
@@ -54,19 +71,10 @@ def plan_with() -> Callable[..., LayerPlan]:
         **params: Any,
     ) -> LayerPlan:
         mean = np.asarray(mean_E, np.float64)
-        planner = PLANNERS.get(name)
-        spec, machine = make_spec(len(mean)), make_cluster(gpus)
-        room = budget or Budget.even(len(mean), gpus, extra_slots, spec.expert_bytes)
+        setting = make_setting(name, len(mean), gpus, extra_slots, costs=costs, budget=budget, **params)
         variance = np.zeros_like(mean) if var_E is None else np.asarray(var_E, np.float64)
         forecast = Forecast(mean, variance, int(mean.sum()), "test")
-        return planner.plan_layer(
-            PlanInput(0, phase, forecast, previous, state_R),
-            spec=spec,
-            cluster=machine,
-            costs=COSTS.get(costs)(spec, machine),
-            budget=room,
-            params=planner.params(**params),
-        )
+        return PLANNERS.get(name).plan(PlanInput(0, phase, forecast, previous, state_R), setting)
 
     return plan
 
@@ -77,16 +85,8 @@ def dispatch_with() -> Callable[..., Any]:
 
     def dispatch(name: str, load_SE: Any, plan: LayerPlan, usable_R: Any = None, costs: str = "roofline") -> Any:
         load = np.asarray(load_SE, np.int64)
-        planner = PLANNERS.get(name)
-        spec, machine = make_spec(load.shape[1]), make_cluster(load.shape[0])
-        return planner.dispatch(
-            load,
-            plan,
-            np.ones(plan.R, np.bool_) if usable_R is None else usable_R,
-            spec=spec,
-            cluster=machine,
-            costs=COSTS.get(costs)(spec, machine),
-            params=planner.params(),
-        )
+        usable = np.ones(plan.R, np.bool_) if usable_R is None else usable_R
+        setting = make_setting(name, load.shape[1], load.shape[0], costs=costs)
+        return PLANNERS.get(name).dispatch(load, plan, usable, setting)
 
     return dispatch

@@ -15,23 +15,23 @@ from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.errors import UserError
 from moeless.placement import PLANNERS
-from moeless.placement.base import plan_all_layers
 from moeless.placement.bound import layer_bound
 from moeless.placement.craft import benefits_N, rounds_L
 from moeless.placement.exact import terms_seconds
 from moeless.placement.llep import LlepParams, spill
 from moeless.placement.milp import MilpParams, best_plan
+from moeless.placement.setting import Setting
 from moeless.spec import Attention, MoESpec
 
 SPEC = MoESpec("eight", 2880, 1, (0,), 8, 1, 2880, Attention(8, 8, 64), 1000)
 FOUR = cluster("h100x8").with_gpus(4)
 COST = COSTS.get("roofline")(SPEC, FOUR)
+ROOM = Budget.even(8, 4, 1, SPEC.expert_bytes)
 
 
 def run(name: str, plan: LayerPlan, load_SE: np.ndarray) -> np.ndarray:
     planner = PLANNERS.get(name)
-    usable = np.ones(plan.R, bool)
-    return planner.dispatch(load_SE, plan, usable, spec=SPEC, cluster=FOUR, costs=COST, params=planner.params())
+    return planner.dispatch(load_SE, plan, np.ones(plan.R, bool), Setting(SPEC, FOUR, COST, ROOM, planner.params()))
 
 
 @given(seed=st.integers(0, 2**31), tokens=st.sampled_from([3, 500, 40_000]))
@@ -93,21 +93,19 @@ def test_craft_spends_replicas_where_they_balance(plan_with):
 
 def test_craft_spends_a_models_replicas_in_the_layers_that_need_them():
     craft, hot = PLANNERS.get("craft"), [5000.0, 10, 10, 10, 10, 10, 10, 10]
-    budget = Budget.even(8, 4, 1, SPEC.expert_bytes)
-    shared = {"spec": SPEC, "cluster": FOUR, "costs": COST, "params": craft.params()}
 
-    def plans(*loads, **more):
+    def plans(*loads, **params):
         inputs = [
             PlanInput(layer, Phase.PREFILL, Forecast(np.array(load), np.zeros(8), 1, "test"))
             for layer, load in enumerate(loads)
         ]
-        return plan_all_layers(craft, inputs, budget=budget, **{**shared, **more})
+        return craft.plan_all(inputs, Setting(SPEC, FOUR, COST, ROOM, craft.params(**params)))
 
     # the even layers leave theirs to the one that is not, up to twice an even layer's
     assert [plan.num_extra for plan in plans([100.0] * 8, hot, [7.0] * 8)] == [0, 8, 0]
-    assert [plan.num_extra for plan in plans([100.0] * 8, hot, params=craft.params(max_share=1.0))] == [0, 4]
+    assert [plan.num_extra for plan in plans([100.0] * 8, hot, max_share=1.0)] == [0, 4]
     assert sum(plan.num_extra for plan in plans(hot, hot, hot)) == 12
-    assert plans([100.0] * 8, hot)[1].slots_G(4).max() <= budget.slots_G.max() + 1
+    assert plans([100.0] * 8, hot)[1].slots_G(4).max() <= ROOM.slots_G.max() + 1
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(0, 14), st.sampled_from([0.0, 0.02, 0.2]))
@@ -134,16 +132,15 @@ def test_bound_exact_plan_and_heuristics_are_in_order(tokens):
     spec, two = dataclasses.replace(SPEC, num_experts=5), FOUR.with_gpus(2)
     costs = COSTS.get("roofline")(spec, two)
     budget = Budget.even(5, 2, 1, spec.expert_bytes)
-    settings_ = {"spec": spec, "cluster": two, "costs": costs, "budget": budget}
-    best = best_plan(load, layer=0, params=MilpParams(), **settings_)
+    best = best_plan(load, 0, Setting(spec, two, costs, budget, MilpParams()))
     assert layer_bound(load, costs.terms(), 2, 2) <= best.seconds * (1 + 1e-3)
     assert (best.plan.slots_G(2) <= budget.slots_G).all()
     for name in ("static", "eplb", "moeless", "elastic", "metro", "llep", "craft"):
         planner = PLANNERS.get(name)
         forecast = Forecast(load.astype(float), np.zeros(5), int(load.sum()), "true")
-        plan = planner.plan_layer(PlanInput(0, Phase.PREFILL, forecast), params=planner.params(), **settings_)
-        shared = {"spec": spec, "cluster": two, "costs": costs, "params": planner.params()}
-        quota = planner.dispatch(np.stack([load, np.zeros_like(load)]), plan, np.ones(plan.R, bool), **shared)
+        setting = Setting(spec, two, costs, budget, planner.params())
+        plan = planner.plan(PlanInput(0, Phase.PREFILL, forecast), setting)
+        quota = planner.dispatch(np.stack([load, np.zeros_like(load)]), plan, np.ones(plan.R, bool), setting)
         assert terms_seconds(quota.sum(0), plan.gpu_R, costs.terms(), 2) >= best.lower_bound * (1 - 1e-6)
 
 

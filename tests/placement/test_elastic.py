@@ -15,14 +15,14 @@ from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.errors import UserError
-from moeless.placement import elastic
-from moeless.placement.choose_kernels import sort_plan
-from moeless.placement.dispatch_kernels import choose_copies, expected_seconds
+from moeless.placement.elastic import PLANNER, ElasticParams, choice_terms, scenario_deviates_CE
+from moeless.placement.elastic_placement import sort_plan
 from moeless.placement.dispatch_search import Rates
-from moeless.placement.elastic import ElasticParams, _normal_CE, dispatch, plan_layer, plan_layers
 from moeless.placement.exact import exact_dispatch, terms_seconds
+from moeless.placement.fastest_dispatch import choose_copies, expected_seconds
 from moeless.placement.layout import static_gpu_E
 from moeless.placement.plan_scoring import MOST_FEW, draw_few_tokens, draw_scenarios, score_static
+from moeless.placement.setting import Setting
 from moeless.placement.static import static_plan
 from moeless.spec import preset
 
@@ -30,22 +30,16 @@ SPEC = preset("gpt-oss-20b").with_expert_dtype("bfloat16")
 H100 = cluster("h100x8")
 
 
-def setting(gpus: int = 8, costs: str = "roofline", spec=SPEC, **values):
+def setting(gpus: int = 8, extra: int = 1, costs: str = "roofline", **params) -> Setting:
     machine = H100.with_gpus(gpus)
-    return spec, machine, COSTS.get(costs)(spec, machine, **values)
+    room = Budget.even(SPEC.E, gpus, extra, SPEC.expert_bytes)
+    return Setting(SPEC, machine, COSTS.get(costs)(SPEC, machine), room, ElasticParams(**params))
 
 
 def plan_for(mean, gpus=8, extra=1, previous=None, costs="roofline", times=(0, 0.0, None), **params) -> LayerPlan:
-    spec, machine, model = setting(gpus, costs)
     mean = np.asarray(mean, float)
-    return plan_layer(
-        PlanInput(0, Phase.PREFILL, Forecast(mean, mean, 1, "test"), previous, None, *times),
-        spec=spec,
-        cluster=machine,
-        costs=model,
-        budget=Budget.even(spec.E, gpus, extra, spec.expert_bytes),
-        params=ElasticParams(**params),
-    )
+    x = PlanInput(0, Phase.PREFILL, Forecast(mean, mean, 1, "test"), previous, None, *times)
+    return PLANNER.plan(x, setting(gpus, extra, costs, **params))
 
 
 def skewed(seed: int, tokens: int) -> np.ndarray:
@@ -65,16 +59,16 @@ def skewed(seed: int, tokens: int) -> np.ndarray:
 def test_dispatch_is_never_slower_than_static_whatever_the_forecast(seed, tokens, gpus, costs, extra, ready):
     rng = np.random.default_rng(seed)
     plan = plan_for(rng.random(32) * 100, gpus, extra, costs=costs, skip=False, scenarios=2)
-    spec, machine, model = setting(gpus, costs)
+    where = setting(gpus, extra, costs)
     load = rng.multinomial(tokens, rng.dirichlet(np.full(gpus * 32, 0.2))).reshape(gpus, 32)
     usable = plan.primary_R | (rng.random(plan.R) < ready)
-    quota = dispatch(load, plan, usable, spec=spec, cluster=machine, costs=model, params=ElasticParams())
+    quota = PLANNER.dispatch(load, plan, usable, where)
     for e in range(32):
         np.testing.assert_array_equal(quota[:, plan.expert_R == e].sum(1), load[:, e])
     assert (quota[:, ~usable] == 0).all()
     static = static_plan(0, 32, gpus)
-    slow = model.layer_seconds(load[:, static.expert_R], static).total
-    assert model.layer_seconds(quota, plan).total <= slow * (1 + 1e-12)
+    slow = where.costs.layer_seconds(load[:, static.expert_R], static).total
+    assert where.costs.layer_seconds(quota, plan).total <= slow * (1 + 1e-12)
 
 
 def test_primaries_never_leave_their_static_gpus():
@@ -86,13 +80,9 @@ def test_primaries_never_leave_their_static_gpus():
 def test_large_skewed_batches_come_close_to_the_bound():
     load = skewed(1, 60_000)
     plan = plan_for(load, extra=2)
-    _, machine, model = setting()
     # every rank owns an eighth of the tokens
     load_SE = np.stack([load // 8] * 8)
-    spec, _, _ = setting()
-    quota = dispatch(
-        load_SE, plan, np.ones(plan.R, bool), spec=spec, cluster=machine, costs=model, params=ElasticParams()
-    )
+    quota = PLANNER.dispatch(load_SE, plan, np.ones(plan.R, bool), setting())
     tokens_G = np.bincount(plan.gpu_R, weights=quota.sum(0), minlength=8)
     static_G = np.bincount(static_gpu_E(32, 8), weights=load_SE.sum(0), minlength=8)
     assert tokens_G.max() / tokens_G.mean() < 1.1 < static_G.max() / static_G.mean()
@@ -101,8 +91,7 @@ def test_large_skewed_batches_come_close_to_the_bound():
 @pytest.mark.parametrize("extra", [1, 2])
 @pytest.mark.parametrize("tokens", [128, 4096, 16_384])
 def test_chains_come_close_to_the_exact_dispatch(tokens, extra):
-    _, _, model = setting()
-    terms, saved, possible, static = model.terms(), 0.0, 0.0, 0.0
+    terms, saved, possible, static = setting().costs.terms(), 0.0, 0.0, 0.0
     for seed in range(8):
         load = skewed(seed, tokens)
         plan = plan_for(load * 0.8 + tokens / 160, extra=extra, scenarios=0, skip=False)
@@ -165,7 +154,7 @@ def test_a_forecast_of_one_iteration_moves_only_what_arrives_in_time_or_pays_at_
 
 def drawn(mean: float, var: float, doubt: float) -> np.ndarray:
     load_CE = np.zeros((8, 32), np.int64)
-    rows = draw_scenarios(np.full(32, mean), np.full(32, var), doubt, _normal_CE(0, 8, 32), load_CE)
+    rows = draw_scenarios(np.full(32, mean), np.full(32, var), doubt, scenario_deviates_CE(0, 8, 32), load_CE)
     return load_CE[:rows]
 
 
@@ -208,34 +197,30 @@ def test_more_caution_skips_layers_whose_saving_is_in_doubt():
 
 @pytest.mark.parametrize("previous", [False, True])
 def test_planning_all_layers_at_once_gives_the_plans_of_one_by_one(previous):
-    spec, machine, model = setting()
-    shared = {"spec": spec, "cluster": machine, "costs": model, "budget": Budget.even(32, 8, 2, spec.expert_bytes)}
-    params, before = ElasticParams(), [None] * 100
+    where, before = setting(extra=2), [None] * 100
     for round_ in range(1 + previous):
         inputs = [
-            PlanInput(i, Phase(i % 2), Forecast(load, load, 4000, "test"), before[i], None, 100)
+            PlanInput(i % SPEC.L, Phase(round_), Forecast(load, load, 4000, "test"), before[i], None, 100)
             for i, load in enumerate(skewed(50 * round_ + i, 400 * (1 + i)).astype(float) for i in range(100))
         ]
-        together = plan_layers(inputs, params=params, **shared)
+        together = PLANNER.plan_all(inputs, where)
         for x, plan in zip(inputs, together, strict=True):
             plan.validate(num_experts=32, num_gpus=8)
-            assert plan.to_json() == plan_layer(x, params=params, **shared).to_json()
+            assert plan.to_json() == PLANNER.plan(x, where).to_json()
         before = together
     assert sum(plan.num_extra for plan in together) > 100
 
 
 def test_a_forked_process_plans_all_layers_too():
-    spec, machine, model = setting()
-    shared = {"spec": spec, "cluster": machine, "costs": model, "budget": Budget.even(32, 8, 1, spec.expert_bytes)}
     inputs = [
-        PlanInput(i, Phase.PREFILL, Forecast(load, load, 4000, "test"))
+        PlanInput(i % SPEC.L, Phase.PREFILL, Forecast(load, load, 4000, "test"))
         for i, load in enumerate(skewed(i, 30_000).astype(float) for i in range(100))
     ]
-    here = [plan.to_json() for plan in plan_layers(inputs, params=ElasticParams(), **shared)]
+    here = [plan.to_json() for plan in PLANNER.plan_all(inputs, setting())]
     reader, writer = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
-        writer.send([plan.to_json() for plan in plan_layers(inputs, params=ElasticParams(), **shared)])
+        writer.send([plan.to_json() for plan in PLANNER.plan_all(inputs, setting())])
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -245,13 +230,11 @@ def test_a_forked_process_plans_all_layers_too():
 
 
 def test_hundreds_of_gpus_are_searched_as_far_as_a_few():
-    spec, machine, model = setting(256)
-    shared = {"spec": spec, "cluster": machine, "costs": model}
+    where = setting(256)
     load = np.random.default_rng(0).multinomial(500_000, np.full(32, 1 / 32)).astype(float)
-    x = PlanInput(0, Phase.PREFILL, Forecast(load, load, 1, "test"))
-    plan = plan_layer(x, budget=Budget.even(32, 256, 1, spec.expert_bytes), params=ElasticParams(), **shared)
+    plan = PLANNER.plan(PlanInput(0, Phase.PREFILL, Forecast(load, load, 1, "test")), where)
     load_SE = np.stack([load // 256] * 256).astype(np.int64)
-    quota = dispatch(load_SE, plan, np.ones(plan.R, bool), params=ElasticParams(), **shared)
+    quota = PLANNER.dispatch(load_SE, plan, np.ones(plan.R, bool), where)
     tokens_G = np.bincount(plan.gpu_R, weights=quota.sum(0), minlength=256)
     # static EP has 32 GPUs at work
     assert tokens_G.max() < 0.3 * load_SE.sum() / 32
@@ -260,8 +243,7 @@ def test_hundreds_of_gpus_are_searched_as_far_as_a_few():
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 20))
 def test_replicas_come_in_a_plan_s_order(seed, gpus, extra):
     rng = np.random.default_rng(seed)
-    _, _, model = setting(gpus)
-    terms = elastic._choice_terms(SPEC, model, Budget.even(32, gpus, 3, SPEC.expert_bytes), ElasticParams())
+    terms = choice_terms(setting(gpus, extra=3))
     expert = np.concatenate([np.arange(32), rng.integers(0, 32, extra)]).astype(np.int32)
     gpu = np.concatenate([static_gpu_E(32, gpus), rng.integers(0, gpus, extra)]).astype(np.int32)
     expected = LayerPlan.build(0, expert, gpu, np.arange(32 + extra) < 32, num_experts=32, num_gpus=gpus)
@@ -279,8 +261,7 @@ def test_bad_parameters_are_one_sentence():
 
 def test_compiled_search_equals_its_plain_python():
     plan = plan_for(skewed(6, 30_000), extra=2, scenarios=0, skip=False)
-    _, _, model = setting()
-    terms = model.terms()
+    terms = setting().costs.terms()
     for tokens in (100, 3000, 30_000):
         found = []
         for search in (choose_copies, choose_copies.py_func):
@@ -296,8 +277,7 @@ def test_compiled_search_equals_its_plain_python():
 @given(st.integers(0, 2**31), st.sampled_from([30, 1000, 60_000]), st.integers(2, 9), st.integers(1, 2))
 @settings(max_examples=60, deadline=None)
 def test_no_plan_beats_the_bound_that_skips_layers(seed, tokens, gpus, extra):
-    _, _, model = setting(gpus)
-    terms = model.terms()
+    terms = setting(gpus).costs.terms()
     numbers = terms.token_seconds, terms.floor_seconds, 2 * terms.link_seconds
     load_CE = np.stack([skewed(seed + i, tokens) for i in range(4)])
     plan = plan_for(load_CE[0], gpus, extra, scenarios=0, skip=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,11 +10,14 @@ from hypothesis import strategies as st
 from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
+from moeless.costs.layer_time import curves
+from moeless.costs.roofline import RooflineCosts
 from moeless.errors import UserError
-from moeless.placement import PLANNERS, elastic
-from moeless.placement.elastic_ahead import ElasticAheadParams, dispatch, plan_layer, plan_layers
-from moeless.placement.fixed_kernels import fix_shares, shared_seconds
+from moeless.placement import elastic
+from moeless.placement.elastic_ahead import PLANNER, ElasticAheadParams
+from moeless.placement.fixed_shares import fix_shares, shared_seconds
 from moeless.placement.layout import static_gpu_E
+from moeless.placement.setting import Setting
 from moeless.placement.whole_model import spread_over_sources
 from moeless.spec import preset
 
@@ -29,12 +30,13 @@ def inputs(mean, phase=Phase.DECODE, previous=None, var=None, horizon=1) -> Plan
     return PlanInput(0, phase, Forecast(mean, mean if var is None else var, 1, "test"), previous, None, horizon)
 
 
-def with_setting(function, x, costs="roofline", extra=1, charge=True, **params):
+def setting(costs="roofline", charge=True, **params) -> Setting:
     model = COSTS.get(costs)(SPEC, H100, **({"charge_control": charge} if costs == "roofline" else {}))
-    return function(
-        x, spec=SPEC, cluster=H100, costs=model, budget=Budget.even(32, 8, extra, SPEC.expert_bytes),
-        params=ElasticAheadParams(**params),
-    )  # fmt: skip
+    return Setting(SPEC, H100, model, Budget.even(32, 8, 1, SPEC.expert_bytes), ElasticAheadParams(**params))
+
+
+def planned(x: PlanInput, costs="roofline", charge=True, **params) -> LayerPlan:
+    return PLANNER.plan(x, setting(costs, charge, **params))
 
 
 def skewed(seed: int, tokens: int) -> np.ndarray:
@@ -43,56 +45,52 @@ def skewed(seed: int, tokens: int) -> np.ndarray:
 
 
 def test_shares_are_fixed_where_dispatch_does_not_pay_for_its_control():
-    plan = with_setting(plan_layer, inputs(skewed(0, 8192)))
+    plan = planned(inputs(skewed(0, 8192)))
     assert plan.share_R is not None
     assert plan.num_extra > 0
     assert not plan.decides
     plan.validate(num_experts=32, num_gpus=8)
     assert (plan.gpu_R[plan.primary_R] == static_gpu_E(32, 8)[plan.expert_R[plan.primary_R]]).all()
     # large batches: dispatch from true counts saves far more than its control takes
-    assert with_setting(plan_layer, inputs(skewed(0, 500_000), Phase.PREFILL)).decides
+    assert planned(inputs(skewed(0, 500_000), Phase.PREFILL)).decides
     # equal loads, known exactly: nothing can be saved
-    assert with_setting(plan_layer, inputs(np.full(32, 256), var=np.zeros(32))).num_extra == 0
+    assert planned(inputs(np.full(32, 256), var=np.zeros(32))).num_extra == 0
 
 
 def test_it_is_elastic_where_control_costs_nothing():
     for load in (skewed(1, 8192), skewed(2, 60_000)):
         for costs, charge in (("roofline", False), ("paper", True)):
-            model = COSTS.get(costs)(SPEC, H100, **({"charge_control": charge} if costs == "roofline" else {}))
-            mine = with_setting(plan_layer, inputs(load), costs, charge=charge)
-            its = elastic.plan_layer(
-                inputs(load), spec=SPEC, cluster=H100, costs=model,
-                budget=Budget.even(32, 8, 1, SPEC.expert_bytes), params=elastic.ElasticParams(),
-            )  # fmt: skip
-            assert mine.to_json() == its.to_json()
+            where = setting(costs, charge)
+            its = Setting(SPEC, H100, where.costs, where.budget, elastic.ElasticParams())
+            assert PLANNER.plan(inputs(load), where).to_json() == elastic.PLANNER.plan(inputs(load), its).to_json()
 
 
 def test_caution_turns_fixed_shares_away_and_no_scenarios_do_too():
     load = skewed(0, 8192)
-    assert with_setting(plan_layer, inputs(load), caution=50.0).share_R is None
-    assert with_setting(plan_layer, inputs(load), margin=0.9).share_R is None
-    assert with_setting(plan_layer, inputs(load), share_scenarios=0).share_R is None
+    assert planned(inputs(load), caution=50.0).share_R is None
+    assert planned(inputs(load), margin=0.9).share_R is None
+    assert planned(inputs(load), share_scenarios=0).share_R is None
     with pytest.raises(UserError, match="caution must be a number of at least 0"):
         ElasticAheadParams(caution=-1.0)
 
 
 def test_a_small_change_of_the_forecast_leaves_copies_and_shares():
-    first = with_setting(plan_layer, inputs(skewed(0, 8192)))
-    assert with_setting(plan_layer, inputs(skewed(0, 8192) + 1, previous=first)).to_json() == first.to_json()
+    first = planned(inputs(skewed(0, 8192)))
+    assert planned(inputs(skewed(0, 8192) + 1, previous=first)).to_json() == first.to_json()
     # one that stays for ever is worth its transfers
-    other = with_setting(plan_layer, inputs(skewed(5, 8192), previous=first, horizon=10**9))
+    other = planned(inputs(skewed(5, 8192), previous=first, horizon=10**9))
     assert other.to_json() != first.to_json()
 
 
 def test_all_layers_at_once_are_the_layers_one_by_one():
     xs = [inputs(skewed(seed, 8192)) for seed in range(6)]
-    together = with_setting(plan_layers, xs)
-    assert [p.to_json() for p in together] == [with_setting(plan_layer, x).to_json() for x in xs]
+    together = PLANNER.plan_all(xs, setting())
+    assert [p.to_json() for p in together] == [planned(x).to_json() for x in xs]
     assert any(p.share_R is not None for p in together)
 
 
 def test_a_plan_with_shares_goes_through_json_and_bad_shares_are_refused():
-    plan = with_setting(plan_layer, inputs(skewed(0, 8192)))
+    plan = planned(inputs(skewed(0, 8192)))
     again = LayerPlan.from_json(plan.to_json(), num_experts=32, num_gpus=8)
     np.testing.assert_array_equal(again.share_R, plan.share_R)
     for bad in ([1.0, 0.5, 0.25], [1.0, -1.0, 2.0], [1.0, 1.0]):
@@ -111,15 +109,14 @@ def test_fixed_shares_conserve_tokens_and_need_no_other_ranks_counts(seed, token
     plan = LayerPlan.build(0, expert, gpu, np.arange(16) < 10, num_experts=10, num_gpus=gpus, share_R=share)
     load = rng.multinomial(tokens, rng.dirichlet(np.full(gpus * 10, 0.3))).reshape(gpus, 10)
     usable = plan.primary_R | (rng.random(16) < ready)
-    shared = {"spec": SPEC, "cluster": H100, "costs": COSTS.get("roofline")(SPEC, H100), "params": ElasticAheadParams()}
-    quota = dispatch(load, plan, usable, **shared)
+    quota = PLANNER.dispatch(load, plan, usable, setting())
     for e in range(10):
         np.testing.assert_array_equal(quota[:, plan.expert_R == e].sum(1), load[:, e])
     assert (quota >= 0).all()
     assert (quota[:, ~usable] == 0).all()
     alone = np.zeros_like(load)
     alone[0] = load[0]
-    np.testing.assert_array_equal(dispatch(alone, plan, usable, **shared)[0], quota[0])
+    np.testing.assert_array_equal(PLANNER.dispatch(alone, plan, usable, setting())[0], quota[0])
     if usable.all():
         ideal = load[:, plan.expert_R] * plan.share_R
         assert np.abs(quota - ideal).max() < 1 + 1e-6
@@ -156,14 +153,12 @@ def test_the_search_never_ends_above_static_and_its_time_is_that_of_its_copies(s
 
 def test_a_wrong_forecast_makes_fixed_shares_slower_than_static():
     """The price of the guarantee, the other way round: this is what layers of kind (c) can not promise."""
-    plan = with_setting(plan_layer, inputs(skewed(0, 8192)))
-    model = COSTS.get("roofline")(SPEC, H100)
-    planner, worst = PLANNERS.get("elastic-ahead"), 0.0
+    plan = planned(inputs(skewed(0, 8192)))
+    where, worst = setting(), 0.0
+    model = where.costs
     for seed in range(1, 20):
         load_SE = spread_over_sources(skewed(seed, 8192), 8)
-        quota = planner.dispatch(
-            load_SE, plan, np.ones(plan.R, bool), spec=SPEC, cluster=H100, costs=model, params=planner.params()
-        )
+        quota = PLANNER.dispatch(load_SE, plan, np.ones(plan.R, bool), where)
         home = np.flatnonzero(plan.primary_R)[np.argsort(plan.expert_R[plan.primary_R])]
         static = np.zeros_like(quota)
         static[:, home] = load_SE
@@ -171,18 +166,27 @@ def test_a_wrong_forecast_makes_fixed_shares_slower_than_static():
     assert worst > 1.0
 
 
-def test_a_cost_model_that_is_no_lines_has_the_last_word(monkeypatch):
-    model = COSTS.get("roofline")(SPEC, H100)
-    shared = {"spec": SPEC, "cluster": H100, "budget": Budget.even(32, 8, 1, SPEC.expert_bytes)}
-    monkeypatch.setattr(type(model), "kernel_terms", lambda _: None)
-    x = inputs(skewed(0, 8192))
-    assert plan_layer(x, costs=model, params=ElasticAheadParams(), **shared).share_R is not None
-    # a layer that takes longer the more copies work
-    times = type(model).layer_seconds
+class TabledCosts(RooflineCosts):
+    """Roofline's lines for the search; a table in which each active expert beyond four takes ``dear`` more."""
 
-    def dear(self, quota_SR, plan):
-        time = times(self, quota_SR, plan)
-        return replace(time, expert=time.expert + 1e-3 * (quota_SR.sum(0) > 0)[~plan.primary_R].sum())
+    dear = 0.0
 
-    monkeypatch.setattr(type(model), "layer_seconds", dear)
-    assert plan_layer(x, costs=model, params=ElasticAheadParams(), **shared).share_R is None
+    def make_layer_costs(self):
+        tokens_N, active_K = np.array([1.0, 64.0, 230.0, 4096.0, 65_536.0]), np.arange(1, SPEC.E + 1)
+        seconds_KN = active_K[:, None] * np.maximum(tokens_N * self.token_seconds, self.floor_seconds)
+        seconds_KN += self.dear * np.maximum(active_K - 4, 0)[:, None]
+        costs = super().make_layer_costs()
+        points = curves({})
+        tables = costs.tables._replace(
+            tokens_N=tokens_N, seconds_KN=seconds_KN, measured_active=SPEC.E, curve_CXN=points[0], points_C=points[1]
+        )
+        return costs._replace(tables=tables)
+
+
+def test_a_cost_model_that_is_no_lines_has_the_last_word():
+    x, room, params = inputs(skewed(0, 8192)), setting().budget, ElasticAheadParams()
+    plain, dear = TabledCosts(SPEC, H100), TabledCosts(SPEC, H100)
+    assert PLANNER.plan(x, Setting(SPEC, H100, plain, room, params)).share_R is not None
+    # a layer that takes longer where a GPU computes more experts than its own
+    dear.dear = 1e-3
+    assert PLANNER.plan(x, Setting(SPEC, H100, dear, room, params)).share_R is None

@@ -1,4 +1,4 @@
-"""Compiled pieces of the elastic planner against plain NumPy, and its one-call dispatch against the cost model."""
+"""Compiled pieces of the elastic planner against plain NumPy, and its dispatch against the ways it chooses from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless.contracts import LayerPlan
-from moeless.costs.roofline import RooflineCosts
-from moeless.placement.dispatch_kernels import fill_sources
+from moeless.placement.dealing import quotas_of_totals, serving_R
+from moeless.placement.dispatch import EVEN
 from moeless.placement.dispatch_search import (
     GpuLoad,
     MovableCopies,
@@ -20,19 +20,13 @@ from moeless.placement.dispatch_search import (
     search_memory,
     serve_whole,
 )
-from moeless.placement.elastic import ElasticParams, dispatch, dispatch_numbers
+from moeless.placement.elastic import DISPATCH, dispatch_numbers
 from moeless.placement.extra_copies import BY_EXPERT, add_extra_copies
+from moeless.placement.fastest_dispatch import choose_copies
 from moeless.placement.layout import static_gpu_E
 from moeless.placement.plan_scoring import score_static
 from tests.placement import reference
-from tests.placement.conftest import make_cluster, make_spec
-
-
-class OpaqueCosts(RooflineCosts):
-    """The same times, known through ``layer_seconds`` alone."""
-
-    def kernel_terms(self):
-        return None
+from tests.placement.conftest import make_setting
 
 
 def layer(seed: int, experts: int, gpus: int, extra: int) -> tuple[np.random.Generator, LayerPlan]:
@@ -52,8 +46,8 @@ def test_sources_are_filled_as_plain_numpy_does(seed, experts, gpus, extra, most
     for e in range(experts):
         copies = np.flatnonzero(plan.expert_R == e)
         tokens[copies] = rng.multinomial(load[:, e].sum(), np.full(len(copies), 1 / len(copies)))
-    quota = np.empty((gpus, plan.R), np.int64)
-    fill_sources(load, tokens, plan.expert_R, plan.gpu_R, quota)
+    quota, serving = np.empty((gpus, plan.R), np.int64), np.ones(plan.R, np.bool_)
+    quotas_of_totals(load, plan.expert_R, plan.gpu_R, plan.primary_R, serving, gpus, tokens, quota)
     np.testing.assert_array_equal(quota, reference.fill_sources(load, tokens, plan.expert_R, plan.gpu_R))
 
 
@@ -83,20 +77,39 @@ def test_hottest_first_copies_as_plain_numpy_does(seed, experts, gpus, slots):
     np.testing.assert_array_equal(gpu[experts:count], wanted_gpu)
 
 
-@given(st.integers(0, 2**31), st.sampled_from([60, 3000, 40_000]), st.integers(1, 6), st.floats(0, 1))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([60, 3000, 40_000]),
+    st.integers(1, 6),
+    st.floats(0, 1),
+    st.sampled_from(["roofline", "paper"]),
+)
 @settings(max_examples=40, deadline=None)
-def test_one_call_chooses_as_the_cost_model_would(seed, tokens, gpus, ready):
+def test_dispatch_takes_what_the_cost_model_sees_end_first(seed, tokens, gpus, ready, costs):
     rng, plan = layer(seed, 12, gpus, 6)
-    spec, machine = make_spec(12), make_cluster(gpus)
+    setting = make_setting("elastic", 12, gpus, costs=costs)
     load = rng.multinomial(tokens, rng.dirichlet(np.full(gpus * 12, 0.3))).reshape(gpus, 12)
     usable = rng.random(plan.R) < ready
-    quotas = []
-    for costs in (RooflineCosts(spec, machine), OpaqueCosts(spec, machine)):
-        shared = {"spec": spec, "cluster": machine, "costs": costs, "params": ElasticParams()}
-        quotas.append(dispatch(load, plan, usable, **shared))
-    assert dispatch_numbers(costs) is None
-    seconds = [costs.layer_seconds(quota, plan).total for quota in quotas]
-    np.testing.assert_allclose(seconds[0], seconds[1], rtol=1e-12)
+    serving = serving_R(plan, usable, 12)
+    # each expert's serving primary, or the first copy that serves
+    homes = np.lexsort((np.arange(plan.R), ~plan.primary_R, ~serving))[::-1]
+    home_E = np.zeros(12, np.int64)
+    home_E[plan.expert_R[homes]] = homes
+    searched = np.empty(plan.R, np.int64)
+    a, b, c, depth, fuel = dispatch_numbers(setting)
+    choose_copies(
+        load.sum(0), plan.expert_R, plan.gpu_R, plan.primary_R, serving, gpus, a, b, c, int(depth), int(fuel), searched
+    )
+    static = np.zeros(plan.R, np.int64)
+    static[home_E] = load.sum(0)
+    ways = [np.empty((gpus, plan.R), np.int64) for _ in range(2)]
+    for total, quota in zip((static, searched), ways, strict=True):
+        quotas_of_totals(load, plan.expert_R, plan.gpu_R, plan.primary_R, usable, gpus, total, quota)
+    if costs == "paper":
+        ways.append(EVEN(load, plan, usable, setting))
+    least = min(setting.costs.layer_seconds(quota, plan).total for quota in ways)
+    mine = setting.costs.layer_seconds(DISPATCH(load, plan, usable, setting), plan).total
+    np.testing.assert_allclose(mine, least, rtol=1e-12)
 
 
 def movable(rng: np.random.Generator, gpus: int, experts: int, most: int) -> tuple[MovableCopies, np.ndarray]:
@@ -174,15 +187,11 @@ def test_threads_dispatch_as_one_does():
     jobs = []
     for seed, (experts, gpus, extra) in enumerate([(32, 8, 8), (16, 4, 6), (32, 8, 16), (8, 2, 3)] * 3):
         rng, plan = layer(seed, experts, gpus, extra)
-        spec = make_spec(experts)
-        cluster = make_cluster(gpus)
-        model = RooflineCosts(spec, cluster)
         load = rng.multinomial(9000, rng.dirichlet(np.full(experts, 0.4)), gpus)
-        jobs.append((load, plan, np.ones(plan.R, np.bool_), spec, cluster, model))
+        jobs.append((load, plan, np.ones(plan.R, np.bool_), make_setting("elastic", experts, gpus)))
 
     def run(job: tuple) -> np.ndarray:
-        load, plan, usable, spec, cluster, model = job
-        return dispatch(load, plan, usable, spec=spec, cluster=cluster, costs=model, params=ElasticParams())
+        return DISPATCH(*job)
 
     alone = [run(job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:

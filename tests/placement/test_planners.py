@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless.contracts import Budget, Forecast
+from moeless.contracts import Budget, Forecast, InstanceState, LayerPlan, Phase, PlanInput
 from moeless.errors import UserError
-from moeless.placement import PLANNERS
+from moeless.placement import PLANNERS, Planner
 from moeless.placement.params import make_params, parse_assignments
+from moeless.placement.plan_rows import batch_of
 from moeless.placement.whole_model import spread_over_sources
+from tests.placement.conftest import make_setting
 
 EXPERT_BYTES = 3 * 2880 * 2880 * 2
 ONLINE = [name for name in PLANNERS.names() if name != "milp"]
@@ -154,3 +156,68 @@ def test_expected_loads_spread_evenly_over_sources(load, sources):
     spread = spread_over_sources(np.array(load), sources)
     np.testing.assert_array_equal(spread.sum(0), load)
     assert np.ptp(spread.sum(1)) <= 1
+
+
+def test_a_planner_plans_layer_by_layer_or_several_layers_at_once():
+    kept = {field: getattr(PLANNERS.get("static"), field) for field in ("dispatch", "params", "cadence", "source")}
+    rest = kept | {"name": "made", "needs_forecast": False, "default_predictor": "none"}
+    by_layer, at_once = PLANNERS.get("static").plan_layer, PLANNERS.get("moeless").plan_layers
+    assert None not in (by_layer, at_once)
+    for wrong in ({}, {"plan_layer": by_layer, "plan_layers": at_once}):
+        with pytest.raises(UserError, match="give plan_layer or plan_layers"):
+            Planner(**rest, **wrong)
+
+
+@pytest.mark.parametrize("name", ["eplb", "moeless", "elastic"])
+@pytest.mark.parametrize("layers", [0, 1, 7])
+def test_several_layers_together_are_planned_as_each_alone(name, layers):
+    planner, setting = PLANNERS.get(name), make_setting(name, 12, 4)
+    rng = np.random.default_rng(layers)
+
+    def inputs(previous):
+        loads = rng.dirichlet(np.full(12, 0.5), layers) * 40_000
+        return [
+            PlanInput(0, Phase.DECODE, Forecast(load, load, 40_000, "test"), before)
+            for load, before in zip(loads, previous, strict=True)
+        ]
+
+    first = planner.plan_all(inputs([None] * layers), setting)
+    # some layers have a plan already, others none
+    again = inputs([plan if n % 2 else None for n, plan in enumerate(first)])
+    together = planner.plan_all(again, setting)
+    assert [plan.to_json() for plan in together] == [planner.plan(x, setting).to_json() for x in again]
+    if layers:
+        rows = planner.plan_many(batch_of(again), setting)
+        wider = rows.widened(rows.widest + 3)
+        assert [wider.plan(n, 0).to_json() for n in range(layers)] == [plan.to_json() for plan in together]
+
+
+@given(st.integers(0, 2**31), st.lists(st.sampled_from(["none", "plan", "shares", "states"]), min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_a_batch_gives_back_the_layers_it_was_made_of(seed, kinds):
+    rng, xs = np.random.default_rng(seed), []
+    for layer, kind in enumerate(kinds):
+        expert = np.concatenate([np.arange(5), rng.integers(0, 5, int(rng.integers(0, 4)))])
+        share = 1.0 / np.bincount(expert)[expert] if kind == "shares" else None
+        previous = LayerPlan.build(
+            layer, expert, rng.integers(0, 3, len(expert)), np.arange(len(expert)) < 5, num_experts=5, num_gpus=3,
+            share_R=share,
+        )  # fmt: skip
+        states = rng.integers(0, len(InstanceState), previous.R).astype(np.uint8) if kind == "states" else None
+        forecast = Forecast(rng.random(5), rng.random(5), 7, "test")
+        before = None if kind == "none" else previous
+        xs.append(PlanInput(layer, Phase.DECODE, forecast, before, states, layer, float(layer), 1e-3))
+    batch = batch_of(xs)
+    assert len(batch) == len(xs)
+    for row, x in enumerate(xs):
+        found = batch.input(row)
+        assert (found.layer, found.phase, found.horizon_iterations) == (x.layer, x.phase, x.horizon_iterations)
+        assert (found.lead_seconds, found.copy_seconds) == (x.lead_seconds, x.copy_seconds)
+        np.testing.assert_array_equal(found.forecast.mean_E, x.forecast.mean_E)
+        np.testing.assert_array_equal(found.forecast.var_E, x.forecast.var_E)
+        assert (found.previous is None) == (x.previous is None)
+        if x.previous is not None:
+            assert found.previous.to_json() == x.previous.to_json()
+            # no states stand for copies that are all there
+            states = np.full(x.previous.R, InstanceState.WARM, np.uint8) if x.state_R is None else x.state_R
+            np.testing.assert_array_equal(found.state_R, states)

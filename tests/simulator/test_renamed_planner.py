@@ -88,5 +88,7 @@ def test_whoever_gathers_counts_is_charged_for_it(planner, costs_name):
 
 
 def test_a_planner_that_brings_a_plain_function_is_charged():
-    plain = dataclasses.replace(PLANNERS.get("elastic"), name="plain", dispatch=PLANNERS.get("elastic").dispatch.quotas)
+    elastic = PLANNERS.get("elastic")
+    plain = dataclasses.replace(elastic, name="plain", dispatch=lambda *given: elastic.dispatch(*given))
     assert plain.control.gathers_counts
+    assert plain.dispatch.quotas is not None
