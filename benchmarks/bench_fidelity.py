@@ -239,6 +239,8 @@ def simulated(live: Live, costs: MeasuredCosts, runtime: ResolvedPolicy, rest: R
     scheduler = Continuous(live.requests, costs.cluster.G, token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING)
     run = Run(replay, live.requests, scheduler, runtime, SimulationSettings(), None, None, None)
     run.nonexpert = rest  # type: ignore[assignment]
+    # steady decode steps are timed by the shapes' numbers, which the rest has none of: each step by itself instead
+    scheduler.steady = None  # type: ignore[assignment,method-assign]
     run.to_the_end()
     times = run.clocks.times()
     return times.ttft_N, times.e2el_N

@@ -98,8 +98,12 @@ class Planner:
         """The plans of several layers, in the batch's order.
 
         Raises:
-            UserError: the planner refuses the budget.
+            UserError: the planner refuses the budget, or a layer is none of the model's.
         """
+        if len(batch) and not 0 <= batch.layer_N.min() <= batch.layer_N.max() < setting.spec.L:
+            raise UserError(
+                f"{setting.spec.name} has {setting.spec.L} MoE layers; plans were asked for {batch.layer_N}"
+            )
         if self.plan_layers is not None:
             return self.plan_layers(batch, setting)
         return rows_of([self.plan(batch.input(row), setting) for row in range(len(batch))])

@@ -24,6 +24,7 @@ from moeless.contracts import (
     Phase,
     PlanInput,
 )
+from moeless.errors import UserError
 
 
 class PlanRows(NamedTuple):
@@ -158,7 +159,13 @@ class PlanBatch:
 
 
 def batch_of(inputs: Sequence[PlanInput]) -> PlanBatch:
-    """Inputs of one phase and one time of bringing a copy as a batch."""
+    """Inputs as a batch.
+
+    Raises:
+        UserError: they are of several phases, iterations or times of bringing a copy.
+    """
+    if len({(x.phase, x.copy_seconds, x.forecast.tokens) for x in inputs}) != 1:
+        raise UserError("layers that are planned together must be of one phase, one iteration and one time of copying")
     plans = [x.previous for x in inputs]
     size_N = [0 if plan is None else plan.R for plan in plans]
     first_N = np.concatenate([[0], np.cumsum(size_N)]).astype(np.int64)
