@@ -185,11 +185,12 @@ class Stage:
 
     def _time(self, layer_N: IntArray, tokens: tuple[Any, ...], part_LX: FloatArray, load_LE: IntArray) -> None:
         """Time layers under the plans in force, all copies warm, on as many threads as pay."""
+        topk_TLK, row_T, rank_T = tokens
 
         def some(start: int, stop: int) -> None:
             time_layers(
-                start, stop, layer_N, *tokens, self._rows, self._gpu_LE, self._rule, self._numbers, self.control_L,
-                self.costs.layer_costs, part_LX, load_LE,
+                start, stop, layer_N, topk_TLK, row_T, rank_T, self._rows, self._gpu_LE, self._rule, self._numbers,
+                self.control_L, self.costs.layer_costs, part_LX, load_LE,
             )  # fmt: skip
 
         in_parallel(some, len(layer_N), self._dispatch_work * len(layer_N) // self.spec.L)

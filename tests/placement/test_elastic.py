@@ -15,9 +15,9 @@ from moeless.cluster import cluster
 from moeless.contracts import Budget, Forecast, LayerPlan, Phase, PlanInput
 from moeless.costs import COSTS
 from moeless.errors import UserError
+from moeless.placement.dispatch_search import Rates
 from moeless.placement.elastic import PLANNER, ElasticParams, choice_terms, scenario_deviates_CE
 from moeless.placement.elastic_placement import sort_plan
-from moeless.placement.dispatch_search import Rates
 from moeless.placement.exact import exact_dispatch, terms_seconds
 from moeless.placement.fastest_dispatch import choose_copies, expected_seconds
 from moeless.placement.layout import static_gpu_E
