@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from moeless.cluster import Cluster
-from moeless.contracts import Request
 from moeless.engine.options import ServingOptions
 from moeless.engine.serving import LiveRequest
 from moeless.files import read_json, write_json
+from moeless.metrics import schema
 from moeless.spec import MoESpec
 
 
@@ -44,25 +43,9 @@ class Job(ServingOptions):
 
     def write(self, path: Path) -> None:
         """Write the job for ranks that are started elsewhere."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        data |= {"spec": self.spec.to_json(), "cluster": self.cluster.to_json()}
-        data |= {name: str(data[name]) for name in ("model", "folder", "shared")}
-        data["predictors"] = [str(p) for p in self.predictors]
-        data["policies"] = list(self.policies)
-        data["planner_params"] = {name: dict(values) for name, values in self.planner_params.items()}
-        data["requests"] = [dataclasses.asdict(live.request) | {"tokens": list(live.token_P)} for live in self.requests]
-        write_json(path, data)
+        write_json(path, schema.to_json(self))
 
     @classmethod
     def read(cls, path: Path) -> Job:
         """Read what :meth:`write` wrote."""
-        data = read_json(path)
-        requests = tuple(
-            LiveRequest(Request(**{k: v for k, v in entry.items() if k != "tokens"}), tuple(entry["tokens"]))
-            for entry in data["requests"]
-        )
-        data |= {"spec": MoESpec.from_json(data["spec"]), "cluster": Cluster.from_json(data["cluster"])}
-        data |= {name: Path(data[name]) for name in ("model", "folder", "shared")}
-        data |= {"requests": requests, "policies": tuple(data["policies"])}
-        data["predictors"] = tuple(Path(p) for p in data["predictors"])
-        return cls(**data)
+        return schema.from_json(cls, read_json(path), str(path))

@@ -91,9 +91,7 @@ class LiveConfig(ServingOptions, LiveWorkload, Measuring, Hardware):
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as the manifest keeps it."""
-        values = dataclasses.asdict(self)
-        values |= {"model": str(self.model or "bundled"), "policies": list(self.policies)}
-        values |= {"predictors": [str(path) for path in self.predictors], "workload": {}}
+        values = dataclasses.asdict(self) | {"model": str(self.model or "bundled"), "workload": {}}
         for name, known in options(LiveWorkload).items():
             values["workload"][known.live_key or name] = values[name] if name == "seed" else values.pop(name)
         return values

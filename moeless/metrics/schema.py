@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moeless.errors import UserError
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses as dictionaries, tuples as lists, NumPy scalars as Python's.
+    """Dataclasses as dictionaries, tuples as lists, paths as text, NumPy scalars as Python's.
 
     Raises:
         ValueError: a number is not finite; such a figure must be None with a warning beside it.
@@ -26,6 +27,8 @@ def to_json(value: Any) -> Any:
         return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -90,6 +93,8 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(f"{where} must be a whole number, not {_kind(value)}")
         return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     if not isinstance(value, hint):
         raise UserError(f"{where} must be a {hint.__name__}, not {_kind(value)}")
     return value
