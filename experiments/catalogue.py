@@ -35,8 +35,8 @@ STUDIES = {
     "coldstart": "conditions",
     "burstiness": "conditions",
     "drift": "conditions",
-    "scale": "scale",
-    "sharing": "sharing",
+    "scale": "clusters",
+    "sharing": "clusters",
 }
 NAMES = (*PAPER, *STUDIES)
 

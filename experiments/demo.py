@@ -15,7 +15,7 @@ import numpy as np
 
 from moeless.files import read_json
 from moeless.metrics.result import Result, read_result
-from moeless.report import charts, page, result_page, summary
+from moeless.report import charts, page, result_page
 from moeless.report.page import Figure, Section, Table, Text
 from moeless.traces import TokenTrace, open_trace
 from moeless.traces.compose import total_load
@@ -137,7 +137,7 @@ def _summary(trace: TokenTrace, results: dict[str, Result]) -> list[str]:
         f"The bundled model's routing of {trace.num_tokens:,} tokens of {trace.num_requests} requests was recorded, "
         "forecast, planned for and served in simulation under five policies and two cost models."
     )
-    told = summary.summarise(results["phi"])
+    told = result_page.summarise(results["phi"])
     return [first, f"On experts of {SHAPES['phi']}'s size: {told[1][:1].lower()}{told[1][1:]}", told[2]]
 
 

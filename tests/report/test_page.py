@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from moeless.report import charts, page
-from moeless.report.result_page import result_sections, warnings
-from moeless.report.summary import summarise
+from moeless.report.result_page import result_sections, summarise, warnings
 from moeless.tracking import start_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use"}

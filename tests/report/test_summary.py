@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 
 from moeless.metrics.result import Result
-from moeless.report.result_page import billing_table, layer_table, warnings
-from moeless.report.summary import baseline, groups, summarise
+from moeless.report.result_page import baseline, billing_table, groups, layer_table, summarise, warnings
 
 
 def test_three_sentences_name_the_fastest_exact_policy_and_its_saving(result) -> None:
