@@ -16,7 +16,7 @@ Axes: M movable copies sorted by GPU, G GPUs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,10 @@ ENOUGH = 0.01
 TRY = 100
 #: Relative difference below which two times are the same.
 SAME = 1e-9
+#: No copy, no GPU; none of the tokens. NumPy's integers, because numba compiles a function anew for every Python
+#: constant that it is called with, even where that is only what a variable is before a loop.
+_NONE: Any = np.int64(-1)
+_ZERO: Any = np.int64(0)
 #: What is lowered: both limits, or one at the expense of the other.
 _BOTH, _SECONDS_ONLY, _TOKENS_ONLY = 0, 1, 2
 #: Rows of a label: excess, then seconds and tokens of the chain's first GPU after its first move.
@@ -103,7 +107,7 @@ def busy_seconds(tokens: int, rates: Rates) -> float:
 
 
 @njit(cache=True, nogil=True, allocates=False, forceinline=True)
-def _move(source: int, target: int, moved: int, copies: MovableCopies, load: GpuLoad, rates: Rates) -> None:
+def _move(source: int, target: np.int64, moved: int, copies: MovableCopies, load: GpuLoad, rates: Rates) -> None:
     """Hand tokens of one copy to another of the same expert."""
     gpu, target_gpu = copies.gpu_M[source], copies.gpu_M[target]
     tokens, target_tokens = copies.tokens_M[source], copies.tokens_M[target]
@@ -147,7 +151,7 @@ def serve_whole(copies: MovableCopies, load: GpuLoad, rates: Rates, order_M: Int
         while other != first:
             time = seconds_G[gpu_M[other]] + rates.exchange_seconds * tokens_G[gpu_M[other]]
             if time < least:
-                to, least = int(other), time
+                to, least = np.int64(other), time
             other = next_M[other]
         tokens_M[first] = 0
         tokens_M[to] = tokens
@@ -250,7 +254,7 @@ def _level(copies: MovableCopies, load: GpuLoad, rates: Rates, limits: Limits, s
                         if value < least:
                             least, keep = value, part
                     if keep != tokens:
-                        _move(r, int(other), tokens - keep, copies, load, rates)
+                        _move(r, np.int64(other), tokens - keep, copies, load, rates)
                         changed = True
                 other = next_M[other]
             if examined > fuel:
@@ -267,7 +271,7 @@ def _shed_directly(gpu: int, copies: MovableCopies, load: GpuLoad, rates: Rates,
     tokens_per_second = 1.0 / rates.token_seconds
     over, many = max(load.seconds_G[gpu] - limits.seconds, 0.0), max(load.tokens_G[gpu] - limits.tokens, 0)
     wanted = max(int(np.ceil(over * tokens_per_second - 1e-9)), many)
-    best, best_source, best_target, best_moved = 0.0, -1, -1, 0
+    best, best_source, best_target, best_moved = 0.0, _NONE, _NONE, _ZERO
     for r in range(first_G[gpu], first_G[gpu + 1]):
         tokens = tokens_M[r]
         if tokens == 0:
@@ -289,7 +293,7 @@ def _shed_directly(gpu: int, copies: MovableCopies, load: GpuLoad, rates: Rates,
                     waste = max(busy_seconds(other_tokens + moved, rates) - there - gain, 0.0)
                     score = min(gain, over) + rates.exchange_seconds * min(moved, many) - 0.5 * waste
                     if score > best or (score == best and best_source >= 0 and moved < best_moved):
-                        best, best_source, best_target, best_moved = score, r, int(other), moved
+                        best, best_source, best_target, best_moved = score, r, np.int64(other), moved
             other = next_M[other]
     if best_source < 0:
         return False
@@ -314,7 +318,7 @@ def _shed_by_chain(
     way_4G[_HOPS, root], queue_G[0] = 0, root
     head, tail, examined = 0, 1, 0
     # the chain's last move: off which GPU, between which copies, how many tokens
-    last, last_source, last_target, last_moved = -1, -1, -1, 0
+    last, last_source, last_target, last_moved = _NONE, _NONE, _NONE, _ZERO
     before = max(load.seconds_G[root] - limits.seconds, 0.0)
     before += per_exchange * max(load.tokens_G[root] - limits.tokens, 0)
     while head < tail and last < 0:
@@ -356,13 +360,13 @@ def _shed_by_chain(
                         seconds, total = label_3G[_SECONDS, gpu] + added, label_3G[_TOKENS, gpu] + moved
                         after = max(seconds - limits.seconds, 0.0) + per_exchange * max(total - limits.tokens, 0.0)
                         if after < 0.9 * before:
-                            last, last_source, last_target, last_moved = gpu, r, int(other), moved
+                            last, last_source, last_target, last_moved = gpu, r, np.int64(other), moved
                             break
                     elif h != gpu and way_4G[_HOPS, h] >= -1:
                         excess = load.seconds_G[h] + added - limits.seconds
                         more = load.tokens_G[h] + moved - limits.tokens
                         if excess <= slack and more <= 0:
-                            last, last_source, last_target, last_moved = gpu, r, int(other), moved
+                            last, last_source, last_target, last_moved = gpu, r, np.int64(other), moved
                             break
                         freed = here - busy_seconds(tokens - moved, rates)
                         score = max(excess, 0.0) + per_exchange * max(more, 0) + max(added - freed, 0.0)
@@ -385,7 +389,7 @@ def _shed_by_chain(
     while last != root:
         source, target, moved = way_4G[_FROM, last], way_4G[_TO, last], way_4G[_MOVED, last]
         _move(source, target, moved, copies, load, rates)
-        last = int(gpu_M[source])
+        last = np.int64(gpu_M[source])
     return True, examined
 
 
@@ -502,7 +506,7 @@ def _disturb(passed: int, copies: MovableCopies, load: GpuLoad, rates: Rates) ->
             busiest, most = g, time
     for r in range(copies.first_G[busiest] + passed, copies.first_G[busiest + 1]):
         if copies.tokens_M[r] > 0:
-            _move(r, int(copies.next_M[r]), copies.tokens_M[r], copies, load, rates)
+            _move(r, np.int64(copies.next_M[r]), copies.tokens_M[r], copies, load, rates)
             return int(r + 1 - copies.first_G[busiest])
     return -1
 
@@ -534,7 +538,7 @@ def search(
     enough = max(1.001 * bound, bound + ENOUGH * (best - bound))
     for r in range(len(tokens_M)):
         best_M[r] = tokens_M[r]
-    start, passed = 0, 0
+    start, passed = 0, _ZERO
     while fuel > 0 and best > enough and (thorough or start == 0):
         given = max(fuel // 2, 1) if thorough else fuel
         if start == 1:
@@ -548,7 +552,7 @@ def search(
         reached, left = _lower(copies, load, rates, least, enough, depth, given, start < 2, memory)
         fuel -= given - max(left, 0)
         if reached < best * (1 - SAME):
-            best, passed = reached, 0
+            best, passed = reached, _ZERO
             for r in range(len(tokens_M)):
                 best_M[r] = tokens_M[r]
         start += 1

@@ -5,7 +5,7 @@ Axes: E experts, R replicas in order of decision (primaries first), G GPUs, X co
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moeless.jit import njit
 #: Which expert is copied next: the hottest on the hottest GPU, the hottest anywhere, or whichever levels most.
 #: NumPy's integers, because numba compiles a function anew for every Python constant that it is called with.
 BY_GPU, BY_EXPERT, BY_LEVEL = np.arange(3)
+_NONE: Any = np.int64(-1)
 
 
 class _Holders(NamedTuple):
@@ -52,7 +53,7 @@ def _coolest(expert: int, holders: _Holders) -> int:
 def _hottest_expert(share_E: FloatArray, full_E: BoolArray, holders: _Holders) -> tuple[int, int]:
     """The expert with the most weight per copy that some GPU can take, and that GPU; -1 for none."""
     while True:
-        expert, highest = -1, -1.0
+        expert, highest = _NONE, -1.0
         for e in range(len(share_E)):
             if share_E[e] > highest and not full_E[e]:
                 expert, highest = e, share_E[e]
