@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -52,7 +53,9 @@ from moeless.policy import ResolvedPolicy, resolve
 from moeless.profiling.run import ProfileOptions, make_plan, profile_model
 from moeless.profiling.timing import Effort
 from moeless.simulator import Replay, SimulationSettings
-from moeless.simulator.loop import Run
+from moeless.simulator.gpu_pool import GpuPool
+from moeless.simulator.serving_loop import serve_pools
+from moeless.simulator.tenants import Tenant
 from moeless.spec import MoESpec, preset
 from moeless.workloads.lengths import Workload
 from moeless.workloads.schedulers import Continuous
@@ -237,11 +240,11 @@ def simulated(live: Live, costs: MeasuredCosts, runtime: ResolvedPolicy, rest: R
     """Each request's seconds to its first and last token, ``[N]``, in a simulation of the whole workload."""
     replay = Replay(live.topk_TLK, Workload(live.requests, False, (), live.base_N), live.spec.E, costs.cluster.G)
     scheduler = Continuous(live.requests, costs.cluster.G, token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING)
-    run = Run(replay, live.requests, scheduler, runtime, SimulationSettings(), None, None, None)
+    run = Tenant(replay, live.requests, scheduler, runtime, SimulationSettings(), None, None, None)
     run.nonexpert = rest  # type: ignore[assignment]
     # steady decode steps are timed by the shapes' numbers, which the rest has none of: each step by itself instead
-    scheduler.steady = None  # type: ignore[assignment,method-assign]
-    run.to_the_end()
+    scheduler.steady = lambda: (1, math.inf)  # type: ignore[method-assign]
+    serve_pools(GpuPool([run]))
     times = run.clocks.times()
     return times.ttft_N, times.e2el_N
 

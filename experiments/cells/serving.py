@@ -12,8 +12,9 @@ from moeless.contracts import Policy
 from moeless.experiments.cells import intervals
 from moeless.metrics.requests import good_requests, parse_goodput
 from moeless.simulator.bench import Bench, BenchConfig
+from moeless.simulator.gpu_pool import GpuPool
 from moeless.simulator.routing import Replay
-from moeless.simulator.shared import SharedPool
+from moeless.simulator.serving_loop import serve_pools
 from moeless.workloads.lengths import Workload
 
 
@@ -71,9 +72,9 @@ def share(params: dict[str, Any], needs: list[Any]) -> dict[str, Any]:
     tenant.
     """
     benches = [_prepare({**params, "seed": params["seed"] + place}, [need]) for place, need in enumerate(needs)]
-    pool = SharedPool([bench.tenant(costs, policy) for bench, costs, policy in benches])
-    pool.to_the_end()
-    times = [tenant.run.clocks.times() for tenant in pool.tenants]
+    pool = GpuPool([bench.tenant(costs, policy) for bench, costs, policy in benches])
+    serve_pools(pool)
+    times = [tenant.clocks.times() for tenant in pool.tenants]
     good = (good_requests(one, bench.config.objectives) for one, (bench, _, _) in zip(times, benches, strict=True))
     return {
         "requests": sum(len(one.arrival_N) for one in times),

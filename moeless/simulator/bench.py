@@ -22,9 +22,9 @@ from moeless.serverless import KeepAlive, PoolSettings
 from moeless.serverless.options import Serverless
 from moeless.simulator.core import Simulation, SimulationSettings, simulate
 from moeless.simulator.failures import check_failures
-from moeless.simulator.loop import Run
 from moeless.simulator.options import BenchConfig, Part
 from moeless.simulator.routing import Replay
+from moeless.simulator.tenants import Tenant
 from moeless.simulator.timeline import Timeline
 from moeless.spec import MoESpec, preset
 from moeless.traces import TokenTrace, open_trace, require_kind
@@ -188,12 +188,12 @@ class Bench:
             notes=self._notes(),
         )
 
-    def tenant(self, costs_name: str, policy: Policy) -> Run:
-        """The workload before its first iteration, to be served beside others' (``moeless.simulator.shared``)."""
+    def tenant(self, costs_name: str, policy: Policy) -> Tenant:
+        """The workload before its first iteration, to be served beside others' (``moeless.simulator.gpu_pool``)."""
         runtime, settings = self._parts(costs_name, policy)
         inputs = self._router_inputs if self.trace.has_router_inputs else None
         share_LE = self.served.history_share_LE
-        return Run(self.replay, self.workload.requests, self._scheduler(), runtime, settings, share_LE, inputs, None)
+        return Tenant(self.replay, self.workload.requests, self._scheduler(), runtime, settings, share_LE, inputs, None)
 
     def _parts(self, costs_name: str, policy: Policy) -> tuple[ResolvedPolicy, SimulationSettings]:
         config = self.config

@@ -15,13 +15,16 @@ from moeless.metrics.result import Cell, Evidence
 from moeless.policy import ResolvedPolicy
 from moeless.serverless import InstancePool, PoolSettings
 from moeless.simulator import tally
-from moeless.simulator.clocks import RequestClocks
 from moeless.simulator.failures import Failure
-from moeless.simulator.loop import Run, SchedulerLike
+from moeless.simulator.gpu_pool import GpuPool
 from moeless.simulator.record import LayerRecord
+from moeless.simulator.request_clocks import RequestClocks
 from moeless.simulator.routing import Replay
+from moeless.simulator.serving_loop import serve_pools
+from moeless.simulator.tenants import Tenant
 from moeless.simulator.timeline import Timeline
 from moeless.simulator.validity import check_validity
+from moeless.workloads.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Simulation:
 def simulate(
     replay: Replay,
     requests: Sequence[Request],
-    scheduler: SchedulerLike,
+    scheduler: Scheduler,
     runtime: ResolvedPolicy,
     *,
     settings: SimulationSettings,
@@ -97,17 +100,18 @@ def simulate(
         RunFailed: the model does not fit, or the scheduler stalls.
     """
     spec, cluster = runtime.spec, runtime.cluster
-    run = Run(replay, requests, scheduler, runtime, settings, prior_share_LE, router_inputs, timeline)
-    run.to_the_end(progress)
-    record, pool, clocks, now, busy = run.record, run.pool, run.clocks, run.now, run.busy
+    tenant = Tenant(replay, requests, scheduler, runtime, settings, prior_share_LE, router_inputs, timeline)
+    pool = GpuPool([tenant])
+    serve_pools(pool, progress=progress)
+    record, instances, clocks, now = tenant.record, tenant.instances, tenant.clocks, pool.now
     meter = Meter(
         own_layer_byte_seconds=float(record.billed[tally.OWN]) * spec.expert_bytes,
         whole_byte_seconds=float(record.billed[tally.WHOLE]) * spec.expert_bytes,
-        misc_byte_seconds=float(record.billed[tally.MISC]) * spec.non_expert_bytes * run.mean_held,
-        resident_byte_seconds=pool.resident_byte_seconds(now),
-        gpu_seconds=pool.gpu_seconds(now),
+        misc_byte_seconds=float(record.billed[tally.MISC]) * spec.non_expert_bytes * tenant.mean_held,
+        resident_byte_seconds=pool.resident_byte_seconds,
+        gpu_seconds=pool.gpu_seconds,
     )
-    layer = None if run.warming_up else record.metrics(pool.moved_bytes)
+    layer = None if tenant.warming_up else record.metrics(instances.moved_bytes)
     if layer is None:
         raise RunFailed("no iteration was measured: the workload is empty or warm-up took all of it")
     figures = request_metrics(clocks.times(), duration=now, failed=clocks.unfinished, objectives=objectives)
@@ -115,12 +119,12 @@ def simulate(
         figures,
         scheduler,
         samples=layer.samples,
-        busy_fraction=busy / now if now > 0 else 1.0,
-        cold_start_seconds=pool.wake_seconds if settings.pool.scale_to_zero else 0.0,
+        busy_fraction=tenant.busy / now if now > 0 else 1.0,
+        cold_start_seconds=instances.wake_seconds if settings.pool.scale_to_zero else 0.0,
     )
     if runtime.lossy:
         warnings.append("the oracle overrides the router: its outputs differ from the model's")
-    warnings += [*run.remarks(), *runtime.costs.warnings]
+    warnings += [*tenant.remarks(), *runtime.costs.warnings]
     cell = Cell(
         policy=runtime.label,
         predictor=runtime.policy.predictor,
@@ -137,4 +141,4 @@ def simulate(
         lossy=runtime.lossy,
         settings=labels or {},
     )
-    return Simulation(cell, record, clocks, pool, now)
+    return Simulation(cell, record, clocks, instances, now)

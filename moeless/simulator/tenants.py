@@ -1,79 +1,100 @@
-"""Which of several models on one set of GPUs are in its memory, who makes room for whom, and who waits.
-
-A *tenant* is one model with its workload. It is *asleep* while its weights are in no GPU memory. It is woken when work
-arrives: where memory is short, tenants without work are put to sleep first, least recently used first. Where that is
-not enough it waits, for its patience at most: then those that have been in memory longest are *drained*, which is to
-say that they admit no request, and sleep when the running ones have ended, and nobody else is woken before it. So no
-tenant waits for ever, however busy the others are.
-Loading goes on beside the others' iterations, and all tenants share each GPU's copy engine.
-
-Axes: G GPUs.
-"""
+"""One model with its workload on a pool's GPUs: its iterations, its requests' KV caches, the memory that it takes."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moeless.contracts import BoolArray, FloatArray
+from moeless.contracts import BoolArray, FloatArray, IntArray, Phase, Request
+from moeless.costs.nonexpert import NonExpertCosts
 from moeless.errors import RunFailed
-from moeless.simulator.failures import Failure
-from moeless.simulator.loop import Caches, Run
-from moeless.simulator.scaling import Scaling
-from moeless.workloads.continuous import Continuous
+from moeless.policy import LoadHistory, ResolvedPolicy
+from moeless.serverless import InstancePool
+from moeless.simulator.events import Event, Kind
+from moeless.simulator.failures import Failure, check_failures
+from moeless.simulator.record import LayerRecord
+from moeless.simulator.request_clocks import RequestClocks
+from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
+from moeless.simulator.stage import Stage
+from moeless.simulator.timeline import Timeline
+from moeless.simulator.work import Work
+from moeless.workloads.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from moeless.simulator.core import SimulationSettings
+
+#: Tokens of one iteration that computes lost KV caches again.
+RECOVERY_TOKENS = 8192
 
 
-@dataclass
 class Tenant:
-    """One model of the pool, over the records of its :class:`Run`.
+    """One model and its workload under one policy.
+
+    A tenant is *asleep* while its weights are in no GPU memory.
 
     Attributes:
-        scheduler: the run's own.
+        now: until when it has been simulated, in seconds since the workload's start.
+        busy: seconds in which an iteration ran.
         awake: its weights are in memory or on their way.
-        ready: when they are all there.
+        ready: when it may run iterations.
         used: when its last iteration ended.
         wakes: how often it was woken.
-        served: it has run an iteration since it was woken.
-        wanted: since when it has asked for memory that it does not get; None where it does not.
-        owed: KV caches of running requests that were lost, or given up, and are to be computed again before anything
-            else of it runs.
+        need_G: memory that it takes once it is woken, ``[G]``; up to date while it sleeps.
+        wanted: since when it has asked for memory that it does not get; infinity where it does not.
+        owed: running requests whose KV caches were lost, or given up, and are to be computed again before anything else
+            of it runs.
+        missed: losses of GPUs that had been given back.
+        arrival, loaded, expired: its next request's arrival, while it has no work; its weights' loading; the end of its
+            keep-alive. Set by the pool that it joins.
     """
 
-    run: Run
-    scheduler: Continuous
-    awake: bool = True
-    ready: float = 0.0
-    used: float = 0.0
-    wakes: int = 0
-    served: bool = False
-    wanted: float | None = None
-    owed: Caches | None = None
+    arrival: Event
+    loaded: Event
+    expired: Event
 
-    def owe(self, lost: Caches) -> None:
-        """Have these computed again, once each."""
-        if self.owed is not None:
-            new_N = ~np.isin(lost.request_N, self.owed.request_N)
-            lost = Caches(
-                *(np.concatenate([old_N, more_N[new_N]]) for old_N, more_N in zip(self.owed, lost, strict=True))
-            )
-        self.owed = lost if len(lost.request_N) else None
+    def __init__(
+        self,
+        replay: Replay,
+        requests: Sequence[Request],
+        scheduler: Scheduler,
+        runtime: ResolvedPolicy,
+        settings: SimulationSettings,
+        prior_share_LE: FloatArray | None,
+        router_inputs: Callable[[Any], Any] | None,
+        timeline: Timeline | None,
+    ) -> None:
+        self.replay, self.scheduler, self.runtime, self.timeline = replay, scheduler, runtime, timeline
+        self.spec, self.cluster = runtime.spec, runtime.cluster
+        self.instances = InstancePool(self.spec, self.cluster, runtime.costs, settings.pool)
+        self.history = LoadHistory(prior_share_LE, self.spec.L, self.spec.E, self.spec.K)
+        self.record, self.clocks = LayerRecord(self.spec.L), RequestClocks(requests)
+        self.stage = Stage(
+            runtime, self.instances, self.history, self.record, settings.replan_seconds, settings.plan_every, timeline
+        )
+        self.nonexpert = NonExpertCosts(self.spec, self.cluster)
+        self.failures = check_failures(settings.failures, self.cluster.G)
+        extras = int(runtime.budget.slots_G.max()) - -(-self.spec.E // self.cluster.G)
+        self._extra_slots, self._warmup = max(0, extras), settings.warmup_iterations
+        self._reads = runtime.predictor.reads if self.stage.cadence == "iteration" else "nothing"
+        self._router_inputs = router_inputs
+        self._ranks: Any = {}
+        self.now, self.busy, self._iterations, self._held_iterations = 0.0, 0.0, 0, 0
+        self.awake, self.ready, self.used, self.wakes = True, 0.0, 0.0, 0
+        self.need_G, self.wanted = self.bytes_G, math.inf
+        # a dictionary for its order
+        self.owed: dict[int, None] = {}
+        self._recovered, self.missed = 0, 0
+        if timeline is not None:
+            self.instances.on_copy = timeline.copy
 
-    @property
-    def bytes_G(self) -> FloatArray:
-        """Memory that it takes while awake: weights, and the KV cache of its running requests."""
-        return self.run.pool.resident_G + self._other_G
-
-    def firm_bytes_G(self, now: float) -> FloatArray:
-        """The same without copies that no plan holds, which may go at any time."""
-        return self.run.pool.firm_G(now) + self._other_G
-
-    @property
-    def _other_G(self) -> FloatArray:
-        pool, other = self.run.pool, float(self.run.spec.non_expert_bytes)
-        return np.asarray(other + (pool.room_G - pool.capacity_G) * (self.scheduler.num_running > 0))
+    def join(self, event: Callable[[Kind, Tenant], Event]) -> None:
+        """Have its own events, made by the pool that it belongs to."""
+        self.arrival, self.loaded = event(Kind.ARRIVAL, self), event(Kind.WEIGHTS_LOADED, self)
+        self.expired = event(Kind.MODEL_EXPIRED, self)
 
     def demand(self, now: float) -> int:
         """Requests of it that run or wait."""
@@ -82,7 +103,8 @@ class Tenant:
 
     def has_work(self, now: float) -> bool:
         """Whether a request of it runs or waits."""
-        return self.demand(now) > 0
+        arrival = self.scheduler.next_arrival(now)
+        return self.scheduler.num_running + self.scheduler.num_waiting > 0 or (arrival is not None and arrival <= now)
 
     @property
     def idle_from(self) -> float:
@@ -95,211 +117,177 @@ class Tenant:
             return False
         return not self.scheduler.num_running if self.scheduler.draining else not self.has_work(now)
 
-
-class SharedMemory:
-    """The memory of the GPUs that tenants share.
-
-    Args:
-        tenants: on the same cluster, their runs fresh.
-        patience_seconds: how long a tenant with work waits for memory before others are drained; infinity: for ever.
-        scaling: who takes more GPUs; None where all are held.
-
-    Attributes:
-        need_G: of each tenant, what it would take if it were woken.
-        overflow_bytes: most by which a GPU's memory was exceeded while no tenant could leave.
-        drains: how often a tenant had to give up its memory with work left.
-
-    Raises:
-        RunFailed: a tenant does not fit even alone.
-    """
-
-    def __init__(self, tenants: Sequence[Tenant], patience_seconds: float, scaling: Scaling | None) -> None:
-        self.tenants, self.patience_seconds, self.scaling = tenants, patience_seconds, scaling
-        self.cluster = tenants[0].run.cluster
-        self.overflow_bytes, self.drains = 0.0, 0
-        engine_free_G, held_G = np.zeros((2, self.cluster.G))
-        self.need_G = [tenant.bytes_G for tenant in tenants]
-        for tenant, need_G in zip(tenants, self.need_G, strict=True):
-            tenant.run.pool.engine_free_G = engine_free_G
-            if not self._fits(need_G):
-                raise RunFailed(
-                    f"{tenant.run.spec.name} needs {need_G.max() / 1e9:.1f} GB on a GPU of {self.cluster.name}, which "
-                    f"has {self._memory / 1e9:.1f} GB; use more GPUs"
-                )
-            # whoever fits is there from the start, in the order given
-            if self._fits(held_G + need_G):
-                held_G = held_G + need_G
-            else:
-                self.sleep(tenant, 0.0)
+    def needs_room(self, now: float) -> bool:
+        """Whether GPUs have to be held for its weights: it has work, or stays in memory without."""
+        return self.has_work(now) or (self.awake and (not self.instances.gives_back or self.ready > now))
 
     @property
-    def _memory(self) -> float:
-        return float(self.cluster.device.memory_bytes)
+    def bytes_G(self) -> FloatArray:
+        """Memory that it takes while awake: weights, and the KV cache of its running requests."""
+        return self.instances.resident_G + self._other_bytes_G
+
+    def firm_bytes_G(self, now: float) -> FloatArray:
+        """The same without copies that no plan holds, which may go at any time."""
+        return self.instances.firm_G(now) + self._other_bytes_G
 
     @property
-    def _down_G(self) -> BoolArray:
-        return self.tenants[0].run.pool.down_G
+    def _other_bytes_G(self) -> FloatArray:
+        instances = self.instances
+        kv_bytes_G = (instances.room_G - instances.capacity_G) * (self.scheduler.num_running > 0)
+        return np.asarray(float(self.spec.non_expert_bytes) + kv_bytes_G)
 
-    def _fits(self, held_G: FloatArray) -> bool:
-        """Whether so many bytes are in the memory of the GPUs that work."""
-        return bool((np.where(self._down_G, 0.0, held_G) <= self._memory).all())
+    @property
+    def waking_bytes_G(self) -> FloatArray:
+        """Memory that it takes once it is woken, ``[G]``."""
+        return self.stage.waking_bytes_G() + float(self.spec.non_expert_bytes)
 
-    def look_again(self, now: float) -> None:
-        """After GPUs were lost or came back: what a sleeping tenant needs, and when a loading one is there."""
-        for place, tenant in enumerate(self.tenants):
-            self.need_G[place] = self._waking_bytes_G(tenant)
-            if tenant.awake and tenant.ready > now:
-                tenant.ready = self._all_there(tenant)
+    def even_bytes(self, gpus: int) -> float:
+        """Bytes of its copies on one of so many GPUs, evenly laid out, with the extras of a plan."""
+        return self.spec.L * (-(-self.spec.E // gpus) + self._extra_slots) * float(self.spec.expert_bytes)
 
-    @staticmethod
-    def _waking_bytes_G(tenant: Tenant) -> FloatArray:
-        return tenant.run.stage.waking_bytes_G() + float(tenant.run.spec.non_expert_bytes)
+    def bytes_without(self, leaving_G: BoolArray) -> FloatArray:
+        """Bytes that it takes on each GPU once it has left some."""
+        instances = self.instances
+        plans = [self.stage.outage.evacuate(plan, leaving_G) for plan in self.stage.plans]
+        kv_bytes_G = instances.room_G - instances.capacity_G
+        return instances.bytes_of(plans) + float(self.spec.non_expert_bytes) + kv_bytes_G
 
-    def lose(self, tenant: Tenant, failure: Failure, now: float) -> None:
-        """A GPU or copy is lost: load again what the tenant had there, or wait for what is lost if it fits no more.
+    @property
+    def all_loaded(self) -> float:
+        """When the last copy of its plans is warm.
 
-        Then it gives up the KV caches of running requests as well, as a server does that preempts requests to compute
-        them again.
+        Raises:
+            RunFailed: memory had no room for one.
         """
-        run = tenant.run
-        run.now = now
-        tenant.owe(run.lose(failure, loads=False))
-        if not tenant.awake:
-            return
-        if not tenant.scheduler.num_running:
-            run.pool.share_memory(np.zeros(self.cluster.G), now)
-        if (run.stage.waking_bytes_G() <= run.pool.capacity_G).all():
-            run.stage.reload("failure", now)
-        else:
-            tenant.owe(run.cached())
-            self.sleep(tenant, now)
-
-    def _all_there(self, tenant: Tenant) -> float:
-        """When the last copy of its plans is warm."""
-        ready = max(float(tenant.run.pool.ready_at(plan).max()) for plan in tenant.run.stage.plans)
+        ready = max(float(self.instances.ready_at(plan).max()) for plan in self.stage.plans)
         if not math.isfinite(ready):
-            raise RunFailed(f"GPU memory has no room for the plans of {tenant.run.spec.name}")
+            raise RunFailed(f"GPU memory has no room for the plans of {self.spec.name}")
         return ready
 
-    def settle(self, now: float) -> None:
-        """Where tenants together have outgrown the memory, copies that no plan holds go, then who has no work."""
-        none_G = np.zeros(self.cluster.G)
-        leaving = self._leaving(none_G, now)
-        if leaving is None:
-            self.overflow_bytes = max(self.overflow_bytes, float(self._over_G.max()))
-        self._clear(none_G, leaving or (), now)
+    @property
+    def warming_up(self) -> bool:
+        """Whether the record is still of the first iterations, which layer figures leave out."""
+        return self._iterations <= self._warmup and self._warmup > 0
 
-    def can_run(self, tenant: Tenant, now: float) -> bool:
-        """Whether the tenant has work and its weights are there; asks for them where they are not."""
-        if not tenant.has_work(now):
-            return False
-        if not tenant.awake:
-            # who has waited for its patience is next: smaller ones must not take what others leave for it
-            room = self._next_in_line(now) in (None, tenant) and self._make_room(tenant, now)
-            if not room:
-                tenant.wanted = now if tenant.wanted is None else tenant.wanted
-                if self._next_in_line(now) is tenant:
-                    self._drain(tenant, now)
-                    # whoever runs no request leaves at once
-                    room = self._make_room(tenant, now)
-            if room:
-                self._wake(tenant, now)
-        if not tenant.awake or tenant.ready > now:
-            return False
-        return bool(tenant.scheduler.num_running) or not tenant.scheduler.draining
+    @property
+    def mean_held(self) -> float:
+        """GPUs held in an iteration, on average."""
+        return self._held_iterations / self._iterations if self._iterations else float(self.cluster.G)
 
-    def _next_in_line(self, now: float) -> Tenant | None:
-        """Who has waited longest for memory, and as long as it would; not who finds no room even alone."""
-        waiting = [
-            (tenant.wanted, place)
-            for place, tenant in enumerate(self.tenants)
-            if tenant.wanted is not None
-            and now - tenant.wanted >= self.patience_seconds
-            and self._fits(self.need_G[place])
-        ]
-        return self.tenants[min(waiting)[1]] if waiting else None
+    def serve(self, now: float, deadline: float) -> float:
+        """Run the next iteration from ``now`` on, and the decode steps like it that begin before ``deadline``.
 
-    def _drain(self, tenant: Tenant, now: float) -> None:
-        """Let those in memory longest admit no more, as many as must leave for the tenant.
-
-        Only who has served since it was woken: otherwise tenants could wake each other without a token for any.
+        Returns:
+            When the last of them ended.
         """
-        awake = self._awake(lambda other: other.ready)
-        held_G = sum((other.firm_bytes_G(now) for other in awake), self.need_G[self.tenants.index(tenant)])
-        leaving: list[Tenant] = []
-        for other in awake:
-            if self._fits(held_G):
-                break
-            if other.served or other.may_sleep(now):
-                leaving.append(other)
-                held_G = held_G - other.firm_bytes_G(now)
-        if not self._fits(held_G):
-            return
-        for other in leaving:
-            if other.has_work(now) and not other.scheduler.draining:
-                self.drains += 1
-                other.scheduler.draining = True
+        self.now, iteration = now, self.scheduler.next(now)
+        if iteration is None:
+            raise RunFailed("the scheduler has work that it never starts")
+        if self._iterations == self._warmup:
+            self.record.restart()
+        spans, before = columns(iteration), self._iterations
+        self._ranks = iteration.rank_of_request
+        outage = self.stage.outage
+        owner_N = outage.owners(spans.rank_N, spans.request_N, spans.start_N == 0)
+        assert not outage.down_G[owner_N].any(), "a request runs on a GPU that is not there"
+        spans = dataclasses.replace(spans, rank_N=owner_N)
+        sums_SX = rank_sums(spans, self.cluster.G)
+        self.instances.share_memory(sums_SX[:, 2] * self.spec.kv_bytes_per_token, now)
+        steps, steady_until = (1, math.inf) if self._iterations < self._warmup else self.scheduler.steady()
+        end_I = self.stage.repeat(spans, self.replay, steps, now, min(steady_until, deadline), self.nonexpert)
+        if len(end_I):
+            self.clocks.repeat(spans, end_I)
+            self.scheduler.skip(len(end_I) - 1)
+            self._iterations += len(end_I)
+            self.now = float(end_I[-1])
+        else:
+            self._compute(spans, iteration.phase, iteration.tokens, sums_SX)
+            self.clocks.complete(spans, self.now)
+            self._iterations += 1
+        self.busy += self.now - now
+        self._held_iterations += (self._iterations - before) * int(self.instances.held_G.sum())
+        self.scheduler.complete(iteration, self.now)
+        self.used = self.now
+        return self.now
 
-    def _make_room(self, tenant: Tenant, now: float) -> bool:
-        """Whether there is room for the tenant, for which others may go to sleep, or GPUs be taken and waited for."""
-        need_G = self.need_G[self.tenants.index(tenant)]
-        leaving = self._leaving(need_G, now)
-        if self.scaling is not None and leaving != [] and (self.scaling.coming or leaving is None):
-            awake = [other for other in self.tenants if other.awake]
-            # those that work spread over GPUs that have come
-            if all(other.used >= self.scaling.there_from or not other.has_work(now) for other in awake):
-                self.scaling.more(now)
-            return False
-        if leaving is not None:
-            self._clear(need_G, leaving, now)
-        return leaving is not None
+    def _compute(self, spans: SpanColumns, phase: Phase, tokens: int, sums_SX: FloatArray) -> None:
+        """Run one iteration and move the clock to its end."""
+        rows = self.replay.rows(spans) if self._reads in ("topk", "router_inputs") else None
+        inputs = None
+        if rows is not None and self._reads == "router_inputs" and self._router_inputs is not None:
+            inputs = self._router_inputs(rows)
+        topk_TLK = None if rows is None else self.replay.topk_TLK[rows]
+        work = Work(self.replay, spans, phase, tokens, topk_TLK, inputs)
+        if rows is not None and self.replay.token_T is not None:
+            work.token_T = self.replay.token_T[rows]
+        other = self.nonexpert.seconds(sums_SX)
+        begin = self.now
+        self.now = self.stage.run(work, begin, other) + other.once
+        self.history.add(work.load_LE, phase, tokens)
+        if self.timeline is not None:
+            self.timeline.iteration(self._iterations, work, begin, self.now)
 
-    def _clear(self, more_G: FloatArray, leaving: Iterable[Tenant], now: float) -> None:
-        """Let tenants go to sleep, then evict what no plan holds, until so many bytes more fit."""
-        for tenant in leaving:
-            self.sleep(tenant, now)
-        awake = self._awake(lambda tenant: tenant.used)
-        for tenant in awake:
-            over_G = sum((other.bytes_G for other in awake), more_G) - self._memory
-            for gpu in np.flatnonzero((over_G > 0) & ~self._down_G).tolist():
-                tenant.run.pool.shed(gpu, float(over_G[gpu]), now)
+    def waited(self, cause: str, begin: float, seconds: float) -> None:
+        """Book an interruption of the pool on a cause, as far as a request of this model waits meanwhile."""
+        if not self.has_work(begin):
+            arrival = self.scheduler.next_arrival(begin)
+            seconds = 0.0 if arrival is None else min(seconds, max(0.0, begin + seconds - arrival))
+        self.record.stalls[cause] += seconds
 
-    def _awake(self, key: Callable[[Tenant], float]) -> list[Tenant]:
-        return sorted((tenant for tenant in self.tenants if tenant.awake), key=key)
+    def cached(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Requests with a KV cache, how many positions each has there, and on which GPU."""
+        request_N, position_N = self.clocks.cached()
+        owner_N = np.array([self._ranks[r] for r in request_N.tolist()], np.int64)
+        return request_N, position_N, self.stage.outage.owners(owner_N, request_N)
 
-    def _leaving(self, more_G: FloatArray, now: float) -> list[Tenant] | None:
-        """Who must go to sleep so that so many bytes more fit; None where not even that is enough."""
-        awake = self._awake(lambda tenant: tenant.used)
-        if self._fits(sum((tenant.bytes_G for tenant in awake), more_G)):
-            return []
-        held_G = sum((tenant.firm_bytes_G(now) for tenant in awake), more_G)
-        leaving: list[Tenant] = []
-        for tenant in awake:
-            if self._fits(held_G):
-                break
-            if tenant.may_sleep(now):
-                leaving.append(tenant)
-                held_G = held_G - tenant.firm_bytes_G(now)
-        self._over_G = np.where(self._down_G, 0.0, held_G - self._memory)
-        return leaving if self._fits(held_G) else None
+    def kv_bytes_G(self) -> FloatArray:
+        """What the requests' KV caches take on each GPU, ``[G]``."""
+        _, position_N, owner_N = self.cached()
+        held_G = np.bincount(owner_N, weights=position_N, minlength=self.cluster.G)
+        return np.asarray(held_G * float(self.spec.kv_bytes_per_token))
 
-    def sleep(self, tenant: Tenant, now: float) -> None:
-        """Take a tenant's weights out of memory."""
-        pool = tenant.run.pool
-        pool.drop(np.ones(pool.born_LEG.shape, np.bool_), now)
-        pool.share_memory(np.zeros(self.cluster.G), now)
-        tenant.awake = tenant.served = tenant.scheduler.draining = False
-        self.need_G[self.tenants.index(tenant)] = self._waking_bytes_G(tenant)
+    def lose(self, failure: Failure, now: float) -> None:
+        """Lose a copy, or a GPU with the copies and KV caches on it."""
+        self.now = now
+        request_N, _, owner_N = self.cached()
+        if failure.layer is None:
+            self.owed |= dict.fromkeys(request_N[owner_N == failure.gpu].tolist())
+        self.stage.fail(failure, now)
 
-    def _wake(self, tenant: Tenant, now: float) -> None:
-        run = tenant.run
-        # its other weights come first, over the same link; the containers are there
-        restart = run.runtime.costs.load_seconds(float(run.spec.non_expert_bytes), run.pool.settings.home, 0)
-        run.pool.engine_free_G[:] = np.maximum(run.pool.engine_free_G, now) + restart
-        run.stage.wake(now)
-        tenant.ready = self._all_there(tenant)
-        tenant.awake, tenant.used, tenant.wanted = True, now, None
-        tenant.wakes += 1
-        for other in self.tenants:
-            # it fits: nobody has to leave for it any more
-            other.scheduler.draining = False
+    def recover(self, now: float) -> float:
+        """Compute lost KV caches again on the GPUs that are left; no request gets a token from it.
+
+        Returns:
+            When that ended.
+        """
+        self.now, self._recovered = now, self._recovered + len(self.owed)
+        request_N, position_N, owner_N = self.cached()
+        for place in np.searchsorted(request_N, list(self.owed)):
+            one, upto = np.ones(1, np.int64), int(position_N[place])
+            for start in range(0, upto, RECOVERY_TOKENS):
+                stop = min(upto, start + RECOVERY_TOKENS)
+                spans = SpanColumns(request_N[place] * one, start * one, stop * one, one > 0, owner_N[place] * one)
+                self._compute(spans, Phase.PREFILL, stop - start, rank_sums(spans, self.cluster.G))
+        self.owed = {}
+        self.record.stalls["recovery"] += self.now - now
+        self.busy += self.now - now
+        return self.now
+
+    def remarks(self) -> list[str]:
+        """What happened in memory and with plans that a reader should know."""
+        said: list[str] = []
+        if self.instances.refused:
+            said.append(f"memory had no room for {self.instances.refused} planned copies")
+        if self.instances.kv_overflow_bytes > 0:
+            said.append(
+                f"experts and KV cache exceeded a GPU's memory by up to {self.instances.kv_overflow_bytes / 1e9:.1f} "
+                "GB: a real system would preempt requests"
+            )
+        ahead = self.stage.ahead
+        if ahead.made and ahead.late:
+            said.append(f"{100 * ahead.late / ahead.made:.1f} % of the plans came after their layer had started")
+        if self.missed:
+            said.append(f"losses of GPUs that had been given back: {self.missed}; they changed nothing")
+        if self._recovered:
+            said.append(f"{self._recovered} requests lost their KV cache with a GPU and were computed again")
+        return said

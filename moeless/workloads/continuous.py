@@ -62,8 +62,6 @@ class Continuous(Scheduler):
         self._prefill_first = priority == "prefill"
         self._mixed = mixed
         self._kv_free = kv_tokens
-        #: no request is admitted while this is set; the running ones go on
-        self.draining = False
         self._prefilling: list[Running] = []
         self._decoding: list[Running] = []
         self._arrived = 0

@@ -91,6 +91,8 @@ class Scheduler(ABC):
         self._waits: list[float] = []
         self._iterations = 0
         self._in_flight: ScheduledIteration | None = None
+        #: no request is admitted while this is set; the running ones go on
+        self.draining = False
 
     @abstractmethod
     def next(self, now: float) -> ScheduledIteration | None:
@@ -130,6 +132,11 @@ class Scheduler(ABC):
     def num_running(self) -> int:
         """Requests admitted and not finished."""
         return self._admitted - self._finished
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that could be admitted, as far as the scheduler was told the time, and are not."""
+        return 0
 
     @property
     def num_finished(self) -> int:

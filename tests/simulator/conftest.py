@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from moeless.simulator import Replay
 from moeless.simulator.failures import Failure
 from moeless.spec import Attention, MoESpec
 from moeless.workloads.lengths import Workload
+from moeless.workloads.scheduler import Scheduler
 
 SPEC = MoESpec(
     name="small",
@@ -29,28 +32,39 @@ SPEC = MoESpec(
 )
 
 
-class OneByOne:
+class OneByOne(Scheduler):
     """Serves requests in order of arrival, one token a time, nothing batched."""
 
     def __init__(self, requests: list[Request]) -> None:
-        self.requests, self.index, self.position = requests, 0, 0
+        super().__init__(requests)
+        self.index, self.position = 0, 0
 
     def next(self, now: float) -> Iteration | None:
-        if self.index == len(self.requests) or self.requests[self.index].arrival > now:
+        if self.index == len(self._requests) or self._requests[self.index].arrival > now:
             return None
-        request = self.requests[self.index]
+        request = self._requests[self.index]
         stop = request.prompt_tokens if self.position == 0 else self.position + 1
         phase = Phase.PREFILL if self.position == 0 else Phase.DECODE
         return Iteration(self.index, (Span(request.id, self.position, stop, phase),), {request.id: 0})
 
     def complete(self, iteration: Iteration, now: float) -> None:
-        request = self.requests[self.index]
+        request = self._requests[self.index]
         self.position = iteration.spans[0].stop
         if self.position == request.prompt_tokens + request.output_tokens - 1:
             self.index, self.position = self.index + 1, 0
+            self._admitted = self._finished = self.index
 
     def next_arrival(self, now: float) -> float | None:
-        return self.requests[self.index].arrival if self.index < len(self.requests) else None
+        return self._requests[self.index].arrival if self.index < len(self._requests) else None
+
+    def finish(self, request: int) -> None:
+        raise NotImplementedError
+
+
+def one_step_at_a_time(scheduler: Scheduler) -> Scheduler:
+    """Have a scheduler hide that its decode steps repeat."""
+    scheduler.steady = lambda: (1, math.inf)
+    return scheduler
 
 
 class LastLoad(LoadPredictor):

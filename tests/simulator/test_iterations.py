@@ -26,6 +26,7 @@ from moeless.simulator.layer_timing import locate, time_layers
 from moeless.simulator.timeline import Timeline
 from moeless.spec import Attention, MoESpec
 from moeless.workloads.schedulers import Continuous
+from tests.simulator.conftest import one_step_at_a_time
 
 SPEC = MoESpec(
     name="sixteen",
@@ -63,13 +64,6 @@ def runtime_for(spec, policy, costs="roofline", planner=None, **params):
     return made if planner is None else dataclasses.replace(made, planner=planner(made.planner))
 
 
-class OneStepAtATime:
-    """A scheduler that hides that its decode steps repeat."""
-
-    def __init__(self, inner):
-        self.next, self.complete, self.next_arrival = inner.next, inner.complete, inner.next_arrival
-
-
 @pytest.fixture
 def run(spec, requests, replay_for):
     """A small workload under a policy."""
@@ -79,7 +73,7 @@ def run(spec, requests, replay_for):
         return simulate(
             replay_for(GPUS),
             requests,
-            OneStepAtATime(scheduler) if hide else scheduler,
+            one_step_at_a_time(scheduler) if hide else scheduler,
             runtime,
             settings=SimulationSettings(POOLS[pool], replan_seconds=0.02, plan_every=plan_every),
             timeline=timeline,

@@ -15,7 +15,7 @@ from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.routing import balanced_loads, columns, rank_sums
 from moeless.simulator.timeline import Timeline
 from moeless.workloads.schedulers import Continuous, OneSecond
-from tests.simulator.conftest import LastLoad
+from tests.simulator.conftest import LastLoad, one_step_at_a_time
 
 
 def run(spec, requests, replay, policy="static", costs="roofline", gpus=4, scheduler=None, timeline=None, **settings):
@@ -61,20 +61,12 @@ def test_two_runs_are_identical(spec, requests, replay_for):
     assert first.cell == second.cell
 
 
-class OneStepAtATime:
-    """A scheduler that hides that its decode steps repeat."""
-
-    def __init__(self, inner):
-        self.inner = inner
-        self.next, self.complete, self.next_arrival = inner.next, inner.complete, inner.next_arrival
-
-
 @pytest.mark.parametrize("kind", [Continuous, OneSecond])
 @pytest.mark.parametrize("policy", ["static", "eplb:history", "oracle"])
 def test_steady_decode_steps_in_one_go_equal_single_steps(kind, policy, spec, requests, replay_for, costs_name):
     both = [
         run(spec, requests, replay_for, policy, costs_name, scheduler=scheduler, replan_seconds=0.004)
-        for scheduler in (kind(requests, 4), OneStepAtATime(kind(requests, 4)))
+        for scheduler in (kind(requests, 4), one_step_at_a_time(kind(requests, 4)))
     ]
     assert_same(*both)
 
@@ -83,7 +75,7 @@ def test_steady_decode_steps_in_one_go_equal_single_steps(kind, policy, spec, re
 def test_steady_steps_between_plans_equal_single_steps(policy, spec, requests, replay_for, costs_name):
     both = [
         run(spec, requests, replay_for, policy, costs_name, scheduler=scheduler, plan_every=7)
-        for scheduler in (Continuous(requests, 4), OneStepAtATime(Continuous(requests, 4)))
+        for scheduler in (Continuous(requests, 4), one_step_at_a_time(Continuous(requests, 4)))
     ]
     assert_same(*both)
 

@@ -11,7 +11,9 @@ from moeless.costs import COSTS
 from moeless.metrics.requests import RequestTimes, request_metrics
 from moeless.policy import resolve
 from moeless.simulator import SimulationSettings
-from moeless.simulator.loop import Run
+from moeless.simulator.gpu_pool import GpuPool
+from moeless.simulator.serving_loop import serve_pools
+from moeless.simulator.tenants import Tenant
 from moeless.simulator.validity import check_validity
 from moeless.workloads.scheduler import Queueing
 from moeless.workloads.schedulers import Continuous, OneSecond
@@ -70,7 +72,7 @@ def run_with(memory_bytes, spec, requests, replay):
     where = replace(where, device=replace(where.device, memory_bytes=memory_bytes))
     costs = COSTS.get("roofline")(spec, where)
     runtime = resolve(Policy("static"), spec=spec, cluster=where, costs=costs, extra_slots=0, predictors={})
-    return Run(replay, requests, Continuous(requests, 4), runtime, SimulationSettings(), None, None, None)
+    return Tenant(replay, requests, Continuous(requests, 4), runtime, SimulationSettings(), None, None, None)
 
 
 def test_caches_that_exceed_memory_and_copies_without_room_are_said(spec, requests, replay_for):
@@ -78,13 +80,13 @@ def test_caches_that_exceed_memory_and_copies_without_room_are_said(spec, reques
     weights = spec.L * spec.E / 4 * spec.expert_bytes + spec.non_expert_bytes
     wide, tight = (run_with(room, spec, together, replay_for(4)) for room in (2 * weights, weights))
     for run in (wide, tight):
-        run.to_the_end()
+        serve_pools(GpuPool([run]))
     assert wide.remarks() == []
     [overflow] = tight.remarks()
     assert "experts and KV cache exceeded a GPU's memory by up to" in overflow
     # one more copy, where the caches left no room
-    tight.pool.share_memory(np.full(4, 1.0), tight.now)
-    tight.pool.provision(
+    tight.instances.share_memory(np.full(4, 1.0), tight.now)
+    tight.instances.provision(
         0, np.array([0, *range(8)], np.int32), np.array([3, 0, 0, 1, 1, 2, 2, 3, 3], np.int32), tight.now
     )
     assert any("memory had no room for 1 planned copies" in remark for remark in tight.remarks())

@@ -14,8 +14,9 @@ from moeless.contracts import Request
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import SimulationSettings, simulate
 from moeless.simulator.failures import Failure
-from moeless.simulator.loop import Run
-from moeless.simulator.shared import SharedPool
+from moeless.simulator.gpu_pool import GpuPool
+from moeless.simulator.serving_loop import serve_pools
+from moeless.simulator.tenants import Tenant
 from moeless.workloads.schedulers import Continuous
 from tests.simulator.conftest import losses, runtime_of
 
@@ -39,7 +40,7 @@ def parts(spec, topk, replay_of):
 
 @pytest.fixture(scope="session")
 def tenant(parts):
-    return lambda *args, **named: Run(*parts(*args, **named), None, None, None)
+    return lambda *args, **named: Tenant(*parts(*args, **named), None, None, None)
 
 
 def ask(count, gap, start=0.0, output=13):
@@ -63,15 +64,15 @@ def assert_each_token_came_once(run, asked):
 def test_one_model_in_a_pool_is_served_and_billed_as_without(parts, policy, gaps, keep, per_gpu):
     asked = [Request(i, at, 8, 1 + i % 9, trace_request=i) for i, at in enumerate(np.cumsum([0.0, *gaps[1:]]).tolist())]
     how = {"keep_alive": KeepAlive("fixed", keep), "requests_per_gpu": per_gpu}
-    pool = SharedPool([Run(*parts(asked, policy, **how), None, None, None)])
-    pool.to_the_end()
+    pool = GpuPool([Tenant(*parts(asked, policy, **how), None, None, None)])
+    serve_pools(pool)
     *first, how = parts(asked, policy, **how)
     alone = simulate(*first, settings=how)
-    assert pool.end == alone.end
+    assert pool.now == alone.end
     assert pool.gpu_seconds == alone.cell.billing.gpu_seconds
     assert pool.resident_byte_seconds == alone.pool.resident_byte_seconds(alone.end)
-    assert (pool.tenants[0].run.record.times_IL == alone.record.times_IL).all()
-    assert (pool.tenants[0].run.clocks.times().ttft_N == alone.clocks.times().ttft_N).all()
+    assert (pool.tenants[0].record.times_IL == alone.record.times_IL).all()
+    assert (pool.tenants[0].clocks.times().ttft_N == alone.clocks.times().ttft_N).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -99,12 +100,12 @@ def test_no_request_is_lost_and_every_gpu_second_is_held_or_not(
         tenant(a, policy, b, memory, requests_per_gpu=per_gpu, **how)
         for a, policy, b in zip(asked, policies, broken, strict=True)
     ]
-    pool = SharedPool(runs, patience)
-    pool.to_the_end()
+    pool = GpuPool(runs, patience)
+    serve_pools(pool)
     for run, requests in zip(runs, asked, strict=True):
         assert_each_token_came_once(run, requests)
     # an iteration has at least one GPU
-    assert sum(run.busy for run in runs) * (1 - 1e-9) <= pool.gpu_seconds <= GPUS * pool.end * (1 + 1e-9)
+    assert sum(run.busy for run in runs) * (1 - 1e-9) <= pool.gpu_seconds <= GPUS * pool.now * (1 + 1e-9)
 
 
 def test_gpus_follow_the_load_of_all_models_together(tenant):
@@ -112,28 +113,28 @@ def test_gpus_follow_the_load_of_all_models_together(tenant):
     asked = [ask(40, 0.02), ask(10, 0.02)]
     asked = [[dataclasses.replace(request, arrival=0.04 * (request.id // 2)) for request in one] for one in asked]
     runs = [tenant(one, gpus_of_memory=12.0, requests_per_gpu=1) for one in asked]
-    pool = SharedPool(runs)
+    pool = GpuPool(runs)
     held = []
-    serve = pool._iterate
-    pool._iterate = lambda one, now: held.append((now, int(pool._held_G.sum()))) or serve(one, now)
-    pool.to_the_end()
+    iterate = pool._iterate
+    pool._iterate = lambda one: held.append((pool.now, int(runs[0].instances.held_G.sum()))) or iterate(one)
+    serve_pools(pool)
     assert {count for now, count in held if now < 0.17} == {4}
     assert {count for now, count in held if now > 0.3} == {2}
     # each model's pool kept the same account
-    assert runs[1].pool.gpu_seconds(pool.end) == pool.gpu_seconds < 3.0 * pool.end
+    assert runs[1].instances.gpu_seconds(pool.now) == pool.gpu_seconds < 3.0 * pool.now
 
 
 @pytest.mark.parametrize("models", [1, 2, 3])
 def test_no_fewer_gpus_are_held_than_the_memory_of_all_models_needs(models, tenant, spec):
     asked = ask(12, 0.02)
     runs = [tenant(asked, gpus_of_memory=4.0, requests_per_gpu=1000) for _ in range(models)]
-    pool = SharedPool(runs)
-    pool.to_the_end()
+    pool = GpuPool(runs)
+    serve_pools(pool)
     memory = runs[0].cluster.device.memory_bytes
     one_G = [spec.L * (-(-spec.E // gpus) + 1) * spec.expert_bytes + spec.non_expert_bytes for gpus in (1, 2, 3, 4)]
     fewest = 1 + next(i for i, one in enumerate(one_G) if models * one < memory)
     assert fewest == models
-    assert pool._held_G.sum() == fewest
+    assert runs[0].instances.held_G.sum() == fewest
     assert pool.memory.overflow_bytes == 0
 
 
@@ -142,11 +143,11 @@ def test_a_model_that_wakes_has_gpus_taken_for_its_memory_and_leaves_them_when_i
     once = [Request(0, 0.5, 8, 13, trace_request=0)]
     how = {"gpus_of_memory": 3.6, "requests_per_gpu": 1000, "scale_to_zero": True}
     runs = [tenant(asked, **how) for asked in (always, once)]
-    pool = SharedPool(runs)
+    pool = GpuPool(runs)
     moments = []
-    hold = runs[0].pool.hold
-    runs[0].pool.hold = lambda held_G, now: moments.append((float(now), int(held_G.sum()))) or hold(held_G, now)
-    pool.to_the_end()
+    hold = runs[0].instances.hold
+    runs[0].instances.hold = lambda held_G, now: moments.append((float(now), int(held_G.sum()))) or hold(held_G, now)
+    serve_pools(pool)
     first, second = pool.tenants
     assert (first.wakes, second.wakes) == (0, 1)
     # the second sleeps after a keep-alive, and with that its GPUs go
@@ -163,17 +164,17 @@ def test_a_model_that_wakes_has_gpus_taken_for_its_memory_and_leaves_them_when_i
     assert pool.memory.drains == 0
     # the first went on meanwhile
     assert runs[0].clocks.times().ttft_N.max() < 0.01
-    assert pool.gpu_seconds == pytest.approx(4 * 0.05 + 1.0 * (pool.end - 0.05) + (left - taken), abs=0.01)
+    assert pool.gpu_seconds == pytest.approx(4 * 0.05 + 1.0 * (pool.now - 0.05) + (left - taken), abs=0.01)
 
 
 def test_where_the_last_gpu_is_lost_models_wait_for_another(tenant):
     asked = ask(40, 0.01)
     loss = Failure(0.25, 0, restart_seconds=100.0, detection_seconds=0.01)
     runs = [tenant(asked, gpus_of_memory=12.0, broken=[loss]), tenant(asked, gpus_of_memory=12.0)]
-    pool = SharedPool(runs)
-    pool.to_the_end()
+    pool = GpuPool(runs)
+    serve_pools(pool)
     for run in runs:
         assert_each_token_came_once(run, asked)
-        assert run.pool.held_G.tolist() == [False, True, False, False]
+        assert run.instances.held_G.tolist() == [False, True, False, False]
         # a container and both models' other weights
-        assert run.record.stalls["container"] == pytest.approx(0.02 + 2 * run.pool.restart_seconds)
+        assert run.record.stalls["container"] == pytest.approx(0.02 + 2 * run.instances.restart_seconds)

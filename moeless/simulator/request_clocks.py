@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless.contracts import FloatArray, IntArray, Request
+from moeless.contracts import BoolArray, FloatArray, IntArray, Request
 from moeless.metrics.requests import RequestTimes
 from moeless.simulator.routing import SpanColumns
 
@@ -64,14 +64,18 @@ class RequestClocks:
         return request_N, self._position[request_N]
 
     @property
+    def _done_N(self) -> BoolArray:
+        return np.asarray((self._got == self._output) & (self._output > 0))
+
+    @property
     def completed(self) -> int:
         """Requests that have all their output tokens."""
-        return int(((self._got == self._output) & (self._output > 0)).sum())
+        return int(self._done_N.sum())
 
     @property
     def unfinished(self) -> int:
         """Requests that have not."""
-        return int(((self._got < self._output) & (self._output > 0)).sum())
+        return int((self._got < self._output).sum())
 
     def check(self) -> None:
         """Assert that no request got more tokens than it asked for, or got them backwards in time.
@@ -80,14 +84,13 @@ class RequestClocks:
             AssertionError: a token was lost or counted twice by the simulator.
         """
         assert (self._got <= self._output).all(), "a request got more tokens than it asked for"
-        done = self._got == self._output
-        done &= self._output > 0
+        done = self._done_N
         assert (self._first[done] >= self._arrival[done]).all(), "a token came before its request"
         assert (self._last[done] >= self._first[done]).all(), "a last token came before the first"
 
     def times(self) -> RequestTimes:
         """Times of the completed requests."""
-        done = (self._got == self._output) & (self._output > 0)
+        done = self._done_N
         return RequestTimes(
             arrival_N=self._arrival[done],
             first_token_N=self._first[done],

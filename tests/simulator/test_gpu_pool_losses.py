@@ -15,8 +15,9 @@ from moeless.errors import RunFailed, UserError
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.simulator import SimulationSettings
 from moeless.simulator.failures import Failure
-from moeless.simulator.loop import Run
-from moeless.simulator.shared import SharedPool
+from moeless.simulator.gpu_pool import GpuPool
+from moeless.simulator.serving_loop import serve_pools
+from moeless.simulator.tenants import Tenant
 from moeless.workloads.schedulers import Continuous
 from tests.simulator.conftest import losses, runtime_of
 
@@ -43,7 +44,7 @@ def tenant(spec, topk, replay_of):
             warmup_iterations=warmup,
         )
         scheduler = Continuous(asked, GPUS, token_budget=16, max_running=7)
-        return Run(replay_of(GPUS, topk, asked), asked, scheduler, runtime, how, None, None, None)
+        return Tenant(replay_of(GPUS, topk, asked), asked, scheduler, runtime, how, None, None, None)
 
     return make
 
@@ -78,14 +79,14 @@ def test_no_request_of_any_model_is_lost_or_counted_twice(tenant, broken, polici
         policies = ["static"] * 3
     broken = [*broken, (), ()][:3]
     runs = [tenant(a, policy, share, b, **how) for a, policy, b in zip(asked, policies, broken, strict=True)]
-    pool = SharedPool(runs, patience)
-    pool.to_the_end()
+    pool = GpuPool(runs, patience)
+    serve_pools(pool)
     for run, requests in zip(runs, asked, strict=True):
         assert_each_token_came_once(run, requests)
-        assert pool.end >= run.clocks.times().last_token_N.max()
+        assert pool.now >= run.clocks.times().last_token_N.max()
     busy = sum(run.busy for run in runs)
-    assert GPUS * busy * (1 - 1e-9) <= pool.gpu_seconds <= GPUS * pool.end * (1 + 1e-9)
-    assert zero or pool.gpu_seconds == GPUS * pool.end
+    assert GPUS * busy * (1 - 1e-9) <= pool.gpu_seconds <= GPUS * pool.now * (1 + 1e-9)
+    assert zero or pool.gpu_seconds == GPUS * pool.now
 
 
 def test_gpus_that_no_model_has_work_for_are_given_back(tenant):
@@ -94,47 +95,47 @@ def test_gpus_that_no_model_has_work_for_are_given_back(tenant):
     # lost while nobody holds it, and one that others are taken for
     broken = [Failure(35.0, 1, restart_seconds=1000.0), Failure(2.0, 2, restart_seconds=1000.0)]
     runs = [tenant(first, broken=broken, **how), tenant(later, **how)]
-    pool = SharedPool(runs)
-    pool.to_the_end()
+    pool = GpuPool(runs)
+    serve_pools(pool)
     for run, requests in zip(runs, (first, later), strict=True):
         assert_each_token_came_once(run, requests)
-        assert not run.pool.down_G.any()
+        assert not run.instances.down_G.any()
     # three times work: at 0, 20 and 50 s; 5 s after it the GPUs go, with it a container starts
     assert pool.gpu_seconds == pytest.approx(GPUS * (5.0 + 6.0 + 1.0), rel=0.05)
-    assert pool.end == pytest.approx(51.0, abs=0.1)
+    assert pool.now == pytest.approx(51.0, abs=0.1)
     assert [run.record.stalls["container"] for run in runs] == [1.0, 1.0]
     assert [each.wakes for each in pool.tenants] == [1, 1]
-    assert pool.resident_byte_seconds < 0.5 * pool.end * sum(run.pool.resident_G.max() * GPUS for run in runs)
+    assert pool.resident_byte_seconds < 0.5 * pool.now * sum(run.instances.resident_G.max() * GPUS for run in runs)
     with pytest.raises(UserError, match="agree"):
-        SharedPool([tenant(first, **how), tenant(later)])
+        GpuPool([tenant(first, **how), tenant(later)])
 
 
 def test_a_lost_gpu_is_lost_to_every_model_and_named_twice_it_is_one_loss(tenant):
     asked = ask(12, 0.0)
     loss = Failure(0.001, 3, restart_seconds=100.0, detection_seconds=0.25)
     runs = [tenant(asked, broken=[loss]) for _ in range(2)]
-    pool = SharedPool(runs)
-    pool.to_the_end()
+    pool = GpuPool(runs)
+    serve_pools(pool)
     for run in runs:
-        assert run.pool.down_G.tolist() == [False, False, False, True]
-        assert not np.isfinite(run.pool.born_LEG[:, :, 3]).any()
+        assert run.instances.down_G.tolist() == [False, False, False, True]
+        assert not np.isfinite(run.instances.born_LEG[:, :, 3]).any()
         # noticed once, and both had requests that waited meanwhile
         assert 0.2499 < run.record.stalls["failure"] < 0.5
         assert run.record.stalls["recovery"] > 0
         assert any("lost their KV cache" in text for text in run.remarks())
-    alone = SharedPool([tenant(asked) for _ in range(2)])
-    alone.to_the_end()
-    assert pool.end > alone.end + 0.25
+    alone = GpuPool([tenant(asked) for _ in range(2)])
+    serve_pools(alone)
+    assert pool.now > alone.now + 0.25
 
 
 def test_a_gpu_lost_while_a_model_sleeps_is_missing_when_it_wakes(tenant, spec):
     first, later = ask(6, 0.001), ask(6, 0.001, 5.0)
     runs = [tenant(first, share=1.9), tenant(later, share=1.9, broken=[Failure(1.0, 2, restart_seconds=1000.0)])]
-    pool = SharedPool(runs)
+    pool = GpuPool(runs)
     assert [each.awake for each in pool.tenants] == [True, False]
-    pool.to_the_end()
+    serve_pools(pool)
     assert [each.wakes for each in pool.tenants] == [0, 1]
-    awake = np.isfinite(runs[1].pool.born_LEG).sum((0, 1))
+    awake = np.isfinite(runs[1].instances.born_LEG).sum((0, 1))
     assert awake[2] == 0
     assert awake.sum() == spec.L * spec.E
     # nobody waited while it was lost, nothing had to be computed again
@@ -148,10 +149,10 @@ def test_a_copys_failure_is_its_models_alone_and_may_hit_it_on_its_way(tenant):
     # the second falls into the reload after the first
     broken = [Failure(0.004, 0, layer=1, expert=0), Failure(0.5, 0, layer=1, expert=0, detection_seconds=0.0)]
     runs = [tenant(asked, broken=broken), tenant(asked)]
-    pool = SharedPool(runs)
-    pool.to_the_end()
-    assert runs[0].pool.evictions >= 1
-    assert runs[1].pool.evictions == 0
+    pool = GpuPool(runs)
+    serve_pools(pool)
+    assert runs[0].instances.evictions >= 1
+    assert runs[1].instances.evictions == 0
     for run in runs:
         assert_each_token_came_once(run, asked)
 
@@ -160,8 +161,8 @@ def test_where_too_few_gpus_are_left_models_wait_for_the_lost_one(tenant):
     loss = [Failure(0.06, gpu, restart_seconds=2.0, detection_seconds=0.0) for gpu in (1, 2, 3)]
     late = ask(4, 0.05, 0.5)
     runs = [tenant(ask(1, 0.0), share=1.5), tenant(late, share=1.5, broken=loss[:2])]
-    pool = SharedPool(runs)
-    pool.to_the_end()
+    pool = GpuPool(runs)
+    serve_pools(pool)
     assert runs[1].clocks.times().first_token_N.min() > 2.0
     assert_each_token_came_once(runs[1], late)
 
@@ -175,8 +176,8 @@ def test_a_model_that_a_loss_leaves_no_room_for_waits_for_the_gpu(running, polic
     asked = busy if running else idle
     loss = [Failure(0.1005, gpu, restart_seconds=2.0, detection_seconds=0.0) for gpu in (1, 2)]
     run = tenant(asked, policy, share=1.5, broken=loss)
-    pool = SharedPool([run])
-    pool.to_the_end()
+    pool = GpuPool([run])
+    serve_pools(pool)
     assert_each_token_came_once(run, asked)
     assert pool.tenants[0].wakes == 1
     times = run.clocks.times()
@@ -184,7 +185,7 @@ def test_a_model_that_a_loss_leaves_no_room_for_waits_for_the_gpu(running, polic
         assert (times.first_token_N < 0.1005).all()
         assert (times.last_token_N > 2.1005).all()
         # the KV caches on the GPUs that stayed went too
-        assert run._lost == len(busy)
+        assert run._recovered == len(busy)
         assert run.record.stalls["recovery"] > 0
     else:
         assert times.first_token_N[0] < 0.1
@@ -197,7 +198,7 @@ def test_a_gpu_that_comes_back_while_another_loss_is_noticed_turns_no_clock_back
     copy = Failure(0.0, 2, layer=0, expert=0, detection_seconds=0.001)
     asked = ask(4, 0.001)
     runs = [tenant(asked, share=1.3, broken=[failure]) for failure in (loss, copy)]
-    SharedPool(runs).to_the_end()
+    serve_pools(GpuPool(runs))
     for run in runs:
         assert_each_token_came_once(run, asked)
 
@@ -205,7 +206,7 @@ def test_a_gpu_that_comes_back_while_another_loss_is_noticed_turns_no_clock_back
 def test_a_model_without_room_on_gpus_that_never_come_back_ends_the_run(tenant):
     loss = [Failure(0.002, gpu, restart_seconds=np.inf) for gpu in (1, 2, 3)]
     with pytest.raises(RunFailed, match="small has work, and the GPUs that are left have no room"):
-        SharedPool([tenant(ask(4, 0.05), share=1.2, broken=loss)]).to_the_end()
+        serve_pools(GpuPool([tenant(ask(4, 0.05), share=1.2, broken=loss)]))
 
 
 def test_who_finds_no_room_after_a_loss_keeps_nobody_else_from_waking(tenant):
@@ -214,8 +215,8 @@ def test_who_finds_no_room_after_a_loss_keeps_nobody_else_from_waking(tenant):
     small, late = [*ask(2, 0.05), Request(2, 0.3, 8, 2, trace_request=2)], ask(2, 0.0, 0.5)
     runs = [tenant(small, share=2.2, broken=[loss]), tenant(ask(2, 0.0, 0.2), share=2.2, width=2)]
     runs.append(tenant(late, share=2.2))
-    pool = SharedPool(runs, 0.01)
-    pool.to_the_end()
+    pool = GpuPool(runs, 0.01)
+    serve_pools(pool)
     assert runs[1].clocks.times().first_token_N.min() > 5.1
     # long after the wide one's patience, and while it still waits
     assert runs[2].clocks.times().first_token_N.max() < 0.6
@@ -226,12 +227,12 @@ def test_who_finds_no_room_after_a_loss_keeps_nobody_else_from_waking(tenant):
 def test_nothing_is_loaded_for_a_sleeping_model_when_a_gpu_goes_or_comes_back(tenant):
     loss = Failure(1.0, 2, restart_seconds=1.0)
     runs = [tenant(ask(6, 0.5), share=1.5, broken=[loss]), tenant(ask(1, 0.0, 5.0), share=1.5)]
-    pool = SharedPool(runs)
+    pool = GpuPool(runs)
     assert not pool.tenants[1].awake
-    pool.to_the_end()
+    serve_pools(pool)
     everything = runs[1].spec.L * runs[1].spec.E * runs[1].spec.expert_bytes
-    assert runs[1].pool.resident_byte_seconds(pool.end) <= everything * (pool.end - 5.0)
-    assert runs[1].pool.moved_bytes == everything
+    assert runs[1].instances.resident_byte_seconds(pool.now) <= everything * (pool.now - 5.0)
+    assert runs[1].instances.moved_bytes == everything
 
 
 def test_gpus_are_not_given_back_before_the_end_of_a_losss_detection(tenant):
@@ -239,15 +240,15 @@ def test_gpus_are_not_given_back_before_the_end_of_a_losss_detection(tenant):
     loss = Failure(0.9, 2, restart_seconds=100.0, detection_seconds=0.5)
     asked = [*ask(1, 0.0), Request(1, 10.0, 8, 2, trace_request=1)]
     run = tenant(asked, broken=[loss], keep=1.0, scale_to_zero=True, container_seconds=0.5)
-    pool = SharedPool([run])
-    pool.to_the_end()
-    assert pool.gpu_seconds == pytest.approx(GPUS * (0.9 + 0.5 + pool.end - 10.0))
+    pool = GpuPool([run])
+    serve_pools(pool)
+    assert pool.gpu_seconds == pytest.approx(GPUS * (0.9 + 0.5 + pool.now - 10.0))
 
 
 def test_warmup_leaves_each_models_first_iterations_out_of_its_record(tenant):
     asked = ask(10, 0.001)
     runs = [tenant(asked, warmup=warmup) for warmup in (0, 5)]
-    SharedPool(runs).to_the_end()
+    serve_pools(GpuPool(runs))
     whole, rest = (run.record for run in runs)
     assert rest.iterations == whole.iterations - 5
     # bills keep them
@@ -259,8 +260,8 @@ def test_small_models_do_not_take_what_others_leave_for_a_large_one(tenant):
     busy = [Request(i, 0.0005 * i, 8, 13, trace_request=i % 40) for i in range(400)]
     one = [Request(0, 0.01, 8, 13, trace_request=0)]
     runs = [tenant(asked, share=2.2) for asked in (busy, busy, busy, one)]
-    pool = SharedPool(runs, 0.02)
+    pool = GpuPool(runs, 0.02)
     # as if its weights were twice as many
-    pool.memory.need_G[3] = pool.memory.need_G[3] * 2.0
-    pool.to_the_end()
-    assert runs[3].clocks.times().last_token_N[0] < 0.12 < 0.2 < pool.end
+    runs[3].need_G = runs[3].need_G * 2.0
+    serve_pools(pool)
+    assert runs[3].clocks.times().last_token_N[0] < 0.12 < 0.2 < pool.now
