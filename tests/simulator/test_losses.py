@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,13 @@ def test_what_breaks_in_silence_breaks_then_and_nobody_waits_for_it(gap, spec, t
     assert late.cell.layer.stalls["failure"] >= 0.3 - 1e-9
     assert late.cell.layer.stalls["failure"] < 0.35
     assert late.cell.request.completed == 8
+
+
+def test_a_gpu_that_comes_back_in_silence_is_filled_before_anybody_asks(gap, spec, topk, replay_of):
+    got = _serve(spec, topk, replay_of, gap, (Failure(20.0, 1, restart_seconds=30.0),))
+    assert got.cell.layer.stalls == {"cold": 0.0, "failure": 0.0}
+    assert got.end == _serve(spec, topk, replay_of, gap, ()).end
+    assert np.isfinite(got.pool.born_LEG[:, :, 1]).any()
 
 
 def test_gpus_given_back_are_not_lost(gap, spec, topk, replay_of):
