@@ -13,6 +13,7 @@ from moeless.engine.controller import Controller, ControlSettings
 from moeless.engine.core import PartTimes
 from moeless.engine.policy import resolve_live
 from moeless.errors import UserError
+from moeless.placement import PLANNERS
 from moeless.policy import LoadHistory
 from moeless.policy.history import WINDOW
 from moeless.predictors import LoadPredictor
@@ -178,3 +179,45 @@ def test_recent_loads_are_those_of_the_last_iterations():
     for count, load_E in enumerate(loads, start=1):
         history.add_layer(1, load_E, Phase.DECODE, 9)
         assert history.recent(1).tolist() == loads[max(0, count - WINDOW) : count].sum(0).tolist()
+
+
+@pytest.fixture
+def decided(tiny):
+    """What the controller decides in some iterations of skewed tokens under a planner: plans, quotas, copies warm."""
+    spec = dataclasses.replace(resolve_spec(str(tiny("mixtral"))), dtype="float32", expert_dtype="float32")
+    spec = dataclasses.replace(spec, moe_layers=tuple(range(3)), num_layers=3)
+
+    def go(planner):
+        PLANNERS.add(planner.name, planner)
+        text = f"{planner.name}:history" if planner.needs_forecast else planner.name
+        policy = resolve_live(
+            text, spec=spec, cluster=cluster("cpu8").with_gpus(2), costs="roofline", extra_slots=1,
+            model=tiny("mixtral"),
+        )  # fmt: skip
+        controller = Controller(policy, TwoRanks(), Store(spec.E), ControlSettings(replan_seconds=0.5))
+        random, found = np.random.default_rng(0), []
+        for iteration in range(6):
+            controller.begin(Phase.DECODE, 80, float(iteration), None)
+            for layer in range(spec.L):
+                shares_E = 1.0 / np.arange(1, spec.E + 1)
+                ids = random.choice(spec.E, (40, spec.K), p=shares_E / shares_E.sum())
+                decision = controller.decide(
+                    layer, torch.zeros(40, spec.hidden_size), torch.from_numpy(ids), PartTimes()
+                )
+                found.append((decision.plan.to_json(), decision.quota_SR.tolist(), decision.warm))
+        controller.close()
+        return found
+
+    before = dict(PLANNERS._loaded)
+    yield go
+    PLANNERS._loaded.clear()
+    PLANNERS._loaded.update(before)
+
+
+@pytest.mark.parametrize("name", sorted({*PLANNERS._targets} - {"milp"}))
+def test_a_planner_under_another_name_decides_the_same_live(name, decided):
+    planner = PLANNERS.get(name)
+    mine = decided(planner)
+    assert decided(dataclasses.replace(planner, name="renamed")) == mine
+    if planner.holds_extras:
+        assert any(len(plan["expert"]) > len(set(plan["expert"])) for plan, _, _ in mine) or name.startswith("elastic")
