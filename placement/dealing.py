@@ -21,6 +21,7 @@ from moeless.costs.layer_time import (
     layer_parts,
     total_seconds,
     traffic_seconds,
+    work_size,
 )
 from moeless.jit import njit
 
@@ -82,12 +83,13 @@ class Traffic(NamedTuple):
     Attributes:
         tokens_R: tokens of each copy.
         traffic_QG: tokens by GPU, see :mod:`moeless.costs.layer_time`.
-        seconds_G: memory to work in.
+        seconds_G, work_W: memory to work in.
     """
 
     tokens_R: IntArray
     traffic_QG: FloatArray
     seconds_G: FloatArray
+    work_W: IntArray
 
 
 @njit(cache=True, nogil=True)
@@ -102,7 +104,7 @@ def room_for_load(experts, runs):  # type: ignore[no-untyped-def]
 # arrays are taken out of their tuples before each loop: each time costs as much as a step of it
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def take_table(load_SE, load):  # type: ignore[no-untyped-def]
     """Fill ``load`` from tokens by source rank and expert."""
     sources, experts = load_SE.shape
@@ -126,7 +128,7 @@ def take_table(load_SE, load):  # type: ignore[no-untyped-def]
                 last_E[e] = n + 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def take_tokens(topk_TLK, row_T, rank_T, layer, table_SE, load):  # type: ignore[no-untyped-def]
     """Fill ``load`` from the tokens' experts in one layer.
 
@@ -184,16 +186,17 @@ def mark_serving(expert_R, primary_R, usable_R, experts, serving_R):  # type: ig
             serving_R[r] = True
 
 
-@njit(cache=True, nogil=True)
-def sort_copies(expert_R, gpu_R, primary_R, serving_R, num_gpus, first_E, by_expert_R, home_E):  # type: ignore[no-untyped-def]
-    """The copies with the serving ones by expert; the last three arguments are memory for that."""
-    experts = len(home_E)
+@njit(cache=True, nogil=True, allocates=False)
+def sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E):  # type: ignore[no-untyped-def]
+    """Fill the last three arguments of :class:`LayerCopies` that follow from the others."""
+    experts, serving = len(home_E), 0
     for e in range(experts):
         first_E[e + 1], home_E[e] = 0, -1
     first_E[0] = 0
     for r in range(len(expert_R)):
         if serving_R[r]:
             e = expert_R[r]
+            serving += 1
             first_E[e + 1] += 1
             if home_E[e] < 0 or primary_R[r]:
                 home_E[e] = r
@@ -207,13 +210,10 @@ def sort_copies(expert_R, gpu_R, primary_R, serving_R, num_gpus, first_E, by_exp
             by_expert_R[first_E[e + 1]] = r
     for e in range(experts):
         first_E[e] = first_E[e + 1]
-    first_E[experts] = 0
-    for r in range(len(expert_R)):
-        first_E[experts] += serving_R[r]
-    return LayerCopies(expert_R, gpu_R, primary_R, serving_R, first_E, by_expert_R, home_E, num_gpus)
+    first_E[experts] = serving
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def rows_at_most(load, copies):  # type: ignore[no-untyped-def]
     """Rows that any way of dealing may write: each has a token, and one for each run and copy of its expert will do."""
     total_E, first_E, last_E, copy_E = load.tokens_E, load.first_E, load.last_E, copies.first_E
@@ -232,10 +232,11 @@ def room_for_rows(rows):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def room_for_traffic(replicas, num_gpus):  # type: ignore[no-untyped-def]
     """Memory for what rows add up to."""
-    return Traffic(np.empty(replicas, np.int64), np.empty((NUM_TRAFFIC, num_gpus)), np.empty(num_gpus))
+    work_W = np.empty(work_size(replicas, num_gpus), np.int64)
+    return Traffic(np.empty(replicas, np.int64), np.empty((NUM_TRAFFIC, num_gpus)), np.empty(num_gpus), work_W)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def deal_to_homes(load, copies, dealt):  # type: ignore[no-untyped-def]
     """All tokens of an expert to its home; returns the number of rows."""
     _, first_E, last_E, source_N, tokens_N = load
@@ -251,7 +252,7 @@ def deal_to_homes(load, copies, dealt):  # type: ignore[no-untyped-def]
     return x
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def deal_evenly(load, copies, numbers, costs, dealt):  # type: ignore[no-untyped-def]
     """Equal shares: an expert's tokens, in order of their source ranks, go to its copies in turn.
 
@@ -282,7 +283,7 @@ def deal_evenly(load, copies, numbers, costs, dealt):  # type: ignore[no-untyped
     return x
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def deal_by_shares(load, copies, share_R, dealt):  # type: ignore[no-untyped-def]
     """Each source rank's tokens over the serving copies by shares fixed ahead, knowing no other rank's counts.
 
@@ -374,16 +375,18 @@ def deal_totals(load, copies, total_R, dealt):  # type: ignore[no-untyped-def]
     return x
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def dealt_seconds(dealt, rows, copies, costs, traffic):  # type: ignore[no-untyped-def]
     """Seconds of a layer whose tokens are dealt by these rows, its decisions left out; fills ``traffic``."""
     gpu_R, tokens_R, traffic_QG = copies.gpu_R, traffic.tokens_R, traffic.traffic_QG
     add_rows(dealt.source_X, dealt.copy_X, dealt.tokens_X, rows, gpu_R, costs.island_G, tokens_R, traffic_QG)
-    expert, exchange = traffic_seconds(tokens_R[: len(gpu_R)], gpu_R, traffic_QG, costs, traffic.seconds_G)
+    expert, exchange = traffic_seconds(
+        tokens_R[: len(gpu_R)], gpu_R, traffic_QG, costs, traffic.seconds_G, traffic.work_W
+    )
     return total_seconds(layer_parts(expert, exchange, 0.0, 0.0, costs))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def copy_rows(dealt, rows, other):  # type: ignore[no-untyped-def]
     """Write rows into other room."""
     for from_X, to_X in zip(dealt, other):  # noqa: B905
@@ -391,7 +394,7 @@ def copy_rows(dealt, rows, other):  # type: ignore[no-untyped-def]
             to_X[x] = from_X[x]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def fill_quotas(dealt, rows, quota_SR):  # type: ignore[no-untyped-def]
     """Rows as a table of tokens by source rank and copy."""
     for s in range(quota_SR.shape[0]):
@@ -418,10 +421,10 @@ def table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus):  # type
     take_table(load_SE, load)
     serving_R = np.empty(len(expert_R), np.bool_)
     mark_serving(expert_R, primary_R, usable_R, experts, serving_R)
-    copies = sort_copies(
-        expert_R, gpu_R, primary_R, serving_R, num_gpus, np.empty(experts + 1, np.int64),
-        np.empty(len(expert_R), np.int64), np.empty(experts, np.int64),
-    )  # fmt: skip
+    first_E, home_E = np.empty(experts + 1, np.int64), np.empty(experts, np.int64)
+    by_expert_R = np.empty(len(expert_R), np.int64)
+    sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E)
+    copies = LayerCopies(expert_R, gpu_R, primary_R, serving_R, first_E, by_expert_R, home_E, num_gpus)
     return TableRows(load, copies, room_for_rows(rows_at_most(load, copies)))
 
 

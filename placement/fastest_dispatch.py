@@ -9,6 +9,7 @@ import numpy as np
 
 from moeless.jit import njit
 from moeless.placement.dealing import (
+    LayerCopies,
     copy_rows,
     deal_by_shares,
     deal_evenly,
@@ -178,10 +179,10 @@ def seconds_saved(load_CE, expert_R, gpu_R, primary_R, share_R, num_gpus, number
     scenarios, experts = load_CE.shape
     load_SE, load = np.empty((num_gpus, experts), np.int64), room_for_load(experts, num_gpus * experts)
     serving_R = np.ones(len(expert_R), np.bool_)
-    copies = sort_copies(
-        expert_R, gpu_R, primary_R, serving_R, num_gpus, np.empty(experts + 1, np.int64),
-        np.empty(len(expert_R), np.int64), np.empty(experts, np.int64),
-    )  # fmt: skip
+    first_E, home_E = np.empty(experts + 1, np.int64), np.empty(experts, np.int64)
+    by_expert_R = np.empty(len(expert_R), np.int64)
+    sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E)
+    copies = LayerCopies(expert_R, gpu_R, primary_R, serving_R, first_E, by_expert_R, home_E, num_gpus)
     traffic, saved = room_for_traffic(len(expert_R), num_gpus), 0.0
     for i in range(scenarios):
         spread_evenly(load_CE[i], load_SE)

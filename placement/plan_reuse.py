@@ -51,7 +51,7 @@ def never(layers: int, experts: int) -> ReuseTerms:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def hardly_changed(mean_E, planned_E, tolerance):  # type: ignore[no-untyped-def]
     """Whether two forecasts differ by at most ``tolerance`` of the tokens that the first one was made for."""
     change, tokens = 0.0, 0.0

@@ -87,10 +87,11 @@ class CostModel(ABC):
 
     def expert_seconds(self, tokens_R: IntArray, plan: LayerPlan) -> FloatArray:
         """Compute time of each GPU, ``[G]``, for ``tokens_R`` tokens on each replica; unused ones are free."""
-        from moeless.costs.layer_time import gpu_seconds
+        from moeless.costs.layer_time import gpu_seconds, work_size
 
         seconds_G = np.zeros(self.cluster.num_gpus)
-        gpu_seconds(np.ascontiguousarray(tokens_R, np.int64), plan.gpu_R, self.layer_costs, seconds_G)
+        work_W = np.empty(work_size(plan.R, len(seconds_G)), np.int64)
+        gpu_seconds(np.ascontiguousarray(tokens_R, np.int64), plan.gpu_R, self.layer_costs, seconds_G, work_W)
         return seconds_G
 
     def all_to_all_seconds(self, bytes_SG: FloatArray) -> float:

@@ -113,19 +113,25 @@ class LayerTime(NamedTuple):
         return float(total_seconds(self))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
+def work_size(replicas, num_gpus):  # type: ignore[no-untyped-def]
+    """Whole numbers that :func:`gpu_seconds` works in."""
+    return replicas + 2 * num_gpus + 1
+
+
+@njit(cache=True, nogil=True, allocates=False)
 def layer_parts(expert, exchange, control, stall, costs):  # type: ignore[no-untyped-def]
     """The parts of a layer that follow one another: of each as much as the others do not hide."""
     return LayerTime(expert, exchange, costs.misc_seconds, control, stall)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def total_seconds(parts):  # type: ignore[no-untyped-def]
     """From the gate's output to the combined hidden states."""
     return parts.expert + parts.all_to_all + parts.misc + parts.control + parts.stall
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def add_copy(tokens, gpu, costs, seconds_G):  # type: ignore[no-untyped-def]
     """A copy's expert time on top of its GPU's, for cost models without tables."""
     time = max(tokens * costs.token_seconds, costs.floor_seconds)
@@ -135,7 +141,7 @@ def add_copy(tokens, gpu, costs, seconds_G):  # type: ignore[no-untyped-def]
         seconds_G[gpu] += time
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def curve_at(curve, x, tables):  # type: ignore[no-untyped-def]
     """Linear between a curve's points, the first value below them, the last slope beyond; 0 for none, or no curve."""
     count = tables.points_C[curve]
@@ -153,7 +159,7 @@ def curve_at(curve, x, tables):  # type: ignore[no-untyped-def]
     return seconds_N[i - 1] + slope * (x - x_N[i - 1])
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _grid_at(tokens, active, tables):  # type: ignore[no-untyped-def]
     """Seconds of so many active experts with so many tokens each; the last segment's slope beyond the grid."""
     if tokens <= 0.0:
@@ -166,7 +172,7 @@ def _grid_at(tokens, active, tables):  # type: ignore[no-untyped-def]
     return seconds_N[i - 1] + step * (seconds_N[i] - seconds_N[i - 1])
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _measured_gpu(load_N, tables):  # type: ignore[no-untyped-def]
     """Measured seconds of one GPU whose active copies have these tokens, in descending order.
 
@@ -188,35 +194,40 @@ def _measured_gpu(load_N, tables):  # type: ignore[no-untyped-def]
     return seconds + curve_at(ENGINE_EXPERT, tokens / tables.top_k, tables)
 
 
-@njit(cache=True, nogil=True)
-def _measured_gpus(tokens_R, gpu_R, tables, seconds_G):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, allocates=False)
+def _measured_gpus(tokens_R, gpu_R, tables, seconds_G, work_W):  # type: ignore[no-untyped-def]
     """Measured expert seconds of each GPU."""
     gpus, replicas = len(seconds_G), len(tokens_R)
-    first_G = np.zeros(gpus + 1, np.int64)
+    first_G, end_G, load_N = work_W[: gpus + 1], work_W[gpus + 1 : 2 * gpus + 1], work_W[2 * gpus + 1 :]
+    for g in range(gpus + 1):
+        first_G[g] = 0
     for r in range(replicas):
         if tokens_R[r] > 0:
             first_G[gpu_R[r] + 1] += 1
     for g in range(gpus):
         first_G[g + 1] += first_G[g]
-    load_N, fill_G = np.empty(first_G[gpus], np.int64), first_G.copy()
+        end_G[g] = first_G[g]
     for r in range(replicas):
         if tokens_R[r] > 0:
             g = gpu_R[r]
-            at = fill_G[g]
+            at = end_G[g]
             while at > first_G[g] and load_N[at - 1] < tokens_R[r]:
                 load_N[at] = load_N[at - 1]
                 at -= 1
             load_N[at] = tokens_R[r]
-            fill_G[g] += 1
+            end_G[g] += 1
     for g in range(gpus):
         seconds_G[g] = _measured_gpu(load_N[first_G[g] : first_G[g + 1]], tables)
 
 
-@njit(cache=True, nogil=True)
-def gpu_seconds(tokens_R, gpu_R, costs, seconds_G):  # type: ignore[no-untyped-def]
-    """Expert seconds of each GPU into ``seconds_G``, launches included; GPUs without tokens take none."""
+@njit(cache=True, nogil=True, allocates=False)
+def gpu_seconds(tokens_R, gpu_R, costs, seconds_G, work_W):  # type: ignore[no-untyped-def]
+    """Expert seconds of each GPU into ``seconds_G``, launches included; GPUs without tokens take none.
+
+    ``work_W`` is memory to work in, see :func:`work_size`.
+    """
     if len(costs.tables.tokens_N) > 0:
-        _measured_gpus(tokens_R, gpu_R, costs.tables, seconds_G)
+        _measured_gpus(tokens_R, gpu_R, costs.tables, seconds_G, work_W)
         return
     for g in range(len(seconds_G)):
         seconds_G[g] = 0.0
@@ -246,7 +257,7 @@ class ExchangeLoad(NamedTuple):
     most_sent: float
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def exchange_load(traffic_QG):  # type: ignore[no-untyped-def]
     """What decides the exchange of this traffic."""
     fast, slow, others, total, computed, sent = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -259,7 +270,7 @@ def exchange_load(traffic_QG):  # type: ignore[no-untyped-def]
     return ExchangeLoad(fast, slow, others, total, computed, sent)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _stated_exchange(load, costs, num_gpus):  # type: ignore[no-untyped-def]
     """Both directions over the stated links."""
     if not costs.local_is_free:
@@ -274,14 +285,14 @@ def _stated_exchange(load, costs, num_gpus):  # type: ignore[no-untyped-def]
     return 2.0 * worst
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _link_at(curve, num_bytes, beyond, tables):  # type: ignore[no-untyped-def]
     if num_bytes > tables.curve_CXN[curve, 0, tables.points_C[curve] - 1]:
         tables.beyond[beyond] = 1.0
     return curve_at(curve, num_bytes, tables)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _measured_exchange(load, costs, num_gpus):  # type: ignore[no-untyped-def]
     """One direction among several GPUs, from tables of the links or from exchanges measured among ranks."""
     tables = costs.tables
@@ -302,7 +313,7 @@ def _measured_exchange(load, costs, num_gpus):  # type: ignore[no-untyped-def]
     return hot + even * max(uniform - hot, 0.0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def exchange_seconds(load, costs):  # type: ignore[no-untyped-def]
     """Both directions of the layer's all-to-all."""
     num_gpus, tables = len(costs.island_G), costs.tables
@@ -317,7 +328,7 @@ def exchange_seconds(load, costs):  # type: ignore[no-untyped-def]
     return seconds
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def slowest(seconds_G):  # type: ignore[no-untyped-def]
     """When the last GPU is done with its experts."""
     worst = 0.0
@@ -326,17 +337,17 @@ def slowest(seconds_G):  # type: ignore[no-untyped-def]
     return worst
 
 
-@njit(cache=True, nogil=True)
-def traffic_seconds(tokens_R, gpu_R, traffic_QG, costs, seconds_G):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, allocates=False)
+def traffic_seconds(tokens_R, gpu_R, traffic_QG, costs, seconds_G, work_W):  # type: ignore[no-untyped-def]
     """Seconds of the slowest GPU's experts and of the exchange, for tokens by copy and traffic by GPU.
 
-    ``seconds_G`` is memory to work in, whatever it holds.
+    ``seconds_G`` and ``work_W`` are memory to work in, whatever they hold.
     """
-    gpu_seconds(tokens_R, gpu_R, costs, seconds_G)
+    gpu_seconds(tokens_R, gpu_R, costs, seconds_G, work_W)
     return slowest(seconds_G), exchange_seconds(exchange_load(traffic_QG), costs)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def add_rows(source_X, copy_X, tokens_X, rows, gpu_R, island_G, tokens_R, traffic_QG):  # type: ignore[no-untyped-def]
     """Add up the first ``rows`` rows of tokens that a source rank has computed by a copy.
 
@@ -377,5 +388,7 @@ def quota_seconds(quota_SR, gpu_R, costs, traffic_QG):  # type: ignore[no-untype
                 source_X[rows], copy_X[rows], tokens_X[rows] = s, r, quota_SR[s, r]
                 rows += 1
     active = add_rows(source_X, copy_X, tokens_X, rows, gpu_R, costs.island_G, tokens_R, traffic_QG)
-    expert, exchange = traffic_seconds(tokens_R, gpu_R, traffic_QG, costs, np.empty(traffic_QG.shape[1]))
+    gpus = traffic_QG.shape[1]
+    work_W = np.empty(work_size(replicas, gpus), np.int64)
+    expert, exchange = traffic_seconds(tokens_R, gpu_R, traffic_QG, costs, np.empty(gpus), work_W)
     return expert, exchange, active

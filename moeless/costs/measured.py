@@ -37,6 +37,7 @@ from moeless.costs.layer_time import (
     MeasuredTables,
     curves,
     gpu_seconds,
+    work_size,
 )
 from moeless.costs.profile import SHAPES, ExpertGrid, HardwareProfile
 from moeless.costs.profile_reader import load_profile, shipped_profiles
@@ -191,7 +192,8 @@ class MeasuredCosts(CostModel):
         tables = self.layer_costs.tables
         alone = self.layer_costs._replace(tables=tables._replace(points_C=np.zeros_like(tables.points_C)))
         seconds_G = np.zeros(self.cluster.num_gpus)
-        gpu_seconds(np.ascontiguousarray(tokens_R, np.int64), np.asarray(gpu_R, np.int32), alone, seconds_G)
+        tokens, gpu = np.ascontiguousarray(tokens_R, np.int64), np.asarray(gpu_R, np.int32)
+        gpu_seconds(tokens, gpu, alone, seconds_G, np.empty(work_size(len(tokens), len(seconds_G)), np.int64))
         return seconds_G
 
     def load_seconds(self, num_bytes: float, source_tier: str, gpu: int) -> float:

@@ -19,6 +19,7 @@ class PoolState(NamedTuple):
     """A pool's arrays and settings for compiled code, which changes the arrays in place.
 
     Attributes:
+        wanted_EG: memory to work in.
         log_X5: room for transfers: GPU, layer, expert, begin and end of each; of no rows where nobody asks.
     """
 
@@ -39,10 +40,11 @@ class PoolState(NamedTuple):
     resident_G: FloatArray
     capacity_G: FloatArray
     counters: FloatArray
+    wanted_EG: BoolArray
     log_X5: FloatArray
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def evict(layer, expert, gpu, end, pool):  # type: ignore[no-untyped-def]
     """Free a copy's memory as of ``end``."""
     pool.counters[RESIDENT] += pool.num_bytes * max(0.0, end - pool.born_LEG[layer, expert, gpu])
@@ -52,7 +54,7 @@ def evict(layer, expert, gpu, end, pool):  # type: ignore[no-untyped-def]
     pool.resident_G[gpu] -= pool.num_bytes
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def make_room(gpu, wanted, now, pool):  # type: ignore[no-untyped-def]
     """Evict the least recently used unplanned copies of a GPU until ``wanted`` bytes fit; False where they cannot."""
     ready_LEG, used_LEG, planned_LEG = pool.ready_LEG, pool.used_LEG, pool.planned_LEG
@@ -72,7 +74,7 @@ def make_room(gpu, wanted, now, pool):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def expire(layer, now, pool):  # type: ignore[no-untyped-def]
     """Evict a layer's unplanned copies whose keep-alive has run out, as of when it did."""
     born_LEG, ready_LEG, used_LEG = pool.born_LEG, pool.ready_LEG, pool.used_LEG
@@ -87,7 +89,7 @@ def expire(layer, now, pool):  # type: ignore[no-untyped-def]
                 evict(layer, expert, gpu, end, pool)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _source(layer, expert, gpu, now, pool):  # type: ignore[no-untyped-def]
     """The quickest place to load from: a warm copy on the island, one elsewhere, or the experts' home."""
     ready_LEG, tier_seconds, island_size = pool.ready_LEG, pool.tier_seconds, pool.island_size
@@ -101,7 +103,7 @@ def _source(layer, expert, gpu, now, pool):  # type: ignore[no-untyped-def]
     return best, tier
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
     """Count an idle gap; the keep-alive that covers most gaps so far."""
     place = 0
@@ -122,12 +124,15 @@ def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
     return edge
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _mark_wanted(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def]
     """Note which copies the layer's new plan wants; of those that it drops, the idle time begins."""
     used_LEG, planned_LEG = pool.used_LEG, pool.planned_LEG
     experts, gpus = used_LEG.shape[1], used_LEG.shape[2]
-    wanted_EG = np.zeros((experts, gpus), np.bool_)
+    wanted_EG = pool.wanted_EG
+    for expert in range(experts):
+        for gpu in range(gpus):
+            wanted_EG[expert, gpu] = False
     for r in range(len(expert_R)):
         wanted_EG[expert_R[r], gpu_R[r]] = True
     for expert in range(experts):
@@ -141,7 +146,7 @@ def _mark_wanted(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-
             planned_LEG[layer, expert, gpu] = wanted
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def provision(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def]
     """Make a plan the current one; see :meth:`moeless.serverless.pool.InstancePool.provision`."""
     _mark_wanted(layer, expert_R, gpu_R, now, pool)

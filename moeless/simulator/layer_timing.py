@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeless.contracts import BoolArray, IntArray
+from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.costs.layer_time import (
     LOAD,
     ExchangeLoad,
@@ -24,6 +24,7 @@ from moeless.costs.layer_time import (
 from moeless.jit import njit
 from moeless.placement.dealing import (
     Dealt,
+    LayerCopies,
     LayerLoad,
     Traffic,
     deal_by_shares,
@@ -52,6 +53,7 @@ class Memory(NamedTuple):
     Attributes:
         table_SE: a table of loads where that is smaller than a list of the tokens, else of no rows.
         serving_R, first_E, by_expert_R, home_E: of :class:`~moeless.placement.dealing.LayerCopies`.
+        ready_E: when the first copy of each expert is warm.
         count_3G: of layers with one copy of each expert a GPU's tokens, those from itself, those from other islands.
     """
 
@@ -63,6 +65,7 @@ class Memory(NamedTuple):
     home_E: IntArray
     dealt: Dealt
     traffic: Traffic
+    ready_E: FloatArray
     count_3G: IntArray
 
 
@@ -81,11 +84,12 @@ def memory(sources, experts, replicas, gpus, assignments):  # type: ignore[no-un
         np.empty(experts, np.int64),
         room_for_rows(assignments + replicas),
         room_for_traffic(replicas, gpus),
+        np.empty(experts),
         np.empty((3, gpus), np.int64),
     )
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def locate(plans, gpu_LE):  # type: ignore[no-untyped-def]
     """The GPU of each expert in layers with one copy of each; others' rows are of no use."""
     expert_LR, gpu_LR = plans.expert_NR, plans.gpu_NR
@@ -94,7 +98,7 @@ def locate(plans, gpu_LE):  # type: ignore[no-untyped-def]
             gpu_LE[layer, expert_LR[layer, r]] = gpu_LR[layer, r]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def single_layers(start, stop, topk_TLK, row_T, rank_T, gpu_LE, costs, m, part_LX, load_LE):  # type: ignore[no-untyped-def]
     """Layers ``start`` to ``stop`` whose experts have one copy each, into ``part_LX`` and ``load_LE``.
 
@@ -152,7 +156,7 @@ def single_layers(start, stop, topk_TLK, row_T, rank_T, gpu_LE, costs, m, part_L
             most, most_far = max(most, n), max(most_far, beyond)
             most_near, most_others = max(most_near, n - local - beyond), max(most_others, n - local)
         if tables:
-            gpu_seconds(load_LE[layer], gpu_LE[layer], costs, seconds_G)
+            gpu_seconds(load_LE[layer], gpu_LE[layer], costs, seconds_G, m.traffic.work_W)
             expert = slowest(seconds_G)
         else:
             expert = slowest(seconds_G)
@@ -167,7 +171,7 @@ def single_layers(start, stop, topk_TLK, row_T, rank_T, gpu_LE, costs, m, part_L
         part_LX[layer, REPLICAS_PART], part_LX[layer, WARM_PART] = experts, experts
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def time_dealt(layer, plans, rule, numbers, control, costs, m, part_X):  # type: ignore[no-untyped-def]
     """One layer by its tokens in ``m.load`` and its serving copies in ``m.serving_R``, into ``part_X``.
 
@@ -177,7 +181,9 @@ def time_dealt(layer, plans, rule, numbers, control, costs, m, part_X):  # type:
     n, experts = plans.count_N[layer], len(m.home_E)
     expert_R, gpu_R, primary_R = plans.expert_NR[layer, :n], plans.gpu_NR[layer, :n], plans.primary_NR[layer, :n]
     traffic_QG, num_gpus = m.traffic.traffic_QG, m.traffic.traffic_QG.shape[1]
-    copies = sort_copies(expert_R, gpu_R, primary_R, m.serving_R[:n], num_gpus, m.first_E, m.by_expert_R[:n], m.home_E)
+    serving_R, first_E, by_expert_R, home_E = m.serving_R[:n], m.first_E, m.by_expert_R[:n], m.home_E
+    sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E)
+    copies = LayerCopies(expert_R, gpu_R, primary_R, serving_R, first_E, by_expert_R, home_E, num_gpus)
     decides = False
     if n == experts:
         rows = deal_to_homes(m.load, copies, m.dealt)
@@ -190,11 +196,11 @@ def time_dealt(layer, plans, rule, numbers, control, costs, m, part_X):  # type:
     active = add_rows(
         m.dealt.source_X, m.dealt.copy_X, m.dealt.tokens_X, rows, gpu_R, costs.island_G, tokens_R, traffic_QG
     )
-    expert, exchange = traffic_seconds(tokens_R, gpu_R, traffic_QG, costs, m.traffic.seconds_G)
+    expert, exchange = traffic_seconds(tokens_R, gpu_R, traffic_QG, costs, m.traffic.seconds_G, m.traffic.work_W)
     fill_parts(expert, exchange, control if decides else 0.0, active, n, traffic_QG, part_X)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def fill_parts(expert, exchange, control, active, replicas, traffic_QG, part_X):  # type: ignore[no-untyped-def]
     """A layer's run, all its copies warm."""
     most, total, gpus = 0.0, 0.0, traffic_QG.shape[1]
@@ -206,7 +212,7 @@ def fill_parts(expert, exchange, control, active, replicas, traffic_QG, part_X):
     part_X[REPLICAS_PART], part_X[WARM_PART] = replicas, replicas
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def time_some(  # type: ignore[no-untyped-def]
     start, stop, layer_N, topk_TLK, row_T, rank_T, plans, gpu_LE, rule, numbers, control_L, costs, m, part_LX, load_LE
 ):

@@ -74,7 +74,7 @@ class Walk(NamedTuple):
     delay: float
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _adopt(layer, w):  # type: ignore[no-untyped-def]
     """Put a layer's coming plan in force, its copies loading since it was there."""
     row, plans, coming, gpu_LE = w.row_L[layer], w.plans, w.coming, w.gpu_LE
@@ -92,7 +92,7 @@ def _adopt(layer, w):  # type: ignore[no-untyped-def]
     w.row_L[layer], w.timed_L[layer] = -1, False
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _count_warm(layer, w):  # type: ignore[no-untyped-def]
     """How many of the copies of the plan in force are warm."""
     expert_R, gpu_R, ready_LEG = w.plans.expert_NR[layer], w.plans.gpu_NR[layer], w.pool.ready_LEG
@@ -102,13 +102,15 @@ def _count_warm(layer, w):  # type: ignore[no-untyped-def]
     return warm
 
 
-@njit(cache=True, nogil=True)
-def _wait(layer, tokens_E, w, serving_R):  # type: ignore[no-untyped-def]
-    """Fill ``serving_R``; returns how long until every expert with tokens has a copy."""
+@njit(cache=True, nogil=True, allocates=False)
+def _wait(layer, tokens_E, w, m):  # type: ignore[no-untyped-def]
+    """Fill ``m.serving_R``; returns how long until every expert with tokens has a copy."""
     count, experts, clock = w.plans.count_N[layer], len(tokens_E), w.state_X[CLOCK]
     expert_R, gpu_R, primary_R = w.plans.expert_NR[layer], w.plans.gpu_NR[layer], w.plans.primary_NR[layer]
     ready_LEG = w.pool.ready_LEG
-    first_E, alive_E = np.full(experts, np.inf), np.zeros(experts, np.bool_)
+    serving_R, first_E, alive_E = m.serving_R, m.ready_E, m.home_E
+    for e in range(experts):
+        first_E[e], alive_E[e] = np.inf, 0
     for r in range(count):
         first_E[expert_R[r]] = min(first_E[expert_R[r]], ready_LEG[layer, expert_R[r], gpu_R[r]])
     until = clock
@@ -118,14 +120,14 @@ def _wait(layer, tokens_E, w, serving_R):  # type: ignore[no-untyped-def]
     stall = until - clock
     for r in range(count):
         serving_R[r] = ready_LEG[layer, expert_R[r], gpu_R[r]] <= clock + stall
-        alive_E[expert_R[r]] |= serving_R[r]
+        alive_E[expert_R[r]] += serving_R[r]
     for r in range(count):
-        if primary_R[r] and not alive_E[expert_R[r]]:
+        if primary_R[r] and alive_E[expert_R[r]] == 0:
             serving_R[r] = True
     return stall
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _end_layer(layer, w):  # type: ignore[no-untyped-def]
     """Move the clock past a layer that has run; a plan that came too late for it is in force from now on."""
     state_X, part_X = w.state_X, w.part_LX[layer]
@@ -136,7 +138,7 @@ def _end_layer(layer, w):  # type: ignore[no-untyped-def]
         _adopt(layer, w)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def walk_layers(first, w, rule, numbers, in_python, m):  # type: ignore[no-untyped-def]
     """Run the layers from ``first`` on; returns how many layers have run.
 
@@ -171,7 +173,7 @@ def walk_layers(first, w, rule, numbers, in_python, m):  # type: ignore[no-untyp
             for r in range(count):
                 m.serving_R[r] = True
         else:
-            stall = _wait(layer, tokens_E, w, m.serving_R)
+            stall = _wait(layer, tokens_E, w, m)
             if stall == np.inf:
                 state_X[FAILED] = layer
                 return layer
@@ -188,7 +190,7 @@ def walk_layers(first, w, rule, numbers, in_python, m):  # type: ignore[no-untyp
     return layers
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _note_load(layer, traffic_QG, w):  # type: ignore[no-untyped-def]
     for g in range(traffic_QG.shape[1]):
         w.load_LG[layer, g] = traffic_QG[LOAD, g]

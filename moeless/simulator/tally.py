@@ -20,13 +20,13 @@ IMBALANCE, BALANCED, REPLICAS, ACTIVE, WARM, OWN, WHOLE = 6, 7, 8, 9, 10, 11, 12
 NUM_TALLIES = 13
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def layer_time(part_X, costs):  # type: ignore[no-untyped-def]
     """A layer's parts as they show."""
     return layer_parts(part_X[EXPERT_PART], part_X[EXCHANGE_PART], part_X[CONTROL_PART], part_X[STALL_PART], costs)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def tally_layers(part_LX, all_replicas, costs, tally, time_L):  # type: ignore[no-untyped-def]
     """Add the layers of one iteration to the tally, in order; fills ``time_L`` with their seconds.
 

@@ -137,7 +137,9 @@ def test_rows_of_a_pair_count_as_one_and_their_order_does_not_matter(where, seed
     assert add_rows(*rows, rows.shape[1], plan.gpu_R, costs.island_G, tokens, traffic[1]) == active
     np.testing.assert_array_equal(tokens, quota.sum(0))
     np.testing.assert_array_equal(traffic[0], traffic[1])
-    np.testing.assert_array_equal(traffic_seconds(tokens, plan.gpu_R, traffic[1], costs, np.empty(gpus)), whole)
+    np.testing.assert_array_equal(
+        traffic_seconds(tokens, plan.gpu_R, traffic[1], costs, np.empty(gpus), np.empty(200, np.int64)), whole
+    )
 
 
 @pytest.mark.parametrize("name", BY_NUMPY)
