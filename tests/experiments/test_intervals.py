@@ -16,7 +16,7 @@ from moeless.experiments.cells.serving import serve
 from moeless.experiments.publish import drawn_in_turn
 from moeless.experiments.runner import closure
 from moeless.metrics.requests import WAITS
-from moeless.simulator import kernels
+from moeless.simulator import tally
 from moeless.simulator.record import MARKS, LayerRecord
 from moeless.spec import preset
 from moeless.traces.synthetic import SyntheticParams, write_synthetic
@@ -70,8 +70,8 @@ def test_runs_of_one_workload_are_compared_in_pairs(rows: dict) -> None:
 def test_a_bill_that_grows_evenly_has_no_width_and_marks_stay_few() -> None:
     record = LayerRecord(2)
     for _ in range(3 * MARKS):
-        record.tally[kernels.OWN] += 4.0
-        record.tally[kernels.REPLICAS] += 16.0
+        record.tally[tally.OWN] += 4.0
+        record.tally[tally.REPLICAS] += 16.0
         record.append(np.ones((1, 2)))
     assert len(record.marks) <= MARKS
     found = intervals._layers(record, 7.0, np.array([1.0, 0.0]))

@@ -9,6 +9,7 @@ import pytest
 
 from moeless.errors import UserError
 from moeless.placement import PLANNERS, Planner
+from moeless.placement.dispatch import EVEN
 from moeless.tuning.space import SERVERLESS, Axis, parse_ranges, search_space
 
 DEFAULTS = {"extra_slots": 1, "keep_alive": 10.0, "scale_to_zero": False, "replan_seconds": 600.0}
@@ -28,7 +29,16 @@ class Params:
 
 
 def planner(cadence: str = "iteration") -> Planner:
-    return Planner("made", None, None, Params, cadence, True, "history", "test")  # type: ignore[arg-type]
+    return Planner(
+        name="made",
+        dispatch=EVEN,
+        params=Params,
+        cadence=cadence,  # type: ignore[arg-type]
+        needs_forecast=True,
+        default_predictor="history",
+        source="test",
+        plan_layer=PLANNERS.get("static").plan,
+    )
 
 
 def test_axes_follow_the_fields_types_and_metadata():
