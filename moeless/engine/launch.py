@@ -64,18 +64,23 @@ class ForkedRanks:
 
     def _start(self, rank: int) -> None:
         parent = os.getpid()
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.close(reading)
-                die_with(parent)
-                code = _child(self._work, rank, writing)
-            finally:
-                os._exit(code)
-        os.close(writing)
-        self.pids[rank], self._pipes[rank] = pid, reading
+        # a signal's handler may raise; within a fork that would be lost, and so would the child before it is noted
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            reading, writing = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    os.close(reading)
+                    die_with(parent)
+                    code = _child(self._work, rank, writing, mask)
+                finally:
+                    os._exit(code)
+            os.close(writing)
+            self.pids[rank], self._pipes[rank] = pid, reading
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def wait(self) -> None:
         """Return when every rank has ended well.
@@ -131,12 +136,13 @@ class ForkedRanks:
         self._pipes.clear()
 
 
-def _child(work: Callable[[int], None], rank: int, pipe: int) -> int:
+def _child(work: Callable[[int], None], rank: int, pipe: int, mask: set[int]) -> int:
     import torch
 
     # an interrupt is the parent's to handle: it ends the ranks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     torch.set_num_threads(1)
     try:
         work(rank)

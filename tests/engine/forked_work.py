@@ -20,6 +20,20 @@ def hanging(folder: str) -> Callable[[int], None]:
     return work
 
 
+def ended_within_a_fork(folder: str) -> Callable[[int], None]:
+    """The process that forks is told to end at the moment of its first fork."""
+    forks: list[None] = []
+    os.register_at_fork(
+        after_in_parent=lambda: None if forks else forks.append(None) or os.kill(os.getpid(), signal.SIGTERM)
+    )
+
+    def work(_: int) -> None:
+        (Path(folder) / f"{os.getpid()}.pid").touch()
+        threading.Event().wait(600)
+
+    return work
+
+
 def killed(_: None) -> Callable[[int], None]:
     return lambda rank: os.kill(os.getpid(), signal.SIGBUS) if rank == 1 else threading.Event().wait(600) or None
 

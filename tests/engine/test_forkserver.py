@@ -104,6 +104,15 @@ def test_an_interrupt_is_the_command_s_alone_and_ends_the_ranks(
     assert own_server._process.returncode == 0
 
 
+def test_told_to_end_within_a_fork_it_ends_and_leaves_no_rank(own_server: ForkServer, tmp_path: Path) -> None:
+    # what a handler raises within a fork is lost: there the signal must wait
+    with pytest.raises(RunFailed, match="ended with exit status 0"):
+        own_server.run("forked_work:ended_within_a_fork", str(tmp_path), 2)
+    for path in tmp_path.glob("*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.stem), 0)
+
+
 def test_a_killed_server_is_a_sentence(own_server: ForkServer, tmp_path: Path) -> None:
     def kill() -> None:
         started(tmp_path, 1)
