@@ -81,41 +81,6 @@ def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
     return decorate
 
 
-def function_pointer(function: Callable[..., Any], result: Any, arguments: tuple[Any, ...]) -> Any:
-    """A function of :func:`njit` that compiled code can be given as an argument and call.
-
-    Compiled code that takes it is compiled once for all functions of these types. Without numba, the function itself.
-
-    Args:
-        result, arguments: examples, whose types are those of every call.
-    """
-    if not COMPILED:
-        return function
-    import numba
-
-    signature = numba.typeof(result)(*map(numba.typeof, arguments))
-    dispatcher: Any = function
-    dispatcher.compile(signature)
-    # finds what was just compiled, where there is a cache
-    given, folder = numba.config.CACHE_DIR, cache_folder(Path(dispatcher.py_func.__code__.co_filename))
-    numba.config.CACHE_DIR = folder or given
-    try:
-        entry = numba.cfunc(signature, cache=bool(folder))(dispatcher.py_func)
-    finally:
-        numba.config.CACHE_DIR = given
-
-    class Pointer(numba.types.WrapperAddressProtocol):
-        """The compiled function's address and type, which numba asks for."""
-
-        def __wrapper_address__(self) -> int:
-            return int(entry.address)
-
-        def signature(self) -> Any:
-            return signature
-
-    return Pointer()
-
-
 @cache
 def cache_folder(path: Path) -> str:
     """Where the compiled functions of a source file are kept; empty where no folder at all can be written."""
@@ -266,7 +231,6 @@ __all__ = [
     "cache_root",
     "clear_cache",
     "compiled_cache",
-    "function_pointer",
     "njit",
     "on_compiling",
     "sources_hash",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from moeless.errors import UserError
@@ -158,7 +159,7 @@ class MoESpec:
         """Bytes of one token's hidden state on the wire."""
         return round(self.hidden_size * BYTES_PER_WEIGHT[self.dtype])
 
-    @property
+    @cached_property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token adds to the KV cache of all layers."""
         values = self.num_layers * self.attention.kv_values_per_token()
@@ -169,7 +170,7 @@ class MoESpec:
         """Parameters of the input embedding alone."""
         return self.vocab_size * self.hidden_size
 
-    @property
+    @cached_property
     def non_expert_params(self) -> int:
         """Everything that each rank replicates: attention, gates, shared and dense FFNs, embeddings, norms."""
         dense = (self.num_layers - self.L) * self.expert_matrices * self.hidden_size * self.dense_intermediate_size
@@ -190,7 +191,7 @@ class MoESpec:
         active = self.non_expert_params + self.L * self.top_k * self.expert_params
         return active if self.published_active_counts_embedding else active - self.embedding_params
 
-    @property
+    @cached_property
     def non_expert_bytes(self) -> int:
         """Bytes that every rank holds besides routed experts."""
         return round(self.non_expert_params * BYTES_PER_WEIGHT[self.dtype])

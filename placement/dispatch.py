@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moeless.compiled_call import function_address
 from moeless.contracts import BoolArray, FloatArray, IntArray, LayerPlan
 from moeless.costs import Control
 from moeless.errors import UserError
-from moeless.jit import function_pointer, njit
+from moeless.jit import njit
 from moeless.placement import dealing
 from moeless.placement.setting import Setting
 
@@ -74,10 +75,10 @@ class DispatchRule:
         return Control(gathers_counts=self.gathers_counts, dispatch_timed_as=self.timed_as)
 
     @property
-    def pointer(self) -> Any:
-        """``deal`` for compiled loops."""
+    def address(self) -> Any:
+        """``deal`` for compiled loops, see :mod:`moeless.compiled_call`."""
         assert self.deal is not None
-        return _pointer(self.deal)
+        return _address(self.deal)
 
     def __call__(self, load_SE: IntArray, plan: LayerPlan, usable_R: BoolArray, setting: Setting) -> IntArray:
         """Quotas, ``[S, R]`` tokens.
@@ -107,13 +108,13 @@ class DispatchRule:
 
 
 @lru_cache(maxsize=64)
-def _pointer(deal: Callable[..., int]) -> Any:
+def _address(deal: Callable[..., int]) -> Any:
     from moeless.costs.layer_time import LayerCosts, no_tables
 
     one, flag = np.zeros(1, np.int64), np.zeros(1, np.bool_)
     table = dealing.table_rows(np.ones((1, 1), np.int64), one.astype(np.int32), one.astype(np.int32), flag, flag, 1)
     costs = LayerCosts(1.0, 1.0, 1.0, False, 1.0, False, 1, one, 1.0, 1.0, 1.0, 1.0, 1.0, no_tables())
-    return function_pointer(deal, np.int64(0), (table.load, table.copies, NO_NUMBERS, costs, table.dealt))
+    return function_address(deal, (table.load, table.copies, NO_NUMBERS, costs, table.dealt))
 
 
 @njit(cache=True, nogil=True)

@@ -54,7 +54,12 @@ class LoadHistory:
         """Note an iteration's true loads, once it has run."""
         self.weight_LE *= DECAY
         self.weight_LE += load_LE
-        self.add_steps(load_LE[None], phase, tokens)
+        slot_LE = self._window_WLE[self._seen_L[0] % WINDOW]
+        self._recent_LE += load_LE
+        self._recent_LE -= slot_LE
+        slot_LE[:] = load_LE
+        self._last[phase] = load_LE
+        self.count(1, tokens)
 
     def add_steps(self, load_ILE: NDArray[np.integer[Any]], phase: Phase, tokens: int) -> None:
         """Note iterations of so many tokens each whose loads ``weight_LE`` holds already."""

@@ -19,7 +19,7 @@ class PoolState(NamedTuple):
     """A pool's arrays and settings for compiled code, which changes the arrays in place.
 
     Attributes:
-        wanted_EG: memory to work in.
+        wanted_EG: memory to work in, all False between calls.
         log_X5: room for transfers: GPU, layer, expert, begin and end of each; of no rows where nobody asks.
     """
 
@@ -76,17 +76,23 @@ def make_room(gpu, wanted, now, pool):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, allocates=False)
 def expire(layer, now, pool):  # type: ignore[no-untyped-def]
-    """Evict a layer's unplanned copies whose keep-alive has run out, as of when it did."""
-    born_LEG, ready_LEG, used_LEG = pool.born_LEG, pool.ready_LEG, pool.used_LEG
-    planned_LEG, keep_LE = pool.planned_LEG, pool.keep_LE
-    _, experts, gpus = ready_LEG.shape
-    for expert in range(experts):
-        for gpu in range(gpus):
-            if born_LEG[layer, expert, gpu] == np.inf or planned_LEG[layer, expert, gpu]:
-                continue
-            end = max(used_LEG[layer, expert, gpu], ready_LEG[layer, expert, gpu]) + keep_LE[layer, expert]
-            if end <= now:
-                evict(layer, expert, gpu, end, pool)
+    """Evict a layer's unplanned copies whose keep-alive has run out, as of when it did; returns how many linger on."""
+    born_EG, planned_EG, lingering = pool.born_LEG[layer], pool.planned_LEG[layer], 0
+    for expert in range(born_EG.shape[0]):
+        for gpu in range(born_EG.shape[1]):
+            if born_EG[expert, gpu] != np.inf and not planned_EG[expert, gpu]:
+                lingering += not _expired(layer, expert, gpu, now, pool)
+    return lingering
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _expired(layer, expert, gpu, now, pool):  # type: ignore[no-untyped-def]
+    """Whether an unplanned copy's keep-alive has run out; it is evicted as of when it did."""
+    idle = max(pool.used_LEG[layer, expert, gpu], pool.ready_LEG[layer, expert, gpu])
+    end = idle + pool.keep_LE[layer, expert]
+    if end <= now:
+        evict(layer, expert, gpu, end, pool)
+    return end <= now
 
 
 @njit(cache=True, nogil=True, allocates=False)
@@ -126,35 +132,36 @@ def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, allocates=False)
 def _mark_wanted(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def]
-    """Note which copies the layer's new plan wants; of those that it drops, the idle time begins."""
-    used_LEG, planned_LEG = pool.used_LEG, pool.planned_LEG
-    experts, gpus = used_LEG.shape[1], used_LEG.shape[2]
+    """Note which copies the layer's new plan wants; of those that it drops the idle time begins, and some expire."""
+    used_EG, planned_EG, born_EG = pool.used_LEG[layer], pool.planned_LEG[layer], pool.born_LEG[layer]
+    experts, gpus = used_EG.shape
     wanted_EG = pool.wanted_EG
-    for expert in range(experts):
-        for gpu in range(gpus):
-            wanted_EG[expert, gpu] = False
     for r in range(len(expert_R)):
         wanted_EG[expert_R[r], gpu_R[r]] = True
     for expert in range(experts):
+        lingers = False
         for gpu in range(gpus):
-            wanted, planned = wanted_EG[expert, gpu], planned_LEG[layer, expert, gpu]
+            wanted, planned = wanted_EG[expert, gpu], planned_EG[expert, gpu]
             if planned and not wanted:
-                used_LEG[layer, expert, gpu] = max(used_LEG[layer, expert, gpu], now)
-            elif pool.adaptive and wanted and not planned and used_LEG[layer, expert, gpu] >= 0:
-                gap = max(0.0, now - used_LEG[layer, expert, gpu])
+                used_EG[expert, gpu] = max(used_EG[expert, gpu], now)
+            elif pool.adaptive and wanted and not planned and used_EG[expert, gpu] >= 0:
+                gap = max(0.0, now - used_EG[expert, gpu])
                 pool.keep_LE[layer, expert] = learn(gap, pool.histogram_LEB[layer, expert], pool.fixed_keep_alive)
-            planned_LEG[layer, expert, gpu] = wanted
+            planned_EG[expert, gpu], wanted_EG[expert, gpu] = wanted, False
+            lingers |= not wanted and born_EG[expert, gpu] != np.inf
+        for gpu in range(gpus if lingers else 0):
+            if born_EG[expert, gpu] != np.inf and not planned_EG[expert, gpu]:
+                _expired(layer, expert, gpu, now, pool)
 
 
 @njit(cache=True, nogil=True, allocates=False)
 def provision(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def]
     """Make a plan the current one; see :meth:`moeless.serverless.pool.InstancePool.provision`."""
     _mark_wanted(layer, expert_R, gpu_R, now, pool)
-    expire(layer, now, pool)
-    born_LEG = pool.born_LEG
+    born_EG = pool.born_LEG[layer]
     for r in range(len(expert_R)):
         expert, gpu = expert_R[r], gpu_R[r]
-        if born_LEG[layer, expert, gpu] != np.inf:
+        if born_EG[expert, gpu] != np.inf:
             continue
         counters = pool.counters
         if not make_room(gpu, pool.num_bytes, now, pool):
@@ -168,7 +175,7 @@ def provision(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def
             # a GPU's copy engine takes one transfer at a time
             start = max(now, pool.engine_free_G[gpu])
             pool.engine_free_G[gpu] = start + seconds
-        born_LEG[layer, expert, gpu] = now
+        born_EG[expert, gpu] = now
         # instances start beside each other; only their transfers queue
         pool.ready_LEG[layer, expert, gpu] = start + seconds + begin
         pool.used_LEG[layer, expert, gpu] = start + seconds + begin

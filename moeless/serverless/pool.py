@@ -157,7 +157,7 @@ class InstancePool:
             self._bytes, float(settings.keep_alive.seconds), settings.keep_alive.kind == "adaptive", self._keep_LE,
             self._histogram_LEB, self.cluster.island_size, self.tier_seconds, float(settings.start_seconds),
             bool(settings.instant), self.ready_LEG, self.born_LEG, self.used_LEG, self.planned_LEG, self.engine_free_G,
-            self.resident_G, self.capacity_G, self._counters, np.empty(self.born_LEG.shape[1:], np.bool_),
+            self.resident_G, self.capacity_G, self._counters, np.zeros(self.born_LEG.shape[1:], np.bool_),
             np.empty((room, 5)),
         )  # fmt: skip
 

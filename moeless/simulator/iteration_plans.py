@@ -153,56 +153,46 @@ class IterationPlans:
         return forecast
 
     def _copies_before(self, layer_N: IntArray, plans: PlanRows, now: float) -> PreviousCopies:
-        first_N, pool = np.zeros(len(layer_N) + 1, np.int64), self.pool.state
-        size = _count_copies(layer_N, plans, now, pool, first_N)
-        before = PreviousCopies(
-            first_N, np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.bool_),
-            np.empty(size, np.uint8), np.empty(size), plans.fixed_N[layer_N],
-        )  # fmt: skip
-        _list_copies(layer_N, plans, now, pool, before)
+        before: PreviousCopies = _copies(layer_N, plans, now, self.pool.state)
         return before
 
 
 @njit(cache=True, nogil=True)
-def _count_copies(layer_N, plans, now, pool, first_N):  # type: ignore[no-untyped-def]
-    """Free what has lingered too long; fill ``first_N`` for the copies that are left, and return their number."""
-    born_LEG, planned_LEG, count_L = pool.born_LEG, pool.planned_LEG, plans.count_N
-    _, experts, gpus = born_LEG.shape
-    total = 0
-    for n in range(len(layer_N)):
-        layer = layer_N[n]
-        expire(layer, now, pool)
-        total += count_L[layer]
-        for e in range(experts):
-            for g in range(gpus):
-                total += born_LEG[layer, e, g] != np.inf and not planned_LEG[layer, e, g]
-        first_N[n + 1] = total
-    return total
+def _copies(layer_N, plans, now, pool):  # type: ignore[no-untyped-def]
+    """The plans in force with lingering copies as further extras; what has lingered too long is freed before."""
+    count, total = len(layer_N), 0
+    first_N, fixed_N = np.zeros(count + 1, np.int64), np.empty(count, np.bool_)
+    for n in range(count):
+        total += plans.count_N[layer_N[n]] + expire(layer_N[n], now, pool)
+        first_N[n + 1], fixed_N[n] = total, plans.fixed_N[layer_N[n]]
+    before = PreviousCopies(
+        first_N, np.empty(total, np.int32), np.empty(total, np.int32), np.empty(total, np.bool_),
+        np.empty(total, np.uint8), np.empty(total), fixed_N,
+    )  # fmt: skip
+    _list_copies(layer_N, plans, now, pool, before)
+    return before
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, allocates=False)
 def _list_copies(layer_N, plans, now, pool, before):  # type: ignore[no-untyped-def]
-    """The plans in force with lingering copies as further extras, in a plan's order."""
-    born_LEG, ready_LEG, planned_LEG = pool.born_LEG, pool.ready_LEG, pool.planned_LEG
+    """Fill all but the numbers of copies, in a plan's order."""
     first_N, expert_P, gpu_P, primary_P, state_P, share_P, fixed_N = before
-    _, experts, gpus = born_LEG.shape
-    at = 0
+    experts, gpus = pool.born_LEG.shape[1], pool.born_LEG.shape[2]
     for n in range(len(layer_N)):
-        layer = layer_N[n]
+        layer, at = layer_N[n], first_N[n]
+        born_EG, planned_EG, ready_EG = pool.born_LEG[layer], pool.planned_LEG[layer], pool.ready_LEG[layer]
         expert_R, gpu_R, primary_R = plans.expert_NR[layer], plans.gpu_NR[layer], plans.primary_NR[layer]
         share_R, count, r = plans.share_NR[layer], plans.count_N[layer], 0
         lingers = first_N[n + 1] - first_N[n] > count
-        for g in range(gpus):
+        for g in range(gpus if lingers else 1):
             begin = at
-            while r < count and gpu_R[r] == g:
-                expert_P[at], gpu_P[at], primary_P[at] = expert_R[r], g, primary_R[r]
+            while r < count and (gpu_R[r] == g or not lingers):
+                expert_P[at], gpu_P[at], primary_P[at] = expert_R[r], gpu_R[r], primary_R[r]
                 share_P[at] = share_R[r] if fixed_N[n] else 0.0
                 r += 1
                 at += 1
-            if not lingers:
-                continue
-            for e in range(experts):
-                if born_LEG[layer, e, g] != np.inf and not planned_LEG[layer, e, g]:
+            for e in range(experts if lingers else 0):
+                if born_EG[e, g] != np.inf and not planned_EG[e, g]:
                     i = at
                     at += 1
                     while i > begin and not primary_P[i - 1] and expert_P[i - 1] > e:
@@ -211,5 +201,5 @@ def _list_copies(layer_N, plans, now, pool, before):  # type: ignore[no-untyped-
                         i -= 1
                     expert_P[i], gpu_P[i], primary_P[i], share_P[i] = e, g, False, 0.0
         for p in range(first_N[n], at):
-            ready = ready_LEG[layer, expert_P[p], gpu_P[p]]
+            ready = ready_EG[expert_P[p], gpu_P[p]]
             state_P[p] = _WARM if ready <= now else _LOADING if ready != np.inf else _COLD

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moeless.compiled_call import call_at
 from moeless.contracts import BoolArray, FloatArray, IntArray
 from moeless.costs.layer_time import (
     LOAD,
@@ -90,12 +91,29 @@ def memory(sources, experts, replicas, gpus, assignments):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True, allocates=False)
-def locate(plans, gpu_LE):  # type: ignore[no-untyped-def]
-    """The GPU of each expert in layers with one copy of each; others' rows are of no use."""
-    expert_LR, gpu_LR = plans.expert_NR, plans.gpu_NR
+def survey(plans, ready_LEG, gpu_LE):  # type: ignore[no-untyped-def]
+    """What matters of plans until they change.
+
+    Args:
+        ready_LEG: when each copy is warm; infinity where it is on no way to it.
+        gpu_LE: filled with the GPU of each expert, in layers with one copy of each; others' rows are of no use.
+
+    Returns:
+        Copies in all plans, layers with more than one copy of an expert, those of them whose shares are not fixed, and
+        when the last copy is warm.
+    """
+    expert_LR, gpu_LR, experts = plans.expert_NR, plans.gpu_NR, gpu_LE.shape[1]
+    replicas, several, deciding, last = 0, 0, 0, 0.0
     for layer in range(len(gpu_LE)):
-        for r in range(gpu_LE.shape[1]):
-            gpu_LE[layer, expert_LR[layer, r]] = gpu_LR[layer, r]
+        count = plans.count_N[layer]
+        replicas += count
+        several += count > experts
+        deciding += count > experts and not plans.fixed_N[layer]
+        for r in range(count):
+            e, g = expert_LR[layer, r], gpu_LR[layer, r]
+            gpu_LE[layer, e] = g
+            last = max(last, ready_LEG[layer, e, g])
+    return replicas, several, deciding, last
 
 
 @njit(cache=True, nogil=True, allocates=False)
@@ -107,7 +125,7 @@ def single_layers(start, stop, topk_TLK, row_T, rank_T, gpu_LE, costs, m, part_L
 
     Args:
         row_T, rank_T: rows of ``topk_TLK`` and source ranks of the tokens, the ranks ascending.
-        gpu_LE: where each expert is, as :func:`locate` fills it.
+        gpu_LE: where each expert is, as :func:`survey` fills it.
     """
     top, tokens, experts = topk_TLK.shape[2], len(row_T), load_LE.shape[1]
     active_E, seconds_G, count_3G, island_G = m.first_E, m.traffic.seconds_G, m.count_3G, costs.island_G
@@ -191,7 +209,7 @@ def time_dealt(layer, plans, rule, numbers, control, costs, m, part_X):  # type:
         rows = deal_by_shares(m.load, copies, plans.share_NR[layer, :n], m.dealt)
     else:
         decides = True
-        rows = rule(m.load, copies, numbers, costs, m.dealt)
+        rows = call_at(rule, m.load, copies, numbers, costs, m.dealt)
     tokens_R = m.traffic.tokens_R[:n]
     active = add_rows(
         m.dealt.source_X, m.dealt.copy_X, m.dealt.tokens_X, rows, gpu_R, costs.island_G, tokens_R, traffic_QG
@@ -244,8 +262,8 @@ def time_layers(  # type: ignore[no-untyped-def]
     Args:
         layer_N: ascending.
         topk_TLK, row_T, rank_T: the tokens' experts, rows and source ranks, the ranks ascending.
-        gpu_LE: as :func:`locate` fills it.
-        rule, numbers: the planner's dispatch rule and its numbers.
+        gpu_LE: as :func:`survey` fills it.
+        rule, numbers: the planner's dispatch rule, as ``DispatchRule.address`` tells, and its numbers.
     """
     gpus, experts, widest = len(costs.island_G), load_LE.shape[1], plans.expert_NR.shape[1]
     m = memory(gpus, experts, widest, gpus, len(row_T) * topk_TLK.shape[2])

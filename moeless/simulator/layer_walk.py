@@ -40,7 +40,7 @@ class Walk(NamedTuple):
         coming: plans on their way; ``row_L`` says where a layer's is, -1 where there is none.
         asked_L: the layer at whose start a layer's coming plan was asked for, or ``BEFORE``.
         since_L: when a coming plan is there.
-        gpu_LE: as ``layer_timing.locate`` fills it.
+        gpu_LE: as ``layer_timing.survey`` fills it.
         control_L: seconds of each layer's decisions after the gate.
         timed_L: layers whose run under the plans in force stands in ``part_LX`` and ``load_LE`` already.
         part_LX: each layer's run, columns of ``tally``.

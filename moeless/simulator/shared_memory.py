@@ -67,7 +67,7 @@ class SharedMemory:
 
     def _fits(self, held_G: FloatArray) -> bool:
         """Whether so many bytes are in the memory of the GPUs that work."""
-        return bool((np.where(self._down_G, 0.0, held_G) <= self._memory).all())
+        return bool(((held_G <= self._memory) | self._down_G).all())
 
     def look_again(self, now: float) -> None:
         """After GPUs were lost or came back: what a sleeping tenant needs, and when a loading one is there."""
@@ -98,6 +98,8 @@ class SharedMemory:
         """Where tenants together have outgrown the memory, copies that no plan holds go, then who has no work."""
         none_G = np.zeros(self.cluster.G)
         leaving = self._leaving(none_G, now)
+        if leaving == []:
+            return
         if leaving is None:
             self.overflow_bytes = max(self.overflow_bytes, float(self._over_G.max()))
         self._clear(none_G, leaving or (), now)

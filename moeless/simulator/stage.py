@@ -22,11 +22,11 @@ from moeless.policy.resolved import INTERVAL_ITERATIONS
 from moeless.serverless import InstancePool
 from moeless.simulator.failures import Failure, Outage, without_extras
 from moeless.simulator.iteration_plans import ComingPlans, IterationPlans
-from moeless.simulator.layer_timing import locate, memory, time_layers
+from moeless.simulator.layer_timing import memory, survey, time_layers
 from moeless.simulator.layer_walk import CLOCK, FAILED, LATE, NUM_STATE, WAITED, Walk, run_dealt, walk, walk_layers
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.routing import Replay, SpanColumns, balanced_topk
-from moeless.simulator.steady_steps import Batch, SteadySteps, dispatch_work
+from moeless.simulator.steady_steps import DISPATCH_WORK, Batch, SteadySteps
 from moeless.simulator.tally import NUM_PARTS, START_PART, layer_time, tally_layers
 from moeless.simulator.timeline import Timeline
 from moeless.simulator.work import Work
@@ -73,7 +73,7 @@ class Stage:
         rule = runtime.planner.dispatch
         # a rule in Python deals where there is a choice; layers without one are dealt as by any other
         self._in_python = rule.deal is None
-        self._rule: Any = (EVEN if self._in_python else rule).pointer
+        self._rule: Any = (EVEN if self._in_python else rule).address
         self._numbers = NO_NUMBERS if self._in_python else runtime.setting.derived(rule.numbers)
         self.control_L = np.array(
             [self.costs.control_seconds(runtime.planner.control, layer) for layer in range(self.spec.L)], np.float64
@@ -81,7 +81,7 @@ class Stage:
         self._wanted = runtime.first_plans([history.share(layer) for layer in range(self.spec.L)])
         self._rows = rows_of(self._wanted)
         self._plans: list[LayerPlan] | None = list(self._wanted)
-        self._gpu_LE = np.zeros((self.spec.L, self.spec.E), np.int64)
+        self._gpu_LE, self._all_N = np.zeros((self.spec.L, self.spec.E), np.int64), np.arange(self.spec.L)
         self.ahead = IterationPlans(runtime, pool, history)
         self._steps = SteadySteps(
             runtime, history, record, self.ahead.reuse.steps, plan_every, self._rule, self._numbers, self.control_L
@@ -103,29 +103,25 @@ class Stage:
             self._plans = [self._rows.plan(layer, layer) for layer in range(self.spec.L)]
         return self._plans
 
-    def _put(self, plans: Sequence[LayerPlan]) -> None:
-        """Put plans in force, one of each layer."""
+    def _put(self, plans: Sequence[LayerPlan]) -> float:
+        """Put plans in force, one of each layer; returns when their last copy is warm."""
         self._rows, self._plans = rows_of(plans, self._rows.widest), list(plans)
-        self._look()
+        return self._look()
 
     @property
     def wanted(self) -> list[LayerPlan]:
         """What would be in force if every GPU worked."""
         return list(self.plans) if self.cadence == "iteration" else self._wanted
 
-    def _look(self) -> None:
-        """Look at the plans once, until the next change."""
-        locate(self._rows, self._gpu_LE)
-        self._dispatch_work = dispatch_work(self._rows, self.spec.E, self.runtime.planner.dispatch.gathers_counts)
-        self._decides = bool(((self._rows.count_N > self.spec.E) & ~self._rows.fixed_N).any())
-        self._stale = False
+    def _look(self) -> float:
+        """Look at the plans once, until the next change; returns when their last copy is warm.
 
-    def _last_ready(self) -> float:
-        """When the last copy of any plan in force is warm; infinity where memory had no room for one."""
-        held_LR = np.arange(self._rows.widest) < self._rows.count_N[:, None]
-        layer_N = np.repeat(np.arange(self.spec.L), self._rows.count_N)
-        ready = self.pool.ready_LEG[layer_N, self._rows.expert_NR[held_LR], self._rows.gpu_NR[held_LR]]
-        return float(ready.max())
+        It is infinity where memory had no room for one.
+        """
+        self._replicas, several, deciding, ready = survey(self._rows, self.pool.ready_LEG, self._gpu_LE)
+        self._dispatch_work = DISPATCH_WORK * several if self.runtime.planner.dispatch.gathers_counts else 0
+        self._decides, self._stale = deciding > 0, False
+        return float(ready)
 
     @property
     def _first_gpu_E(self) -> Int32Array:
@@ -137,9 +133,7 @@ class Stage:
     def _settled(self, now: float) -> bool:
         """Whether every copy of the plans in force is warm, and layers can be timed in any order."""
         if self._stale:
-            self._look()
-            self._settled_at = self._last_ready()
-            self._cause = "cold"
+            self._settled_at, self._cause = self._look(), "cold"
         if self._in_python and self._decides:
             return False
         return now >= self._settled_at and (self.timeline is None or not self.timeline.watches(now))
@@ -159,17 +153,19 @@ class Stage:
         self._since_plan += 1
         part_LX, time_IL = np.zeros((self.spec.L, NUM_PARTS)), np.empty((1, self.spec.L))
         load_LE = np.empty((self.spec.L, self.spec.E), np.int64)
-        replicas, costs = int(self._rows.count_N.sum()), self.costs.layer_costs
-        timed_L = np.zeros(self.spec.L, np.bool_)
-        if self._settled(now):
-            timed_L[:] = True
-            if coming is not None:
-                timed_L[coming.layer_N] = False
-            self._time(np.flatnonzero(timed_L), tokens, part_LX, load_LE)
-        if timed_L.all():
+        costs, planned = self.costs.layer_costs, 0 if coming is None else len(coming.layer_N)
+        if coming is None and self._settled(now):
+            replicas = self._replicas
+            self._time(self._all_N, tokens, part_LX, load_LE)
             tally_layers(part_LX, replicas, costs, self.record.tally, time_IL[0])
             end = now + float(time_IL.sum()) + self.spec.L * other.per_moe_layer
         else:
+            replicas, timed_L = int(self._rows.count_N.sum()), np.zeros(self.spec.L, np.bool_)
+            if planned < self.spec.L and self._settled(now):
+                timed_L[:] = True
+                if coming is not None:
+                    timed_L[coming.layer_N] = False
+                self._time(np.flatnonzero(timed_L), tokens, part_LX, load_LE)
             end = self._walk(work, tokens, coming, now, other, timed_L, part_LX, load_LE)
             tally_layers(part_LX, replicas, costs, self.record.tally, time_IL[0])
         work.load_LE = load_LE
@@ -211,7 +207,7 @@ class Stage:
         watched = self.timeline is not None and self.timeline.watches(now)
         state_X = np.zeros(NUM_STATE)
         state_X[CLOCK], state_X[FAILED] = now, -1.0
-        cause = self._cause if now < self._settled_at else "cold"
+        cause = "cold" if self._stale or now >= self._settled_at else self._cause
         stall_2, stalled_2 = np.array([record.stalls.get(cause, 0.0), record.stalls["cold"]]), np.zeros(2, np.bool_)
         since_L = np.where(asked_L < 0, now, np.inf)
         w = Walk(
@@ -304,7 +300,9 @@ class Stage:
             index_N = np.arange(size) * steps
         batch = Batch(topk_TLK, row_F, index_N, spans.start_N, spans.rank_N)
         deadline = min(deadline, self._next_change)
-        end_I = self._steps.run(batch, steps, now, deadline, self._rows, self._gpu_LE, other.terms, self._since_plan)
+        end_I = self._steps.run(
+            batch, steps, now, deadline, self._rows, self._gpu_LE, other.terms, self._since_plan, self._dispatch_work
+        )
         self._since_plan += len(end_I)
         return end_I
 
@@ -341,8 +339,7 @@ class Stage:
         plans = self._there(self._wanted)
         for layer, there in enumerate(plans):
             self.pool.provision(layer, there.expert_R, there.gpu_R, now)
-        self._put(plans)
-        self._settled_at = self._last_ready()
+        self._settled_at = self._put(plans)
 
     def wake(self, now: float) -> None:
         """After the GPUs were given back: load everything again."""

@@ -36,11 +36,6 @@ _LOADS, _LEAST, _MOST = 2**18, 16, 512
 _FEW = 3
 
 
-def dispatch_work(plans: PlanRows, experts: int, gathers: bool) -> int:
-    """What deciding the dispatch of one iteration's layers takes, in expert loads looked at."""
-    return DISPATCH_WORK * int((plans.count_N > experts).sum()) if gathers else 0
-
-
 @dataclass(frozen=True)
 class Batch:
     """Requests that decode together, and where their tokens are routed.
@@ -81,16 +76,18 @@ class SteadySteps:
 
     def run(
         self, batch: Batch, steps: int, now: float, deadline: float, plans: PlanRows, gpu_LE: IntArray,
-        other: NonExpertTerms, since_plan: int,
+        other: NonExpertTerms, since_plan: int, dispatch_work: int,
     ) -> FloatArray:  # fmt: skip
         """Up to ``steps`` steps under warm plans, ending with the first that ends at or after ``deadline``.
 
+        ``dispatch_work`` is what deciding the dispatch of one step takes, in expert loads looked at.
+
         Returns when each ended, ``[I]``. A later step whose forecasts do not leave all plans as they are is not run.
         """
-        spec, gathers = self.policy.spec, self.policy.planner.dispatch.gathers_counts
+        spec = self.policy.spec
         order_T = np.argsort(batch.rank_N, kind="stable")
         index_T, position_T, rank_T = batch.index_N[order_T], batch.position_N[order_T], batch.rank_N[order_T]
-        work = spec.L * (spec.E + len(rank_T) * spec.K) + dispatch_work(plans, spec.E, gathers)
+        work = spec.L * (spec.E + len(rank_T) * spec.K) + dispatch_work
         weight_LE = self.history.weight_LE if self._learns else self.history.weight_LE[:0]
         time_IL, end_I, done = np.empty((steps, spec.L)), np.empty(steps), 0
         while done == 0 or (done < steps and now < deadline):

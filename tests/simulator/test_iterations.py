@@ -22,7 +22,7 @@ from moeless.predictors import PREDICTORS
 from moeless.serverless import PoolSettings
 from moeless.serverless.keep_alive import KeepAlive
 from moeless.simulator import SimulationSettings, simulate, tally
-from moeless.simulator.layer_timing import locate, time_layers
+from moeless.simulator.layer_timing import survey, time_layers
 from moeless.simulator.timeline import Timeline
 from moeless.spec import Attention, MoESpec
 from moeless.workloads.schedulers import Continuous
@@ -186,7 +186,7 @@ def test_layers_timed_straight_from_tokens_take_what_the_rules_quotas_take(seed,
     topk_TLK = np.ascontiguousarray(np.stack([topk_T, topk_T], 1)[:, :, None], np.uint16)
     where = cluster("h100x8") if gpus == 8 else cluster("h100x8x3").with_gpus(gpus)
     rows, gpu_LE = rows_of([plain, fixed]), np.zeros((2, experts), np.int64)
-    locate(rows, gpu_LE)
+    survey(rows, np.zeros((2, *gpu_LE.shape[1:], 64)), gpu_LE)
     for costs_name in ("paper", "roofline"):
         costs = COSTS.get(costs_name)(SPEC, where)
         for name in ("eplb", "elastic", "metro"):
@@ -197,7 +197,7 @@ def test_layers_timed_straight_from_tokens_take_what_the_rules_quotas_take(seed,
             rule = runtime.planner.dispatch
             part_LX, load_LE = np.zeros((2, tally.NUM_PARTS)), np.empty((2, experts), np.int64)
             time_layers(
-                0, 2, np.arange(2), topk_TLK, np.arange(len(rank_T)), rank_T, rows, gpu_LE, rule.pointer,
+                0, 2, np.arange(2), topk_TLK, np.arange(len(rank_T)), rank_T, rows, gpu_LE, rule.address,
                 runtime.setting.derived(rule.numbers), np.full(2, 1e-6), costs.layer_costs, part_LX, load_LE,
             )  # fmt: skip
             for plan, part_X in zip((plain, fixed), part_LX, strict=True):
