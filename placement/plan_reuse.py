@@ -62,17 +62,9 @@ def hardly_changed(mean_E, planned_E, tolerance):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def keeps_plan(layer, mean_E, var_E, terms):  # type: ignore[no-untyped-def]
-    """Whether a layer's plan stays for this forecast.
-
-    It does where its forecast hardly changed, or where it is static EP's and the planner would skip the layer again;
-    that one then counts as made for this forecast.
-    """
+def _stays_static(layer, mean_E, var_E, terms):  # type: ignore[no-untyped-def]
+    """Whether a layer has static EP's plan and its planner would skip it again; see :func:`keeps_plan`."""
     planned_E, experts, scenarios = terms.planned_LE[layer], len(mean_E), len(terms.normal_CE)
-    if not terms.active:
-        return False
-    if hardly_changed(mean_E, planned_E, terms.tolerance):
-        return True
     if not terms.plain_L[layer]:
         return False
     if terms.extra == 0 or terms.num_gpus == 1:
@@ -92,28 +84,69 @@ def keeps_plan(layer, mean_E, var_E, terms):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def keeps_plan(layer, mean_E, var_E, terms):  # type: ignore[no-untyped-def]
+    """Whether a layer's plan stays for this forecast.
+
+    It does where its forecast hardly changed, or where it is static EP's and the planner would skip the layer again;
+    that one then counts as made for this forecast.
+    """
+    if not terms.active:
+        return False
+    if hardly_changed(mean_E, terms.planned_LE[layer], terms.tolerance):
+        return True
+    return _stays_static(layer, mean_E, var_E, terms)
+
+
+@njit(cache=True, nogil=True)
 def keeps_plans(layer_N, mean_NE, var_NE, terms, kept_N):  # type: ignore[no-untyped-def]
     """:func:`keeps_plan` of several layers."""
     for n in range(len(layer_N)):
         kept_N[n] = keeps_plan(layer_N[n], mean_NE[n], var_NE[n], terms)
 
 
+@njit(cache=True, nogil=True, allocates=False)
+def _expected(weight, total, assignments, experts):  # type: ignore[no-untyped-def]
+    """An expert's load by history's forecast."""
+    return weight / total * assignments if total > 0.0 else assignments / experts
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _history_hardly_changed(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyped-def]
+    """Mark the layers whose forecasts from history hardly changed; returns whether all did."""
+    layers, experts = weight_LE.shape
+    every = True
+    for layer in range(layers):
+        total, change, tokens = 0.0, 0.0, 0.0
+        for e in range(experts):
+            total += weight_LE[layer, e]
+        for e in range(experts):
+            planned = terms.planned_LE[layer, e]
+            change += abs(_expected(weight_LE[layer, e], total, assignments, experts) - planned)
+            tokens += planned
+        kept_L[layer] = tokens > 0.0 and change <= terms.tolerance * tokens
+        every = every and kept_L[layer]
+    return every
+
+
 @njit(cache=True, nogil=True)
 def history_keeps_plans(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyped-def]
-    """:func:`keeps_plan` of all layers for forecasts from history; returns whether every plan is kept.
+    """:func:`keeps_plan` of all layers for forecasts from history, terms that are active; returns whether all are kept.
 
     The forecast is ``assignments`` in proportion to ``weight_LE`` (equal shares where a row is zero), and states
     counting noise.
     """
+    if _history_hardly_changed(weight_LE, assignments, terms, kept_L):
+        return True
     layers, experts = weight_LE.shape
     mean_E, every = np.empty(experts), True
     for layer in range(layers):
-        total = 0.0
-        for e in range(experts):
-            total += weight_LE[layer, e]
-        for e in range(experts):
-            mean_E[e] = weight_LE[layer, e] / total * assignments if total > 0.0 else assignments / experts
-        kept_L[layer] = keeps_plan(layer, mean_E, mean_E, terms)
+        if not kept_L[layer]:
+            total = 0.0
+            for e in range(experts):
+                total += weight_LE[layer, e]
+            for e in range(experts):
+                mean_E[e] = _expected(weight_LE[layer, e], total, assignments, experts)
+            kept_L[layer] = _stays_static(layer, mean_E, mean_E, terms)
         every = every and kept_L[layer]
     return every
 
