@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless.contracts import Context, FloatArray, IntArray, Phase
+from moeless.jit import njit
 
 #: Weight that past iterations keep per iteration: half is forgotten in about 700.
 DECAY = 0.999
@@ -52,13 +53,10 @@ class LoadHistory:
 
     def add(self, load_LE: IntArray, phase: Phase, tokens: int) -> None:
         """Note an iteration's true loads, once it has run."""
-        self.weight_LE *= DECAY
-        self.weight_LE += load_LE
-        slot_LE = self._window_WLE[self._seen_L[0] % WINDOW]
-        self._recent_LE += load_LE
-        self._recent_LE -= slot_LE
-        slot_LE[:] = load_LE
-        self._last[phase] = load_LE
+        slot = int(self._seen_L[0]) % WINDOW
+        _add_loads(np.ascontiguousarray(load_LE, np.int64), self._window_WLE[slot], self.weight_LE, self._recent_LE)
+        # a copy: callers may use theirs again
+        self._last[phase] = load_LE.copy()
         self.count(1, tokens)
 
     def add_steps(self, load_ILE: NDArray[np.integer[Any]], phase: Phase, tokens: int) -> None:
@@ -126,3 +124,15 @@ class LoadHistory:
     def mean_tokens(self) -> float | None:
         """Mean tokens of the iterations that have run."""
         return float(self._tokens_L[0] / self._seen_L[0]) if self._seen_L[0] else None
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def _add_loads(load_LE, slot_LE, weight_LE, recent_LE):  # type: ignore[no-untyped-def]
+    """Take an iteration's loads into the decayed sum and, in the place of the oldest, into the window's."""
+    layers, experts = load_LE.shape
+    for layer in range(layers):
+        for e in range(experts):
+            load = load_LE[layer, e]
+            weight_LE[layer, e] = weight_LE[layer, e] * DECAY + load
+            recent_LE[layer, e] += load - slot_LE[layer, e]
+            slot_LE[layer, e] = load

@@ -217,8 +217,9 @@ class InstancePool:
         if self.settings.expert_bytes_G is not None:
             return
         self.capacity_G[:] = np.where(self.down_G, 0.0, np.maximum(0.0, self.room_G - kv_bytes_G))
-        for gpu in np.flatnonzero(self.resident_G > self.capacity_G):
-            self._make_room(int(gpu), now)
+        over_G = self.resident_G > self.capacity_G
+        for gpu in np.flatnonzero(over_G).tolist() if np.count_nonzero(over_G) else ():
+            self._make_room(gpu, now)
             over = float(self.resident_G[gpu] - self.capacity_G[gpu])
             self.kv_overflow_bytes = max(self.kv_overflow_bytes, over)
 

@@ -75,7 +75,7 @@ class Outage:
     @property
     def down(self) -> bool:
         """Whether any GPU is down."""
-        return bool(self.down_G.any())
+        return np.count_nonzero(self.down_G) > 0
 
     @property
     def alive(self) -> list[int]:
@@ -95,7 +95,7 @@ class Outage:
     @property
     def next_return(self) -> float:
         """When the first lost GPU is back, infinity where none is."""
-        return float(self.back_at_G[self.down_G].min(initial=np.inf))
+        return float(self.back_at_G[self.down_G].min()) if self.down else math.inf
 
     def returned(self, now: float) -> list[int]:
         """GPUs that are back by ``now``, from here on counted as working."""
@@ -150,7 +150,7 @@ class Outage:
         A request whose rank is down moves for good, to the working GPU at its id modulo their number; so does one that
         ``begins_N`` and whose rank is closed.
         """
-        if not self.down and not self._moved and not self.closed_G.any():
+        if not self.down and not self._moved and not np.count_nonzero(self.closed_G):
             return rank_N
         owner_N = rank_N.copy()
         open_ones = np.flatnonzero(~self.down_G & ~self.closed_G).tolist() or self.alive

@@ -107,7 +107,7 @@ class GpuPool:
 
     @property
     def _holds_any(self) -> bool:
-        return bool(self.tenants[0].instances.held_G.any())
+        return np.count_nonzero(self.tenants[0].instances.held_G) > 0
 
     @property
     def _interrupted(self) -> bool:

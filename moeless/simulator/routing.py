@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless.contracts import FloatArray, Int32Array, IntArray, Iteration, Phase
+from moeless.contracts import FloatArray, Int32Array, IntArray, Iteration
 from moeless.errors import UserError
 from moeless.simulator import token_rows
 from moeless.workloads.lengths import Workload
+from moeless.workloads.spans import span_columns
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,7 @@ class SpanColumns:
 
 def columns(iteration: Iteration) -> SpanColumns:
     """The spans as columns, whatever sequence the scheduler keeps them in."""
-    spans: Any = iteration.spans
-    if hasattr(spans, "request_N"):
-        request, start, stop = spans.request_N, spans.start_N, spans.stop_N
-        prefill = np.asarray(spans.phase_N) == Phase.PREFILL
-    else:
-        request = np.array([span.request for span in spans], np.int64)
-        start = np.array([span.start for span in spans], np.int64)
-        stop = np.array([span.stop for span in spans], np.int64)
-        prefill = np.array([span.phase == Phase.PREFILL for span in spans], np.bool_)
+    request, start, stop, prefill = span_columns(iteration.spans)
     ranks = iteration.rank_of_request
     rank = np.array([ranks[r] for r in request.tolist()], np.int64)
     return SpanColumns(request, start, stop, prefill, rank)

@@ -67,7 +67,7 @@ class SharedMemory:
 
     def _fits(self, held_G: FloatArray) -> bool:
         """Whether so many bytes are in the memory of the GPUs that work."""
-        return bool(((held_G <= self._memory) | self._down_G).all())
+        return not np.count_nonzero((held_G > self._memory) & ~self._down_G)
 
     def look_again(self, now: float) -> None:
         """After GPUs were lost or came back: what a sleeping tenant needs, and when a loading one is there."""
@@ -95,7 +95,12 @@ class SharedMemory:
             self.sleep(tenant, now)
 
     def settle(self, now: float) -> None:
-        """Where tenants together have outgrown the memory, copies that no plan holds go, then who has no work."""
+        """Where tenants together have outgrown the memory, copies that no plan holds go, then who has no work.
+
+        A tenant that is alone has made room for its KV cache by itself.
+        """
+        if len(self.tenants) == 1:
+            return
         none_G = np.zeros(self.cluster.G)
         leaving = self._leaving(none_G, now)
         if leaving == []:

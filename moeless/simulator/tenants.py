@@ -189,8 +189,9 @@ class Tenant:
         self._ranks = iteration.rank_of_request
         outage = self.stage.outage
         owner_N = outage.owners(spans.rank_N, spans.request_N, spans.start_N == 0)
-        assert not outage.down_G[owner_N].any(), "a request runs on a GPU that is not there"
-        spans = dataclasses.replace(spans, rank_N=owner_N)
+        assert not np.count_nonzero(outage.down_G[owner_N]), "a request runs on a GPU that is not there"
+        if owner_N is not spans.rank_N:
+            spans = dataclasses.replace(spans, rank_N=owner_N)
         sums_SX = rank_sums(spans, self.cluster.G)
         self.instances.share_memory(sums_SX[:, 2] * self.spec.kv_bytes_per_token, now)
         steps, steady_until = (1, math.inf) if self._iterations < self._warmup else self.scheduler.steady()
@@ -205,7 +206,7 @@ class Tenant:
             self.clocks.complete(spans, self.now)
             self._iterations += 1
         self.busy += self.now - now
-        self._held_iterations += (self._iterations - before) * int(self.instances.held_G.sum())
+        self._held_iterations += (self._iterations - before) * np.count_nonzero(self.instances.held_G)
         self.scheduler.complete(iteration, self.now)
         self.used = self.now
         return self.now

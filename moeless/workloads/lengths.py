@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moeless.contracts import Int32Array, IntArray, Iteration, Request, Span
 from moeless.errors import UserError
 from moeless.workloads.arrival_series import ArrivalSeries
-from moeless.workloads.spans import Spans
+from moeless.workloads.spans import span_columns
 
 Lengths = Literal["trace", "arrival"]
 
@@ -48,14 +48,8 @@ class Workload:
 
     def rows(self, spans: Sequence[Span]) -> IntArray:
         """Trace rows of the spans' positions, in order of the spans, ``[T]``."""
-        if not isinstance(spans, Spans):
-            request = np.array([span.request for span in spans], np.int64)
-            start = np.array([span.start for span in spans], np.int64)
-            count = np.array([span.stop for span in spans], np.int64) - start
-        else:
-            request, start = spans.request_N, spans.start_N
-            count = spans.stop_N - start
-        index = _ranges(self.base_N[request] + start, count)
+        request_N, start_N, stop_N, _ = span_columns(spans)
+        index = _ranges(self.base_N[request_N] + start_N, stop_N - start_N)
         return index if self.row_F is None else self.row_F[index].astype(np.int64)
 
     def sources(self, iteration: Iteration) -> Int32Array:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless.contracts import Int32Array, IntArray, Iteration, Phase, Span
+from moeless.contracts import BoolArray, Int32Array, IntArray, Iteration, Phase, Span
 
 
 class Spans(Sequence[Span]):
@@ -88,29 +87,28 @@ class Spans(Sequence[Span]):
         """Request of each span, ``[N]``."""
         return np.array([span[0] for span in self._prefill] + list(self._decode_requests), np.int64)
 
-    @property
-    def start_N(self) -> IntArray:
-        """First position of each span, ``[N]``."""
-        return np.array([span[1] for span in self._prefill] + list(self._decode_starts), np.int64)
-
-    @property
-    def stop_N(self) -> IntArray:
-        """Position after the last of each span, ``[N]``."""
-        stops = self.start_N + 1
-        stops[: len(self._prefill)] = [span[2] for span in self._prefill]
-        return stops
-
-    @property
-    def phase_N(self) -> NDArray[np.uint8]:
-        """Phase of each span, ``[N]``."""
-        phases = np.full(len(self), Phase.DECODE, np.uint8)
-        phases[: len(self._prefill)] = Phase.PREFILL
-        return phases
+    def columns(self) -> tuple[IntArray, IntArray, IntArray, BoolArray]:
+        """As :func:`span_columns`."""
+        request_N, count = self.request_N, len(self._prefill)
+        start_N = np.array([span[1] for span in self._prefill] + list(self._decode_starts), np.int64)
+        stop_N, prefill_N = start_N + 1, np.zeros(len(start_N), np.bool_)
+        if count:
+            stop_N[:count], prefill_N[:count] = [span[2] for span in self._prefill], True
+        return request_N, start_N, stop_N, prefill_N
 
     @property
     def emitting(self) -> list[int]:
         """Requests that get an output token from this iteration: prompts that end, then every decode step."""
         return [span[0] for span in self._prefill if span[3]] + list(self._decode_requests)
+
+
+def span_columns(spans: Sequence[Span]) -> tuple[IntArray, IntArray, IntArray, BoolArray]:
+    """Request, first position, position after the last, and whether it is prefill, of each span, ``[N]``."""
+    if isinstance(spans, Spans):
+        return spans.columns()
+    rows = [(span.request, span.start, span.stop, span.phase == Phase.PREFILL) for span in spans]
+    request_N, start_N, stop_N, prefill_N = np.array(rows, np.int64).reshape(-1, 4).T
+    return request_N, start_N, stop_N, prefill_N.astype(np.bool_)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moeless.contracts import Phase, Request
 from moeless.errors import UserError
 from moeless.workloads.schedulers import Continuous, OneSecond, Scheduler, build
+from moeless.workloads.spans import span_columns
 
 
 @dataclass
@@ -318,10 +319,12 @@ def test_spans_are_the_same_as_columns_and_as_objects():
     scheduler.complete(first, 0.2)
     spans = scheduler.next(0.2).spans
     objects = list(spans)
-    assert [s.request for s in objects] == spans.request_N.tolist()
-    assert [s.start for s in objects] == spans.start_N.tolist()
-    assert [s.stop for s in objects] == spans.stop_N.tolist()
-    assert [s.phase for s in objects] == spans.phase_N.tolist()
+    for column, again in zip(spans.columns(), span_columns(objects), strict=True):
+        assert column.dtype == again.dtype
+        assert column.tolist() == again.tolist()
+    assert [(s.request, s.start, s.stop, s.phase == Phase.PREFILL) for s in objects] == list(
+        zip(*(column.tolist() for column in spans.columns()), strict=True)
+    )
     assert [spans[i] for i in range(len(spans))] == objects
     assert spans[-1] == objects[-1]
     assert spans[:1] == objects[:1]
