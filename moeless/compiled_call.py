@@ -45,6 +45,7 @@ def _make_call_at() -> Callable[..., int]:
         return lambda function, *arguments: function(*arguments)
     from llvmlite import ir
     from numba.core import cgutils, types
+    from numba.core.types.containers import StarArgTuple
     from numba.extending import intrinsic
 
     @intrinsic
@@ -55,7 +56,7 @@ def _make_call_at() -> Callable[..., int]:
             where = builder.inttoptr(given[0], kind.as_pointer())
             return builder.call(where, cgutils.unpack_tuple(builder, given[1]))
 
-        return types.int64(address, types.StarArgTuple(arguments)), generate
+        return types.int64(address, StarArgTuple(arguments)), generate
 
     found: Callable[..., int] = call_at
     return found

@@ -75,7 +75,7 @@ class Outage:
     @property
     def down(self) -> bool:
         """Whether any GPU is down."""
-        return np.count_nonzero(self.down_G) > 0
+        return bool(np.count_nonzero(self.down_G))
 
     @property
     def alive(self) -> list[int]:

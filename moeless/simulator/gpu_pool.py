@@ -107,7 +107,7 @@ class GpuPool:
 
     @property
     def _holds_any(self) -> bool:
-        return np.count_nonzero(self.tenants[0].instances.held_G) > 0
+        return bool(np.count_nonzero(self.tenants[0].instances.held_G))
 
     @property
     def _interrupted(self) -> bool:

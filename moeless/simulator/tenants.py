@@ -206,7 +206,7 @@ class Tenant:
             self.clocks.complete(spans, self.now)
             self._iterations += 1
         self.busy += self.now - now
-        self._held_iterations += (self._iterations - before) * np.count_nonzero(self.instances.held_G)
+        self._held_iterations += (self._iterations - before) * int(np.count_nonzero(self.instances.held_G))
         self.scheduler.complete(iteration, self.now)
         self.used = self.now
         return self.now
