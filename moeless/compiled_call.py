@@ -7,13 +7,12 @@ the same, but each call by Python then takes it longer to find out the function'
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from moeless.jit import COMPILED, cache_folder
+from moeless.jit import COMPILED
 
-#: Functions whose addresses are in use.
-_kept: list[Any] = []
+#: Argument types of the functions whose addresses were asked for.
+_known: set[Any] = set()
 
 
 def function_address(function: Callable[..., int], arguments: tuple[Any, ...]) -> Any:
@@ -27,17 +26,11 @@ def function_address(function: Callable[..., int], arguments: tuple[Any, ...]) -
     import numba
 
     signature = numba.int64(*map(numba.typeof, arguments))
+    _known.add(signature.args)
     dispatcher: Any = function
     dispatcher.compile(signature)
-    # finds what was just compiled, where there is a cache
-    given, folder = numba.config.CACHE_DIR, cache_folder(Path(dispatcher.py_func.__code__.co_filename))
-    numba.config.CACHE_DIR = folder or given
-    try:
-        entry = numba.cfunc(signature, cache=bool(folder))(dispatcher.py_func)
-    finally:
-        numba.config.CACHE_DIR = given
-    _kept.append(entry)
-    return int(entry.address)
+    compiled = dispatcher.get_compile_result(signature)
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name))
 
 
 def _make_call_at() -> Callable[..., int]:
@@ -50,6 +43,9 @@ def _make_call_at() -> Callable[..., int]:
 
     @intrinsic
     def call_at(_context, address, *arguments):  # type: ignore[no-untyped-def]
+        # the machine would take one kind of argument for another
+        assert not _known or arguments in _known, f"no function of {arguments} is known by its address"
+
         def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
             kinds = [context.get_value_type(kind) for kind in signature.args[1]]
             kind = ir.FunctionType(context.get_value_type(signature.return_type), kinds)

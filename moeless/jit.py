@@ -20,6 +20,7 @@ import re
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -34,6 +35,8 @@ R = TypeVar("R")
 
 _PACKAGE = Path(__file__).parent
 _IMPORT = re.compile(r"^\s*from (moeless[\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
+#: Tells processes of machines that share a folder apart.
+_MACHINE = uuid.uuid4().hex[:8]
 #: Caches of other versions of a module that are kept: worktrees, branches and releases come and go.
 _KEPT = 4
 #: What is called, once, when a function has to be compiled because no cache holds it.
@@ -59,8 +62,8 @@ def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
         return signature[0] if len(signature) == 1 and callable(signature[0]) else lambda function: function
     import numba
 
-    if not allocates:
-        options["_nrt"] = False
+    # said either way: what is not said, numba takes from whoever first calls the function
+    options["_nrt"] = allocates
     _listen()
     if len(signature) == 1 and callable(signature[0]):
         compiled: Callable[..., Any] = numba.njit(**options)(signature[0])  # noqa: TID251
@@ -76,9 +79,27 @@ def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
             compiled: Callable[..., Any] = numba.njit(*signature, **wanted)(function)  # noqa: TID251
         finally:
             numba.config.CACHE_DIR = given
+        if folder:
+            _own_names(compiled)
         return compiled
 
     return decorate
+
+
+def _own_names(compiled: Any) -> None:
+    """Have each process name the files that it adds to the cache.
+
+    Numba numbers them by what the index held when it looked. Of two processes that compile a function for different
+    types at one time both take the same number, and the index then gives one the machine code of the other.
+    """
+    file = compiled._cache._cache_file
+    base: Callable[[int], str] = file._data_name
+
+    def name(number: int) -> str:
+        stem, _, ending = base(number).rpartition(".")
+        return f"{stem}-{_MACHINE}-{os.getpid()}.{ending}"
+
+    file._data_name = name
 
 
 @cache

@@ -38,16 +38,42 @@ jit._PACKAGE = Path(sys.argv[1])
 from moeless.outer_of_test import outer
 print(outer(10), sum(outer.stats.cache_hits.values()))
 """
+#: Compiles a function for 1 while another process, which looked into the cache at the same time, does so for 1.5.
+RACE = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+import moeless
+from moeless import jit
+
+moeless.__path__.append(sys.argv[1])
+jit._PACKAGE = Path(sys.argv[1])
+from moeless.inner_of_test import inner
+from numba.core.caching import IndexDataCacheFile as File
+
+if "first" in sys.argv:
+    save = File._save_data
+
+    def after_the_other(self, name, data):
+        subprocess.run([sys.executable, *sys.orig_argv[1:-1], "second"], check=True)
+        save(self, name, data)
+
+    File._save_data = after_the_other
+if "second" in sys.argv:
+    File._load_index = lambda self: {}
+print(inner(1 if "first" in sys.argv else 1.5))
+"""
 
 
 compiles = pytest.mark.skipif(not jit.COMPILED, reason="numba is not installed")
 
 
-def _run(folder: Path, **environment: str) -> list[str]:
-    """What the program prints: the value, and how many functions came from the cache."""
+def _run(folder: Path, *words: str, program: str = PROGRAM, **environment: str) -> list[str]:
+    """What a program prints: the value, and how many functions came from the cache."""
     kept = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "TMPDIR")}
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)],
+        [sys.executable, "-c", program, str(folder), *words],
         env=kept | environment,
         capture_output=True,
         text=True,
@@ -89,6 +115,13 @@ def test_compiled_functions_lie_in_the_users_cache_and_never_in_the_package(
     assert list((base / place).rglob("*.nbi"))
     # Python's own compiled modules are listed with their package and removed with it
     assert {path.suffix for path in package.rglob("*") if path.is_file()} <= {".py", ".pyc"}
+
+
+@compiles
+def test_processes_that_compile_a_function_at_one_time_do_not_mix_up_its_types(package: Path, tmp_path: Path) -> None:
+    home = str(tmp_path / "home")
+    assert _run(package, "first", program=RACE, HOME=home)[-1] == "2"
+    assert _run(package, "again", program=RACE, HOME=home) == ["3.0"]
 
 
 @compiles
