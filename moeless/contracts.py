@@ -164,7 +164,7 @@ class LayerPlan:
     @property
     def num_extra(self) -> int:
         """Replicas beyond the primaries."""
-        return int(self.R - self.primary_R.sum())
+        return self.R - int(np.count_nonzero(self.primary_R))
 
     @property
     def decides(self) -> bool:

@@ -79,7 +79,7 @@ def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
             compiled: Callable[..., Any] = numba.njit(*signature, **wanted)(function)  # noqa: TID251
         finally:
             numba.config.CACHE_DIR = given
-        if folder:
+        if wanted.get("cache"):
             _own_names(compiled)
         return compiled
 

@@ -170,19 +170,20 @@ def take_tokens(topk_TLK, row_T, rank_T, layer, table_SE, load):  # type: ignore
                 last_E[e] = n + 1
 
 
-@njit(cache=True, nogil=True)
-def mark_serving(expert_R, primary_R, usable_R, experts, serving_R):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, allocates=False)
+def mark_serving(expert_R, primary_R, usable_R, alive_E, serving_R):  # type: ignore[no-untyped-def]
     """The copies that may serve: the usable ones, and the primary of an expert that has none.
 
-    A primary that is not usable yet has to be waited for; the caller accounts for that.
+    A primary that is not usable yet has to be waited for; the caller accounts for that. ``alive_E`` is memory to work
+    in.
     """
-    alive_E = np.zeros(experts, np.bool_)
+    for e in range(len(alive_E)):
+        alive_E[e] = 0
     for r in range(len(expert_R)):
         serving_R[r] = usable_R[r]
-        if usable_R[r]:
-            alive_E[expert_R[r]] = True
+        alive_E[expert_R[r]] += usable_R[r]
     for r in range(len(expert_R)):
-        if primary_R[r] and not alive_E[expert_R[r]]:
+        if primary_R[r] and alive_E[expert_R[r]] == 0:
             serving_R[r] = True
 
 
@@ -417,15 +418,48 @@ class TableRows(NamedTuple):
 def table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus):  # type: ignore[no-untyped-def]
     """One layer from a table of tokens by source rank and expert, with the copies that are usable."""
     sources, experts = load_SE.shape
-    load = room_for_load(experts, sources * experts)
-    take_table(load_SE, load)
-    serving_R = np.empty(len(expert_R), np.bool_)
-    mark_serving(expert_R, primary_R, usable_R, experts, serving_R)
-    first_E, home_E = np.empty(experts + 1, np.int64), np.empty(experts, np.int64)
-    by_expert_R = np.empty(len(expert_R), np.int64)
-    sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E)
-    copies = LayerCopies(expert_R, gpu_R, primary_R, serving_R, first_E, by_expert_R, home_E, num_gpus)
+    load, replicas = room_for_load(experts, sources * experts), len(expert_R)
+    copies = LayerCopies(
+        expert_R, gpu_R, primary_R, np.empty(replicas, np.bool_), np.empty(experts + 1, np.int64),
+        np.empty(replicas, np.int64), np.empty(experts, np.int64), num_gpus,
+    )  # fmt: skip
+    take_layer(load_SE, usable_R, load, copies)
     return TableRows(load, copies, room_for_rows(rows_at_most(load, copies)))
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def take_layer(load_SE, usable_R, load, copies):  # type: ignore[no-untyped-def]
+    """Fill a layer's load from a table, and what follows of its copies from those that are usable."""
+    expert_R, _, primary_R, serving_R, first_E, by_expert_R, home_E, _ = copies
+    take_table(load_SE, load)
+    mark_serving(expert_R, primary_R, usable_R, home_E, serving_R)
+    sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E)
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def table_size(sources, experts, replicas):  # type: ignore[no-untyped-def]
+    """Whole numbers that :func:`rows_in` needs."""
+    return 5 * experts + 1 + 2 * sources * experts + replicas
+
+
+@njit(cache=True, nogil=True, allocates=False)
+def rows_in(work_W, serving_R, load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus):  # type: ignore[no-untyped-def]
+    """Load and copies as of :func:`table_rows`, in given memory: one array makes for a quicker call than nine.
+
+    They may be used only where that memory is alive, by functions that allocate none.
+    """
+    sources, experts = load_SE.shape
+    runs, replicas, at = sources * experts, len(expert_R), 5 * experts + 1
+    load = LayerLoad(
+        work_W[:experts], work_W[experts : 2 * experts], work_W[2 * experts : 3 * experts], work_W[at : at + runs],
+        work_W[at + runs : at + 2 * runs],
+    )  # fmt: skip
+    copies = LayerCopies(
+        expert_R, gpu_R, primary_R, serving_R, work_W[3 * experts : 4 * experts + 1],
+        work_W[at + 2 * runs : at + 2 * runs + replicas], work_W[4 * experts + 1 : at], num_gpus,
+    )  # fmt: skip
+    take_layer(load_SE, usable_R, load, copies)
+    return load, copies
 
 
 @njit(cache=True, nogil=True)
@@ -437,6 +471,6 @@ def quotas_of_totals(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, to
 
 def serving_R(plan: LayerPlan, usable_R: BoolArray, num_experts: int) -> BoolArray:
     """The copies that may serve, ``[R]``: see :func:`mark_serving`."""
-    serving = np.empty(plan.R, np.bool_)
-    mark_serving(plan.expert_R, plan.primary_R, np.asarray(usable_R, np.bool_), num_experts, serving)
+    serving, alive_E = np.empty(plan.R, np.bool_), np.empty(num_experts, np.int64)
+    mark_serving(plan.expert_R, plan.primary_R, np.asarray(usable_R, np.bool_), alive_E, serving)
     return serving

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moeless.compiled_call import function_address
+from moeless.compiled_call import call_at, function_address
 from moeless.contracts import BoolArray, FloatArray, IntArray, LayerPlan
 from moeless.costs import Control
+from moeless.costs.layer_time import LayerCosts, MeasuredTables, no_tables
 from moeless.errors import UserError
 from moeless.jit import njit
 from moeless.placement import dealing
@@ -50,9 +51,6 @@ class DispatchRule:
         deal: ``deal(load, copies, numbers, costs, dealt)``, a function of ``moeless.jit.njit`` that writes rows into
             ``dealt`` and returns how many, see :mod:`moeless.placement.dealing`.
         numbers: the rule's own numbers, which ``deal`` gets.
-        table: ``deal`` from a table of tokens by source rank and expert into one of quotas in one call, where an
-            engine's speed matters: ``table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, numbers, costs,
-            quota_SR)``.
         quotas: the rule in Python.
         timed_as: the entry of a hardware profile's ``control.dispatch_seconds`` that holds this rule's measured time;
             empty if none does.
@@ -61,7 +59,6 @@ class DispatchRule:
     gathers_counts: bool
     deal: Callable[..., int] | None = None
     numbers: Callable[[Setting], FloatArray] = no_numbers
-    table: Callable[..., None] | None = None
     quotas: Quotas | None = None
     timed_as: str = ""
 
@@ -93,24 +90,27 @@ class DispatchRule:
         if self.quotas is not None and plan.decides:
             return self.quotas(load, plan, usable, setting)
         quota_SR = np.empty((len(load), plan.R), np.int64)
-        where = load, plan.expert_R, plan.gpu_R, plan.primary_R, usable, setting.cluster.num_gpus
-        if plan.share_R is not None:
-            _fixed_table(*where, plan.share_R, quota_SR)
-        elif self.deal is None or not plan.decides:
-            _home_table(*where, quota_SR)
-        elif self.table is not None:
-            self.table(*where, setting.derived(self.numbers), setting.costs.layer_costs, quota_SR)
-        else:
-            numbers, costs = setting.derived(self.numbers), setting.costs.layer_costs
-            rows = dealing.table_rows(*where)
-            dealing.fill_quotas(rows.dealt, self.deal(rows.load, rows.copies, numbers, costs, rows.dealt), quota_SR)
+        fixed, asked = plan.share_R is not None, self.deal is not None and plan.decides
+        _fill_table(
+            _FIXED if fixed else _ASKED if asked else _HOMES, self.address if asked else 0, load, plan.expert_R,
+            plan.gpu_R, plan.primary_R, usable, setting.cluster.num_gpus, plan.share_R if fixed else NO_NUMBERS,
+            setting.derived(self.numbers) if asked else NO_NUMBERS, setting.derived(_packed_costs), quota_SR,
+        )  # fmt: skip
         return quota_SR
+
+
+#: How a table of quotas is filled: all to the primaries, by the plan's shares, by the rule.
+_HOMES, _FIXED, _ASKED = 0, 1, 2
+
+
+def _packed_costs(setting: Setting) -> tuple[Any, ...]:
+    # compiled code takes plain tuples in less than half the time of named ones
+    *first, tables = setting.costs.layer_costs
+    return tuple(first), tuple(tables)
 
 
 @lru_cache(maxsize=64)
 def _address(deal: Callable[..., int]) -> Any:
-    from moeless.costs.layer_time import LayerCosts, no_tables
-
     one, flag = np.zeros(1, np.int64), np.zeros(1, np.bool_)
     table = dealing.table_rows(np.ones((1, 1), np.int64), one.astype(np.int32), one.astype(np.int32), flag, flag, 1)
     costs = LayerCosts(1.0, 1.0, 1.0, False, 1.0, False, 1, one, 1.0, 1.0, 1.0, 1.0, 1.0, no_tables())
@@ -118,22 +118,34 @@ def _address(deal: Callable[..., int]) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _home_table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, quota_SR):  # type: ignore[no-untyped-def]
-    load, copies, dealt = dealing.table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
-    dealing.fill_quotas(dealt, dealing.deal_to_homes(load, copies, dealt), quota_SR)
+def _fill_table(  # type: ignore[no-untyped-def]
+    way, rule, load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, share_R, numbers, packed, quota_SR
+):
+    (sources, experts), replicas = load_SE.shape, len(expert_R)
+    work_W, serving_R = np.empty(dealing.table_size(sources, experts, replicas), np.int64), np.empty(replicas, np.bool_)
+    # a row for each pair, and one beside for each copy, hold all that a rule writes
+    dealt = dealing.room_for_rows((sources + 1) * replicas)
+    _deal_table(
+        way, rule, work_W, serving_R, load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, share_R, numbers, packed,
+        dealt, quota_SR,
+    )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
-def _fixed_table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, share_R, quota_SR):  # type: ignore[no-untyped-def]
-    load, copies, dealt = dealing.table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
-    dealing.fill_quotas(dealt, dealing.deal_by_shares(load, copies, share_R, dealt), quota_SR)
-
-
-@njit(cache=True, nogil=True)
-def _even_table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, numbers, costs, quota_SR):  # type: ignore[no-untyped-def]
-    load, copies, dealt = dealing.table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
-    dealing.fill_quotas(dealt, dealing.deal_evenly(load, copies, numbers, costs, dealt), quota_SR)
+@njit(cache=True, nogil=True, allocates=False)
+def _deal_table(  # type: ignore[no-untyped-def]
+    way, rule, work_W, serving_R, load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, share_R, numbers, packed,
+    dealt, quota_SR,
+):  # fmt: skip
+    load, copies = dealing.rows_in(work_W, serving_R, load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
+    if way == _HOMES:
+        rows = dealing.deal_to_homes(load, copies, dealt)
+    elif way == _FIXED:
+        rows = dealing.deal_by_shares(load, copies, share_R, dealt)
+    else:
+        costs = LayerCosts(*packed[0], MeasuredTables(*packed[1]))
+        rows = call_at(rule, load, copies, numbers, costs, dealt)
+    dealing.fill_quotas(dealt, rows, quota_SR)
 
 
 #: Each rank splits its own tokens: nothing is gathered.
-EVEN = DispatchRule(gathers_counts=False, deal=dealing.deal_evenly, table=_even_table)
+EVEN = DispatchRule(gathers_counts=False, deal=dealing.deal_evenly)

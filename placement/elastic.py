@@ -20,7 +20,7 @@ from moeless.errors import UserError
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import DispatchRule
 from moeless.placement.elastic_placement import ChoiceTerms, choose_layers
-from moeless.placement.fastest_dispatch import deal_fastest, fastest_table
+from moeless.placement.fastest_dispatch import deal_fastest
 from moeless.placement.layout import static_layout
 from moeless.placement.plan_reuse import ReuseTerms
 from moeless.placement.plan_rows import PlanBatch, PlanRows, empty_rows
@@ -115,9 +115,7 @@ def dispatch_numbers(setting: Setting) -> FloatArray:
     return np.array([*rates(setting), params.depth, fuel_on(setting.cluster.num_gpus, params.fuel)], np.float64)
 
 
-DISPATCH = DispatchRule(
-    gathers_counts=True, deal=deal_fastest, numbers=dispatch_numbers, table=fastest_table, timed_as="elastic"
-)
+DISPATCH = DispatchRule(gathers_counts=True, deal=deal_fastest, numbers=dispatch_numbers, timed_as="elastic")
 
 
 def choice_terms(setting: Setting) -> ChoiceTerms:

@@ -16,13 +16,11 @@ from moeless.placement.dealing import (
     deal_to_homes,
     deal_totals,
     dealt_seconds,
-    fill_quotas,
     room_for_load,
     room_for_rows,
     room_for_traffic,
     rows_at_most,
     sort_copies,
-    table_rows,
     take_table,
 )
 from moeless.placement.dispatch_search import GpuLoad, MovableCopies, Rates, search, search_memory
@@ -130,13 +128,6 @@ def deal_fastest(load, copies, numbers, costs, dealt):  # type: ignore[no-untype
             least, rows = seconds, count
             copy_rows(other, count, dealt)
     return rows
-
-
-@njit(cache=True, nogil=True)
-def fastest_table(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, numbers, costs, quota_SR):  # type: ignore[no-untyped-def]
-    """:func:`deal_fastest` from a table into a table."""
-    load, copies, dealt = table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus)
-    fill_quotas(dealt, deal_fastest(load, copies, numbers, costs, dealt), quota_SR)
 
 
 @njit(cache=True, nogil=True)
