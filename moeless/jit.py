@@ -48,15 +48,18 @@ def njit(function: Callable[P, R], /) -> Callable[P, R]: ...
 
 
 @overload
-def njit(*signature: Any, allocates: bool = True, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def njit(
+    *signature: Any, allocates: bool = True, inner: bool = False, **options: Any
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
 
-def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
+def njit(*signature: Any, allocates: bool = True, inner: bool = False, **options: Any) -> Any:
     """As numba's, with ``cache=True`` by all sources; the function itself, with or without arguments, without numba.
 
     Args:
         allocates: False for a function that makes no arrays. It does not count references to those it is given, which
             would take longer than a step of a short loop, and as much again to compile.
+        inner: True for a function that only compiled code calls. What Python would need to call it is not compiled.
     """
     if not COMPILED:
         return signature[0] if len(signature) == 1 and callable(signature[0]) else lambda function: function
@@ -64,6 +67,8 @@ def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
 
     # said either way: what is not said, numba takes from whoever first calls the function
     options["_nrt"] = allocates
+    if inner:
+        options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     _listen()
     if len(signature) == 1 and callable(signature[0]):
         compiled: Callable[..., Any] = numba.njit(**options)(signature[0])  # noqa: TID251
@@ -81,9 +86,22 @@ def njit(*signature: Any, allocates: bool = True, **options: Any) -> Any:
             numba.config.CACHE_DIR = given
         if wanted.get("cache"):
             _own_names(compiled)
+        if inner:
+            kind: Any = type(compiled)
+            compiled.__class__ = _inner_class(kind)
         return compiled
 
     return decorate
+
+
+@cache
+def _inner_class(kind: type[Any]) -> type[Any]:
+    """A compiled function's class for one that Python must not call: there is no machine code for that."""
+
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"{self.py_func.__name__} is called by compiled code only; from Python, use its py_func")
+
+    return type("InnerFunction", (kind,), {"__call__": refuse})
 
 
 def _own_names(compiled: Any) -> None:

@@ -187,7 +187,7 @@ def mark_serving(expert_R, primary_R, usable_R, alive_E, serving_R):  # type: ig
             serving_R[r] = True
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E):  # type: ignore[no-untyped-def]
     """Fill the last three arguments of :class:`LayerCopies` that follow from the others."""
     experts, serving = len(home_E), 0
@@ -224,13 +224,13 @@ def rows_at_most(load, copies):  # type: ignore[no-untyped-def]
     return rows
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def room_for_rows(rows):  # type: ignore[no-untyped-def]
     """Memory for so many rows."""
     return Dealt(np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty(rows, np.int64))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def room_for_traffic(replicas, num_gpus):  # type: ignore[no-untyped-def]
     """Memory for what rows add up to."""
     work_W = np.empty(work_size(replicas, num_gpus), np.int64)
@@ -376,7 +376,7 @@ def deal_totals(load, copies, total_R, dealt):  # type: ignore[no-untyped-def]
     return x
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def dealt_seconds(dealt, rows, copies, costs, traffic):  # type: ignore[no-untyped-def]
     """Seconds of a layer whose tokens are dealt by these rows, its decisions left out; fills ``traffic``."""
     gpu_R, tokens_R, traffic_QG = copies.gpu_R, traffic.tokens_R, traffic.traffic_QG
@@ -387,7 +387,7 @@ def dealt_seconds(dealt, rows, copies, costs, traffic):  # type: ignore[no-untyp
     return total_seconds(layer_parts(expert, exchange, 0.0, 0.0, costs))
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def copy_rows(dealt, rows, other):  # type: ignore[no-untyped-def]
     """Write rows into other room."""
     for from_X, to_X in zip(dealt, other):  # noqa: B905
@@ -427,7 +427,7 @@ def table_rows(load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus):  # type
     return TableRows(load, copies, room_for_rows(rows_at_most(load, copies)))
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def take_layer(load_SE, usable_R, load, copies):  # type: ignore[no-untyped-def]
     """Fill a layer's load from a table, and what follows of its copies from those that are usable."""
     expert_R, _, primary_R, serving_R, first_E, by_expert_R, home_E, _ = copies
@@ -436,13 +436,13 @@ def take_layer(load_SE, usable_R, load, copies):  # type: ignore[no-untyped-def]
     sort_copies(expert_R, primary_R, serving_R, first_E, by_expert_R, home_E)
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def table_size(sources, experts, replicas):  # type: ignore[no-untyped-def]
     """Whole numbers that :func:`rows_in` needs."""
     return 5 * experts + 1 + 2 * sources * experts + replicas
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def rows_in(work_W, serving_R, load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus):  # type: ignore[no-untyped-def]
     """Load and copies as of :func:`table_rows`, in given memory: one array makes for a quicker call than nine.
 

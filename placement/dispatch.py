@@ -111,10 +111,11 @@ def _packed_costs(setting: Setting) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=64)
 def _address(deal: Callable[..., int]) -> Any:
-    one, flag = np.zeros(1, np.int64), np.zeros(1, np.bool_)
-    table = dealing.table_rows(np.ones((1, 1), np.int64), one.astype(np.int32), one.astype(np.int32), flag, flag, 1)
+    one, short, flag = np.zeros(1, np.int64), np.zeros(1, np.int32), np.zeros(1, np.bool_)
+    load, dealt = dealing.LayerLoad(one, one, one, one, one), dealing.Dealt(one, one, one)
+    copies = dealing.LayerCopies(short, short, flag, flag, one, one, one, 1)
     costs = LayerCosts(1.0, 1.0, 1.0, False, 1.0, False, 1, one, 1.0, 1.0, 1.0, 1.0, 1.0, no_tables())
-    return function_address(deal, (table.load, table.copies, NO_NUMBERS, costs, table.dealt))
+    return function_address(deal, 0, (load, copies, NO_NUMBERS, costs, dealt))
 
 
 @njit(cache=True, nogil=True)
@@ -131,7 +132,7 @@ def _fill_table(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _deal_table(  # type: ignore[no-untyped-def]
     way, rule, work_W, serving_R, load_SE, expert_R, gpu_R, primary_R, usable_R, num_gpus, share_R, numbers, packed,
     dealt, quota_SR,
@@ -142,7 +143,7 @@ def _deal_table(  # type: ignore[no-untyped-def]
     elif way == _FIXED:
         rows = dealing.deal_by_shares(load, copies, share_R, dealt)
     else:
-        costs = LayerCosts(*packed[0], MeasuredTables(*packed[1]))
+        costs = LayerCosts(*packed[0], MeasuredTables(*packed[1]))  # type: ignore[call-arg]
         rows = call_at(rule, load, copies, numbers, costs, dealt)
     dealing.fill_quotas(dealt, rows, quota_SR)
 

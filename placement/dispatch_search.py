@@ -100,13 +100,13 @@ def search_memory(copies: int, num_gpus: int) -> SearchMemory:
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def busy_seconds(tokens: int, rates: Rates) -> float:
     """Seconds of a copy; one without tokens is not used and takes none."""
     return max(rates.token_seconds * tokens, rates.floor_seconds) if tokens > 0 else 0.0
 
 
-@njit(cache=True, nogil=True, allocates=False, forceinline=True)
+@njit(cache=True, nogil=True, allocates=False, forceinline=True, inner=True)
 def _move(source: int, target: np.int64, moved: int, copies: MovableCopies, load: GpuLoad, rates: Rates) -> None:
     """Hand tokens of one copy to another of the same expert."""
     gpu, target_gpu = copies.gpu_M[source], copies.gpu_M[target]
@@ -195,7 +195,7 @@ def least_load(copies: MovableCopies, load: GpuLoad, rates: Rates, root_G: IntAr
     return Limits(least_seconds, least_tokens)
 
 
-@njit(cache=True, nogil=True, allocates=False, forceinline=True)
+@njit(cache=True, nogil=True, allocates=False, forceinline=True, inner=True)
 def _squared_excess(
     seconds: float, other_seconds: float, tokens: int, other_tokens: int, limits: Limits, exchange_seconds: float
 ) -> float:
@@ -207,7 +207,7 @@ def _squared_excess(
     return over * over + other_over * other_over + many * many + other_many * other_many + tie
 
 
-@njit(cache=True, nogil=True, allocates=False, forceinline=True)
+@njit(cache=True, nogil=True, allocates=False, forceinline=True, inner=True)
 def _level(copies: MovableCopies, load: GpuLoad, rates: Rates, limits: Limits, sweeps: int, fuel: int) -> int:
     """Move tokens between copies where that lowers the squared excess over the limits; returns pairs examined."""
     tokens_M, gpu_M, next_M, _ = copies
@@ -264,7 +264,7 @@ def _level(copies: MovableCopies, load: GpuLoad, rates: Rates, limits: Limits, s
     return examined
 
 
-@njit(cache=True, nogil=True, allocates=False, forceinline=True)
+@njit(cache=True, nogil=True, allocates=False, forceinline=True, inner=True)
 def _shed_directly(gpu: int, copies: MovableCopies, load: GpuLoad, rates: Rates, limits: Limits) -> bool:
     """Make the one move off a GPU that helps most for what it wastes; returns whether there was any."""
     tokens_M, gpu_M, next_M, first_G = copies
@@ -301,7 +301,7 @@ def _shed_directly(gpu: int, copies: MovableCopies, load: GpuLoad, rates: Rates,
     return True
 
 
-@njit(cache=True, nogil=True, allocates=False, forceinline=True)
+@njit(cache=True, nogil=True, allocates=False, forceinline=True, inner=True)
 def _shed_by_chain(
     root: int, copies: MovableCopies, load: GpuLoad, rates: Rates, limits: Limits, depth: int, memory: SearchMemory
 ) -> tuple[bool, int]:
@@ -410,7 +410,7 @@ def _keep(copies: MovableCopies, load: GpuLoad, memory: SearchMemory) -> None:
         memory.kept_seconds_G[g], memory.kept_tokens_G[g] = load.seconds_G[g], load.tokens_G[g]
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _go_back(copies: MovableCopies, load: GpuLoad, memory: SearchMemory) -> None:
     """To what was kept."""
     for r in range(len(copies.tokens_M)):
@@ -493,7 +493,7 @@ def _restore(best_M: IntArray, copies: MovableCopies, load: GpuLoad, rates: Rate
             copies.tokens_M[r] = best
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _disturb(passed: int, copies: MovableCopies, load: GpuLoad, rates: Rates) -> int:
     """Take all tokens of the busiest GPU's next copy, from ``passed`` on, to the expert's next one.
 

@@ -19,11 +19,12 @@ from moeless.contracts import FloatArray, Phase
 from moeless.errors import UserError
 from moeless.placement.base import Planner
 from moeless.placement.dispatch import DispatchRule
-from moeless.placement.elastic_placement import ChoiceTerms, choose_layers
+from moeless.placement.elastic_placement import ChoiceTerms, check_layers, choose_layers
 from moeless.placement.fastest_dispatch import deal_fastest
 from moeless.placement.layout import static_layout
 from moeless.placement.plan_reuse import ReuseTerms
 from moeless.placement.plan_rows import PlanBatch, PlanRows, empty_rows
+from moeless.placement.plan_scoring import mean_seconds_address
 from moeless.placement.setting import Setting
 from moeless.placement.threads import in_parallel
 
@@ -134,7 +135,7 @@ def choice_terms(setting: Setting) -> ChoiceTerms:
     return ChoiceTerms(
         scenario_deviates_CE(params.seed, params.scenarios, spec.E), gpu_E, room, extra, *rates(setting), params.depth,
         fuel_on(setting.cluster.num_gpus, params.fuel) // 4, float(params.economy), float(params.skip_caution), skip_L,
-        int(params.patience_iterations), dispatch_numbers(setting),
+        int(params.patience_iterations), dispatch_numbers(setting), mean_seconds_address(),
     )  # fmt: skip
 
 
@@ -168,8 +169,10 @@ def plan_layers(batch: PlanBatch, setting: Setting) -> PlanRows:
     def some(start: int, stop: int) -> None:
         choose_layers(
             start, stop, batch.layer_N, batch.mean_NE, batch.var_NE, doubt, batch.previous, batch.horizon_N,
-            batch.lead_N, copy_G, terms, costs.layer_costs, rows,
+            batch.lead_N, copy_G, terms, rows,
         )  # fmt: skip
+        if not costs.is_lines:
+            check_layers(start, stop, batch.layer_N, batch.mean_NE, batch.var_NE, doubt, terms, costs.layer_costs, rows)
 
     in_parallel(some, len(batch), len(batch) * experts * max(1, params.scenarios))
     return rows

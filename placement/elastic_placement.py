@@ -6,16 +6,17 @@ plan's replicas.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moeless.compiled_call import seconds_at
 from moeless.contracts import FloatArray, InstanceState, IntArray
 from moeless.jit import njit
 from moeless.placement.dispatch_search import Rates
 from moeless.placement.extra_copies import BY_EXPERT, BY_GPU, BY_LEVEL, add_extra_copies
 from moeless.placement.fastest_dispatch import seconds_saved
-from moeless.placement.plan_scoring import draw_scenarios, mean_seconds, score_static
+from moeless.placement.plan_scoring import draw_scenarios, score_static
 
 #: Rules tried, with whether they grow by likely time rather than by mean tokens. Ties: the first.
 _RULES = ((BY_LEVEL, False), (BY_EXPERT, False), (BY_GPU, True), (BY_LEVEL, True))
@@ -38,6 +39,8 @@ class ChoiceTerms(NamedTuple):
         skip_L: seconds that dispatch must be expected to save in each layer; negative: any saving is welcome.
         patience: iterations that a change's gain is weighed over where nobody knows better.
         numbers: of the dispatch rule.
+        mean_seconds: where ``plan_scoring.mean_seconds`` is: linked into each function that calls it, it would be
+            optimised again in each.
     """
 
     normal_CE: FloatArray
@@ -54,6 +57,7 @@ class ChoiceTerms(NamedTuple):
     skip_L: FloatArray
     patience: int
     numbers: FloatArray
+    mean_seconds: Any
 
 
 @njit(cache=True, nogil=True)
@@ -78,9 +82,9 @@ def _fewest(  # type: ignore[no-untyped-def]
                 same = same and expert_XR[x, r] == expert_XR[y, r] and gpu_XR[x, r] == gpu_XR[y, r]
             again = again or same
         if not again:
-            score = mean_seconds(
-                judged, expert_XR[x, experts : count_X[x]], gpu_XR[x, experts : count_X[x]], gpu_E, rates, terms.depth,
-                fuel, least, pace_C, sum_C,
+            score = seconds_at(
+                terms.mean_seconds, judged, expert_XR[x, experts : count_X[x]], gpu_XR[x, experts : count_X[x]], gpu_E,
+                rates, terms.depth, fuel, least, pace_C, sum_C,
             )  # fmt: skip
             if score < least:
                 best, least = x, score
@@ -94,9 +98,9 @@ def _fewest(  # type: ignore[no-untyped-def]
     step = max(high // 8, 1)
     while high > 1:
         fewer = max(high - step, 1)
-        score = mean_seconds(
-            judged, expert_R[experts : experts + fewer], gpu_R[experts : experts + fewer], gpu_E, rates, terms.depth,
-            fuel, enough, pace_C, sum_C,
+        score = seconds_at(
+            terms.mean_seconds, judged, expert_R[experts : experts + fewer], gpu_R[experts : experts + fewer], gpu_E,
+            rates, terms.depth, fuel, enough, pace_C, sum_C,
         )  # fmt: skip
         if score > enough:
             break
@@ -127,7 +131,7 @@ def late(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_G, lead):  # type: ignor
     return max(arrival(expert_X, gpu_X, expert_P, gpu_P, live_P, copy_G) - lead, 0.0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _previous_extras(expert_P, gpu_P, primary_P, terms):  # type: ignore[no-untyped-def]
     """Positions of the previous plan's extras, and whether it is a plan of this planner that still fits."""
     extras, primaries, used_G = np.empty(len(expert_P), np.int64), 0, np.zeros(len(terms.room_G), np.int64)
@@ -189,9 +193,9 @@ def choose(  # type: ignore[no-untyped-def]
     extras, fits = _previous_extras(expert_P, gpu_P, primary_P, terms)
     if fits:
         old_expert, old_gpu = expert_P[extras], gpu_P[extras]
-        kept = mean_seconds(
-            judged, old_expert, old_gpu, gpu_E, rates, terms.depth, fuel, np.inf, np.full(scenarios, np.inf),
-            np.empty(scenarios),
+        kept = seconds_at(
+            terms.mean_seconds, judged, old_expert, old_gpu, gpu_E, rates, terms.depth, fuel, np.inf,
+            np.full(scenarios, np.inf), np.empty(scenarios),
         )  # fmt: skip
         delay = late(
             expert_R[experts : experts + count], gpu_R[experts : experts + count], expert_P, gpu_P, live_P, copy_G, lead
@@ -204,9 +208,9 @@ def choose(  # type: ignore[no-untyped-def]
         return experts
     if skip > 0.0 and plain - reached <= _SURELY * skip and terms.caution > 0.0 and scenarios > 1:
         sum_C = np.empty(scenarios)
-        mean_seconds(
-            judged, expert_R[experts : experts + count], gpu_R[experts : experts + count], gpu_E, rates, terms.depth,
-            fuel, np.inf, np.full(scenarios, np.inf), sum_C,
+        seconds_at(
+            terms.mean_seconds, judged, expert_R[experts : experts + count], gpu_R[experts : experts + count], gpu_E,
+            rates, terms.depth, fuel, np.inf, np.full(scenarios, np.inf), sum_C,
         )  # fmt: skip
         saved, square = 0.0, 0.0
         for i in range(scenarios):
@@ -242,26 +246,10 @@ def sort_plan(count, terms, expert_R, gpu_R, primary_R):  # type: ignore[no-unty
 
 
 @njit(cache=True, nogil=True)
-def _worth_it(mean_E, var_E, doubt, skip, terms, costs, expert_R, gpu_R, primary_R):  # type: ignore[no-untyped-def]
-    """Whether the cost model itself sees a plan's dispatch save more than ``skip`` seconds.
-
-    The search knows a cost model by straight lines. Where it is a table (of measurements), these may promise more than
-    the table keeps: an exchange, say, whose time hardly depends on its bytes.
-    """
-    normal_CE = terms.normal_CE if len(terms.normal_CE) > 0 else np.zeros((1, len(mean_E)))
-    load_CE = np.empty(normal_CE.shape, np.int64)
-    checked = min(draw_scenarios(mean_E, var_E, doubt, normal_CE, load_CE), _CHECKED)
-    return skip < seconds_saved(
-        load_CE[:checked], expert_R, gpu_R, primary_R, np.empty(0), len(terms.room_G), terms.numbers, costs
-    )
-
-
-@njit(cache=True, nogil=True)
 def choose_layers(  # type: ignore[no-untyped-def]
-    start, stop, layer_N, mean_NE, var_NE, doubt, previous, horizon_N, lead_N, copy_G, terms, costs, rows
+    start, stop, layer_N, mean_NE, var_NE, doubt, previous, horizon_N, lead_N, copy_G, terms, rows
 ):
     """Layers ``start`` to ``stop`` of a batch, one after the other, into their rows, which are in a plan's order."""
-    experts = mean_NE.shape[1]
     for n in range(start, stop):
         old = slice(previous.first_N[n], previous.first_N[n + 1])
         state_P = previous.state_P[old]
@@ -269,18 +257,37 @@ def choose_layers(  # type: ignore[no-untyped-def]
         for p in range(len(state_P)):
             live_P[p] = state_P[p] == WARM or state_P[p] == LOADING
         expert_R, gpu_R, primary_R = rows.expert_NR[n], rows.gpu_NR[n], rows.primary_NR[n]
-        skip = terms.skip_L[layer_N[n]]
         count = choose(
             mean_NE[n], var_NE[n], doubt, previous.expert_P[old], previous.gpu_P[old], previous.primary_P[old], live_P,
-            horizon_N[n] if horizon_N[n] > 0 else terms.patience, lead_N[n], copy_G, skip, terms, expert_R, gpu_R,
+            horizon_N[n] if horizon_N[n] > 0 else terms.patience, lead_N[n], copy_G, terms.skip_L[layer_N[n]], terms,
+            expert_R, gpu_R,
         )  # fmt: skip
         sort_plan(count, terms, expert_R, gpu_R, primary_R)
-        checked = count > experts and skip >= 0.0 and len(costs.tables.tokens_N) > 0
-        if checked and not _worth_it(
-            mean_NE[n], var_NE[n], doubt, skip, terms, costs, expert_R[:count], gpu_R[:count], primary_R[:count]
-        ):
+        rows.count_N[n], rows.fixed_N[n] = count, False
+
+
+@njit(cache=True, nogil=True)
+def check_layers(start, stop, layer_N, mean_NE, var_NE, doubt, terms, costs, rows):  # type: ignore[no-untyped-def]
+    """Leave out the extras where the cost model itself does not see their dispatch save more than its control time.
+
+    The search knows a cost model by straight lines. Where it is a table (of measurements), these may promise more than
+    the table keeps: an exchange, say, whose time hardly depends on its bytes.
+    """
+    experts = mean_NE.shape[1]
+    normal_CE = terms.normal_CE if len(terms.normal_CE) > 0 else np.zeros((1, experts))
+    load_CE = np.empty(normal_CE.shape, np.int64)
+    for n in range(start, stop):
+        count, skip = rows.count_N[n], terms.skip_L[layer_N[n]]
+        if count == experts or skip < 0.0:
+            continue
+        expert_R, gpu_R, primary_R = rows.expert_NR[n], rows.gpu_NR[n], rows.primary_NR[n]
+        checked = min(draw_scenarios(mean_NE[n], var_NE[n], doubt, normal_CE, load_CE), _CHECKED)
+        saved = seconds_saved(
+            load_CE[:checked], expert_R[:count], gpu_R[:count], primary_R[:count], np.empty(0), len(terms.room_G),
+            terms.numbers, costs,
+        )  # fmt: skip
+        if saved <= skip:
             for e in range(experts):
                 expert_R[e], gpu_R[e] = e, terms.gpu_E[e]
-            count = experts
-            sort_plan(count, terms, expert_R, gpu_R, primary_R)
-        rows.count_N[n], rows.fixed_N[n] = count, False
+            sort_plan(experts, terms, expert_R, gpu_R, primary_R)
+            rows.count_N[n] = experts

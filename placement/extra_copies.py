@@ -38,7 +38,7 @@ def _add(expert: int, gpu: int, share: float, holders: _Holders) -> None:
     holders.weight_G[gpu] += share
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _coolest(expert: int, holders: _Holders) -> int:
     """The GPU with the least weight that has room and no copy of the expert; -1 for none."""
     coolest = -1
@@ -49,7 +49,7 @@ def _coolest(expert: int, holders: _Holders) -> int:
     return coolest
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _hottest_expert(share_E: FloatArray, full_E: BoolArray, holders: _Holders) -> tuple[int, int]:
     """The expert with the most weight per copy that some GPU can take, and that GPU; -1 for none."""
     while True:
@@ -63,7 +63,7 @@ def _hottest_expert(share_E: FloatArray, full_E: BoolArray, holders: _Holders) -
         full_E[expert] = True
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _hottest_copy(tried_G: BoolArray, holders: _Holders) -> tuple[int, int, int]:
     """On the hottest GPU where that is possible: its hottest copy that another GPU can take over in part.
 
@@ -93,7 +93,7 @@ def _hottest_copy(tried_G: BoolArray, holders: _Holders) -> tuple[int, int, int]
             return hottest, place, target
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _share_evenly(expert: int, share: float, before: float, holders: _Holders) -> None:
     """Every copy of the expert serves ``share`` from now on, and no longer ``before``."""
     for g in range(len(holders.weight_G)):

@@ -160,7 +160,7 @@ def spread_evenly(load_E, load_SE):  # type: ignore[no-untyped-def]
         start = (start + rest) % sources
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def seconds_saved(load_CE, expert_R, gpu_R, primary_R, share_R, num_gpus, numbers, costs):  # type: ignore[no-untyped-def]
     """Mean seconds by which a plan beats its primaries alone over scenarios, as the cost model itself sees it.
 

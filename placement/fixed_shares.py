@@ -27,7 +27,7 @@ _CHECKED = 4
 LEAST = 1e-6
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _leaders(value_CG, top_C3, first_C3):  # type: ignore[no-untyped-def]
     """Of each scenario the three largest values and their GPUs."""
     for i in range(value_CG.shape[0]):
@@ -91,7 +91,7 @@ class Search(NamedTuple):
     whose_C3: IntArray
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _best_part(at, count, spare, score, price, a, b, c):  # type: ignore[no-untyped-def]
     """The best step that hands a part of one copy's tokens to another GPU: its gain, the copy, the GPU, the part."""
     # taken out once: each time costs as much as a step of the loops
@@ -126,7 +126,7 @@ def _best_part(at, count, spare, score, price, a, b, c):  # type: ignore[no-unty
     return best, best_x, best_h, best_part
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _best_swap(at, count, spare, score, price, a, b, c):  # type: ignore[no-untyped-def]
     """The best two copies to change places, -1 where none gain: a primary's place stays, what leaves it is an extra."""
     # taken out once: each time costs as much as a step of the loops
@@ -165,7 +165,7 @@ def _best_swap(at, count, spare, score, price, a, b, c):  # type: ignore[no-unty
     return best_x, best_y
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _give(at, count, x, h, share):  # type: ignore[no-untyped-def]
     """Hand ``share`` of copy x to GPU h; returns the number of copies. An extra that nothing is left of goes."""
     e, experts = at.expert_X[x], len(at.at_EG)
@@ -264,7 +264,7 @@ def _fits(expert_P, gpu_P, share_P, terms):  # type: ignore[no-untyped-def]
     return full
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def weigh_fixed(  # type: ignore[no-untyped-def]
     mean_E, var_E, spread, normal_CE, terms, base_expert_R, base_gpu_R, expert_P, gpu_P, live_P, share_P, horizon,
     lead, copy_G, control, caution, margin, expert_R, gpu_R, share_R,
@@ -336,7 +336,7 @@ class FixedTerms(NamedTuple):
     margin: float
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _before(r, q, expert_R, primary_R):  # type: ignore[no-untyped-def]
     """Whether replica r goes before q where primaries are first, then experts ascend."""
     if primary_R[r] != primary_R[q]:
@@ -344,7 +344,7 @@ def _before(r, q, expert_R, primary_R):  # type: ignore[no-untyped-def]
     return expert_R[r] < expert_R[q]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _primaries_first(expert_R, primary_R):  # type: ignore[no-untyped-def]
     """Order of replicas: primaries first, experts ascending, ties as they are."""
     order_R = np.arange(len(expert_R))
@@ -357,7 +357,7 @@ def _primaries_first(expert_R, primary_R):  # type: ignore[no-untyped-def]
     return order_R
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _into_order(count, experts, expert_R, gpu_R, share_R, n, rows):  # type: ignore[no-untyped-def]
     """Copies, primaries first, into the layer's row in a plan's order: GPU, primary first, expert."""
     for i in range(count):
@@ -375,7 +375,7 @@ def _into_order(count, experts, expert_R, gpu_R, share_R, n, rows):  # type: ign
         rows.primary_NR[n, at], rows.share_NR[n, at] = i < experts, share_R[i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _shared_before(n, previous):  # type: ignore[no-untyped-def]
     """A layer's copies before, which are in memory, and their shares; of fixed shares those in use."""
     first, last = previous.first_N[n], previous.first_N[n + 1]

@@ -61,7 +61,7 @@ def hardly_changed(mean_E, planned_E, tolerance):  # type: ignore[no-untyped-def
     return tokens > 0.0 and change <= tolerance * tokens
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inner=True)
 def _stays_static(layer, mean_E, var_E, terms):  # type: ignore[no-untyped-def]
     """Whether a layer has static EP's plan and its planner would skip it again; see :func:`keeps_plan`."""
     planned_E, experts, scenarios = terms.planned_LE[layer], len(mean_E), len(terms.normal_CE)
@@ -104,13 +104,13 @@ def keeps_plans(layer_N, mean_NE, var_NE, terms, kept_N):  # type: ignore[no-unt
         kept_N[n] = keeps_plan(layer_N[n], mean_NE[n], var_NE[n], terms)
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _expected(weight, total, assignments, experts):  # type: ignore[no-untyped-def]
     """An expert's load by history's forecast."""
     return weight / total * assignments if total > 0.0 else assignments / experts
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _history_hardly_changed(weight_LE, assignments, terms, kept_L):  # type: ignore[no-untyped-def]
     """Mark the layers whose forecasts from history hardly changed; returns whether all did."""
     layers, experts = weight_LE.shape

@@ -5,11 +5,13 @@ Axes: C scenarios, E experts, G GPUs, X extras in order of decision, M movable c
 
 from __future__ import annotations
 
+from functools import cache
 from math import erfc, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moeless.compiled_call import function_address
 from moeless.contracts import FloatArray, Int32Array, IntArray
 from moeless.jit import njit
 from moeless.placement.dispatch_search import GpuLoad, MovableCopies, Rates, busy_seconds, search, search_memory
@@ -138,7 +140,7 @@ def score_static(load_CE: IntArray, gpu_E: IntArray, num_gpus: int, max_extra: i
     return Scenarios(load_CE, static_CG, tokens_CG, bound_C, rest_C, static_seconds)
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _gather_movable(
     load_E: IntArray,
     expert_X: Int32Array,
@@ -223,3 +225,13 @@ def mean_seconds(
         if i > 0 and total > CLEARLY * pace_C[i]:
             return np.inf
     return total
+
+
+@cache
+def mean_seconds_address() -> Any:
+    """Where :func:`mean_seconds` is, see :mod:`moeless.compiled_call`."""
+    whole, real = np.zeros((1, 1), np.int64), np.zeros((1, 1))
+    judged, short = Scenarios(whole, real, whole, real[0], real[0], 1.0), np.zeros(0, np.int32)
+    return function_address(
+        mean_seconds, 0.0, (judged, short, short, whole[0], Rates(1.0, 1.0, 1.0), 1, 1, 1.0, real[0], real[0])
+    )

@@ -10,13 +10,19 @@ Axes: S source ranks (rank s is GPU s), R replicas, G GPUs, Q rows of traffic, C
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeless.contracts import FloatArray, IntArray
 from moeless.jit import njit
+
+
+def _numbers(count: int) -> list[int]:
+    # numpy's integers: for each of Python's as an argument, numba would compile a function of its own
+    return [cast(int, np.int64(number)) for number in range(count)]
+
 
 #: Rows of traffic: tokens that a GPU sends and receives over fast and over slow links, all that it computes, and all
 #: that it sends, to itself included.
@@ -29,9 +35,9 @@ STATED, LINKS, RANKS = 0, 1, 2
 #: Curves of a measured model. By a GPU's tokens: sorting them by expert, adding results up, what the engine's expert
 #: part takes beside. By a source's tokens: sorting by destination, what the engine takes beside. By bytes: a fast link
 #: or an even exchange, a slow link or one hot rank.
-PERMUTE, COMBINE, ENGINE_EXPERT, SOURCE, ENGINE_REST, EVEN_OR_FAST, HOT_OR_SLOW = range(7)
+PERMUTE, COMBINE, ENGINE_EXPERT, SOURCE, ENGINE_REST, EVEN_OR_FAST, HOT_OR_SLOW = _numbers(7)
 #: What was asked for beyond the measurements, marked in ``MeasuredTables.beyond``.
-BEYOND_ACTIVE, BEYOND_TOKENS, BEYOND_FAST, BEYOND_SLOW = range(4)
+BEYOND_ACTIVE, BEYOND_TOKENS, BEYOND_FAST, BEYOND_SLOW = _numbers(4)
 
 
 class MeasuredTables(NamedTuple):
@@ -131,7 +137,7 @@ def total_seconds(parts):  # type: ignore[no-untyped-def]
     return parts.expert + parts.all_to_all + parts.misc + parts.control + parts.stall
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def add_copy(tokens, gpu, costs, seconds_G):  # type: ignore[no-untyped-def]
     """A copy's expert time on top of its GPU's, for cost models without tables."""
     time = max(tokens * costs.token_seconds, costs.floor_seconds)
@@ -159,7 +165,7 @@ def curve_at(curve, x, tables):  # type: ignore[no-untyped-def]
     return seconds_N[i - 1] + slope * (x - x_N[i - 1])
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _grid_at(tokens, active, tables):  # type: ignore[no-untyped-def]
     """Seconds of so many active experts with so many tokens each; the last segment's slope beyond the grid."""
     if tokens <= 0.0:
@@ -172,7 +178,7 @@ def _grid_at(tokens, active, tables):  # type: ignore[no-untyped-def]
     return seconds_N[i - 1] + step * (seconds_N[i] - seconds_N[i - 1])
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _measured_gpu(load_N, tables):  # type: ignore[no-untyped-def]
     """Measured seconds of one GPU whose active copies have these tokens, in descending order.
 
@@ -194,7 +200,7 @@ def _measured_gpu(load_N, tables):  # type: ignore[no-untyped-def]
     return seconds + curve_at(ENGINE_EXPERT, tokens / tables.top_k, tables)
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _measured_gpus(tokens_R, gpu_R, tables, seconds_G, work_W):  # type: ignore[no-untyped-def]
     """Measured expert seconds of each GPU."""
     gpus, replicas = len(seconds_G), len(tokens_R)
@@ -270,7 +276,7 @@ def exchange_load(traffic_QG):  # type: ignore[no-untyped-def]
     return ExchangeLoad(fast, slow, others, total, computed, sent)
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _stated_exchange(load, costs, num_gpus):  # type: ignore[no-untyped-def]
     """Both directions over the stated links."""
     if not costs.local_is_free:
@@ -285,14 +291,14 @@ def _stated_exchange(load, costs, num_gpus):  # type: ignore[no-untyped-def]
     return 2.0 * worst
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _link_at(curve, num_bytes, beyond, tables):  # type: ignore[no-untyped-def]
     if num_bytes > tables.curve_CXN[curve, 0, tables.points_C[curve] - 1]:
         tables.beyond[beyond] = 1.0
     return curve_at(curve, num_bytes, tables)
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _measured_exchange(load, costs, num_gpus):  # type: ignore[no-untyped-def]
     """One direction among several GPUs, from tables of the links or from exchanges measured among ranks."""
     tables = costs.tables

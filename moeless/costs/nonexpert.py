@@ -37,7 +37,7 @@ class NonExpertTime(NamedTuple):
     once: float
 
 
-@njit(cache=True)
+@njit(cache=True, inner=True)
 def _layer(params, sums_SX, terms):  # type: ignore[no-untyped-def]
     worst = 0.0
     for s in range(sums_SX.shape[0]):

@@ -130,7 +130,7 @@ def learn(gap, histogram_B, fixed):  # type: ignore[no-untyped-def]
     return edge
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _mark_wanted(layer, expert_R, gpu_R, now, pool):  # type: ignore[no-untyped-def]
     """Note which copies the layer's new plan wants; of those that it drops the idle time begins, and some expire."""
     used_EG, planned_EG, born_EG = pool.used_LEG[layer], pool.planned_LEG[layer], pool.born_LEG[layer]

@@ -173,7 +173,7 @@ def _copies(layer_N, plans, now, pool):  # type: ignore[no-untyped-def]
     return before
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _list_copies(layer_N, plans, now, pool, before):  # type: ignore[no-untyped-def]
     """Fill all but the numbers of copies, in a plan's order."""
     first_N, expert_P, gpu_P, primary_P, state_P, share_P, fixed_N = before

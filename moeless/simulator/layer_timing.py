@@ -116,7 +116,7 @@ def survey(plans, ready_LEG, gpu_LE):  # type: ignore[no-untyped-def]
     return replicas, several, deciding, last
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def single_layers(start, stop, topk_TLK, row_T, rank_T, gpu_LE, costs, m, part_LX, load_LE):  # type: ignore[no-untyped-def]
     """Layers ``start`` to ``stop`` whose experts have one copy each, into ``part_LX`` and ``load_LE``.
 
@@ -189,7 +189,7 @@ def single_layers(start, stop, topk_TLK, row_T, rank_T, gpu_LE, costs, m, part_L
         part_LX[layer, REPLICAS_PART], part_LX[layer, WARM_PART] = experts, experts
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def time_dealt(layer, plans, rule, numbers, control, costs, m, part_X):  # type: ignore[no-untyped-def]
     """One layer by its tokens in ``m.load`` and its serving copies in ``m.serving_R``, into ``part_X``.
 
@@ -218,7 +218,7 @@ def time_dealt(layer, plans, rule, numbers, control, costs, m, part_X):  # type:
     fill_parts(expert, exchange, control if decides else 0.0, active, n, traffic_QG, part_X)
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def fill_parts(expert, exchange, control, active, replicas, traffic_QG, part_X):  # type: ignore[no-untyped-def]
     """A layer's run, all its copies warm."""
     most, total, gpus = 0.0, 0.0, traffic_QG.shape[1]
@@ -230,7 +230,7 @@ def fill_parts(expert, exchange, control, active, replicas, traffic_QG, part_X):
     part_X[REPLICAS_PART], part_X[WARM_PART] = replicas, replicas
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def time_some(  # type: ignore[no-untyped-def]
     start, stop, layer_N, topk_TLK, row_T, rank_T, plans, gpu_LE, rule, numbers, control_L, costs, m, part_LX, load_LE
 ):

@@ -74,7 +74,7 @@ class Walk(NamedTuple):
     delay: float
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _adopt(layer, w):  # type: ignore[no-untyped-def]
     """Put a layer's coming plan in force, its copies loading since it was there."""
     row, plans, coming, gpu_LE = w.row_L[layer], w.plans, w.coming, w.gpu_LE
@@ -92,7 +92,7 @@ def _adopt(layer, w):  # type: ignore[no-untyped-def]
     w.row_L[layer], w.timed_L[layer] = -1, False
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _count_warm(layer, w):  # type: ignore[no-untyped-def]
     """How many of the copies of the plan in force are warm."""
     expert_R, gpu_R, ready_LEG = w.plans.expert_NR[layer], w.plans.gpu_NR[layer], w.pool.ready_LEG
@@ -102,7 +102,7 @@ def _count_warm(layer, w):  # type: ignore[no-untyped-def]
     return warm
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _wait(layer, tokens_E, w, m):  # type: ignore[no-untyped-def]
     """Fill ``m.serving_R``; returns how long until every expert with tokens has a copy."""
     count, experts, clock = w.plans.count_N[layer], len(tokens_E), w.state_X[CLOCK]
@@ -127,7 +127,7 @@ def _wait(layer, tokens_E, w, m):  # type: ignore[no-untyped-def]
     return stall
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _end_layer(layer, w):  # type: ignore[no-untyped-def]
     """Move the clock past a layer that has run; a plan that came too late for it is in force from now on."""
     state_X, part_X = w.state_X, w.part_LX[layer]
@@ -190,7 +190,7 @@ def walk_layers(first, w, rule, numbers, in_python, m):  # type: ignore[no-untyp
     return layers
 
 
-@njit(cache=True, nogil=True, allocates=False)
+@njit(cache=True, nogil=True, allocates=False, inner=True)
 def _note_load(layer, traffic_QG, w):  # type: ignore[no-untyped-def]
     for g in range(traffic_QG.shape[1]):
         w.load_LG[layer, g] = traffic_QG[LOAD, g]
