@@ -119,10 +119,12 @@ def main() -> int:
         return NOT_HERE
     wanted = [step for step in STEPS if not arguments.step or step.name in arguments.step]
     rows: list[Row] = []
+    # one revision for all rows, whatever is committed meanwhile
+    revision = git("rev-parse", "--short", "HEAD").stdout.strip()
     for suite in arguments.system or SYSTEMS:
         system = System(arguments.folder / suite, suite)
         try:
-            system.prepare()
+            system.prepare(revision)
         except subprocess.CalledProcessError as error:
             print(f"fresh systems are left out: {SYSTEMS[suite]} cannot be made here ({last_line(error)})", flush=True)
             return NOT_HERE
@@ -133,7 +135,7 @@ def main() -> int:
                 system.clear()
     print(table(rows))
     if arguments.document:
-        write_document(arguments.document, rows)
+        write_document(arguments.document, rows, revision)
     return 0 if all(row.good for row in rows) else 1
 
 
@@ -157,8 +159,8 @@ class System:
         self.path, self.suite = path, suite
         self.log = path.with_name(f"{suite}.log")
 
-    def prepare(self) -> None:
-        """Make the system where it is missing, mount what programs need, add the user and a clone of the last commit.
+    def prepare(self, revision: str) -> None:
+        """Make the system where it is missing, mount what programs need, add the user and a clone at a revision.
 
         Raises:
             CalledProcessError: the system or the clone cannot be made.
@@ -186,8 +188,8 @@ class System:
             self._as_root("useradd", "--create-home", "--shell", "/bin/bash", USER)
         home = self.path / HOME[1:]
         home.mkdir(parents=True, exist_ok=True)
-        git = ["git", "-c", "safe.directory=*", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(home / "project")]
-        subprocess.run(git, check=True, capture_output=True, text=True)
+        git("clone", "--quiet", "--no-hardlinks", str(ROOT), str(home / "project"))
+        git("-C", str(home / "project"), "checkout", "--quiet", "-B", "main", revision)
         self._as_root("chown", "-R", f"{USER}:{USER}", HOME)
 
     def clear(self) -> None:
@@ -289,11 +291,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_document(path: Path, rows: list[Row]) -> None:
+def git(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command of git in this checkout, whoever owns it."""
+    command = ["git", "-c", "safe.directory=*", *words]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+
+
+def write_document(path: Path, rows: list[Row], revision: str) -> None:
     """Put the table between the marks of a document."""
     text = path.read_text(encoding="utf-8")
-    git = ["git", "-c", "safe.directory=*", "rev-parse", "--short", "HEAD"]
-    revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     cores = len(os.sched_getaffinity(0))
     note = f"Revision {revision}, {datetime.now(UTC):%d %B %Y}, {cores} cores, no GPU; `make fresh`."
     before, rest = text.split(BEGIN)

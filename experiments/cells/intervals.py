@@ -13,8 +13,8 @@ import numpy as np
 
 from moeless.contracts import FloatArray, IntArray
 from moeless.metrics import schema
-from moeless.simulator.core import Simulation
 from moeless.simulator.record import LayerRecord
+from moeless.simulator.simulation import Simulation
 from moeless.spec import MoESpec
 
 #: Blocks of a run at most, and the fewest that say something.

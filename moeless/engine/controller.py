@@ -90,7 +90,7 @@ class Controller:
         self._next_replan = settings.replan_seconds
         self._phase, self._tokens, self._now, self._skip = Phase.MIXED, 0, 0.0, False
         self._plans_now, self._since_plan, self._carried = False, 0, 0.0
-        self.reuse = PlanReuse(policy)
+        self.reuse = PlanReuse(policy, policy.predictor)
         self._asked: dict[int, Forecast] = {}
         self.life = ForecastHorizon(self.history.shares_or_even())
         tiers = ("peer", "host") if settings.copy_from == "auto" else (settings.copy_from,)

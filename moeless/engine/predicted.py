@@ -25,8 +25,9 @@ from moeless.metrics.requests import Objective
 from moeless.metrics.result import Cell
 from moeless.policy import ResolvedPolicy
 from moeless.serverless import KeepAlive, PoolSettings
-from moeless.simulator.core import SimulationSettings, simulate
 from moeless.simulator.routing import Replay
+from moeless.simulator.settings import SimulationSettings
+from moeless.simulator.simulation import simulate
 from moeless.spec import MoESpec
 from moeless.workloads.lengths import Workload
 

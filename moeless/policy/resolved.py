@@ -107,7 +107,7 @@ class ResolvedPolicy(PlannerInUse):
             load_E = np.rint(forecast.mean_E).astype(np.int64)
             load_SE = np.tile(load_E // self.cluster.G, (self.cluster.G, 1))
             self.dispatch(load_SE, plan, np.ones(plan.R, np.bool_))
-            PlanReuse(self).keeps(0, forecast)
+            PlanReuse(self, self.predictor).keeps(0, forecast)
 
 
 def resolve(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from moeless.contracts import BoolArray, FloatArray, Forecast, IntArray, LayerPlan
+from moeless.placement.base import PlannerInUse
 from moeless.placement.plan_reuse import history_keeps_plans, keeps_plan, keeps_plans, never, note_plans
 from moeless.placement.plan_rows import PlanRows, rows_of
-
-if TYPE_CHECKING:
-    from moeless.policy.resolved import ResolvedPolicy
 
 
 class PlanReuse:
@@ -22,11 +20,11 @@ class PlanReuse:
         steps: the same for steady decode steps, active only where their forecasts come from history.
     """
 
-    def __init__(self, policy: ResolvedPolicy) -> None:
+    def __init__(self, policy: PlannerInUse, predictor: Any) -> None:
         planner, spec = policy.planner, policy.spec
-        asked = policy.predictor is not None and planner.reuse is not None
+        asked = predictor is not None and planner.reuse is not None
         self.terms = planner.reuse(policy.setting) if asked and planner.reuse else never(spec.L, spec.E)
-        known = self.terms.active and policy.predictor.from_history
+        known = self.terms.active and predictor.from_history
         self.steps = self.terms if known else never(spec.L, spec.E)
 
     def keeps(self, layer: int, forecast: Forecast) -> bool:

@@ -20,10 +20,11 @@ from moeless.placement import PLANNERS
 from moeless.policy import ORACLE, ResolvedPolicy, SimulationPredictors, resolve
 from moeless.serverless import KeepAlive, PoolSettings
 from moeless.serverless.options import Serverless
-from moeless.simulator.core import Simulation, SimulationSettings, simulate
 from moeless.simulator.failures import check_failures
 from moeless.simulator.options import BenchConfig, Part
 from moeless.simulator.routing import Replay
+from moeless.simulator.settings import SimulationSettings
+from moeless.simulator.simulation import Simulation, simulate
 from moeless.simulator.tenants import Tenant
 from moeless.simulator.timeline import Timeline
 from moeless.spec import MoESpec, preset

@@ -55,7 +55,7 @@ class IterationPlans:
         self.policy, self.pool, self.history = policy, pool, history
         self.delay = policy.costs.background_seconds(policy.planner.control)
         self.late = self.made = 0
-        self.reuse = PlanReuse(policy)
+        self.reuse = PlanReuse(policy, policy.predictor)
         self._distances = policy.distance_rule(float(pool.tier_seconds.max()))
         self._distance_L = np.full(policy.spec.L, policy.policy.distance)
         self._life = ForecastHorizon(history.shares_or_even())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +19,11 @@ from moeless.simulator.failures import Failure, check_failures
 from moeless.simulator.record import LayerRecord
 from moeless.simulator.request_clocks import RequestClocks
 from moeless.simulator.routing import Replay, SpanColumns, columns, rank_sums
+from moeless.simulator.settings import SimulationSettings
 from moeless.simulator.stage import Stage
 from moeless.simulator.timeline import Timeline
 from moeless.simulator.work import Work
 from moeless.workloads.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from moeless.simulator.core import SimulationSettings
 
 #: Tokens of one iteration that computes lost KV caches again.
 RECOVERY_TOKENS = 8192

@@ -109,7 +109,7 @@ def test_the_key_covers_function_parameters_needs_and_code(log: Path, monkeypatc
 
 def test_the_code_hash_covers_what_computes_and_nothing_that_draws() -> None:
     names = {"/".join(path.parts[-2:]) for path in code_files()}
-    assert {"placement/static.py", "predictors/base.py", "simulator/core.py", "cells/routing.py"} <= names
+    assert {"placement/static.py", "predictors/base.py", "simulator/simulation.py", "cells/routing.py"} <= names
     assert not {"report/style.py", "cli/main.py", "experiments/systems.py", "tracking/run.py"} & names
 
 

@@ -221,7 +221,7 @@ def test_only_changes_up_to_the_tolerance_keep_a_plan():
 @given(st.integers(0, 10_000), st.sampled_from([2, 30, 400, 6000, 60_000]))
 def test_a_static_plan_is_kept_only_where_the_planner_would_skip_the_layer(seed, assignments):
     runtime = runtime_for(SPEC, "elastic:history:1", keep=0.0)
-    reuse = PlanReuse(runtime)
+    reuse = PlanReuse(runtime, runtime.predictor)
     weight_LE = np.random.default_rng(seed).gamma(0.5, 1.0, (2, SPEC.E))
     nothing = Forecast(np.zeros(SPEC.E), np.zeros(SPEC.E), 0, "none")
     for layer in range(2):
@@ -242,7 +242,7 @@ def test_planners_that_declare_no_reuse_are_always_asked(spec):
     for name in PLANNERS.names():
         planner = PLANNERS.get(name)
         assert (planner.reuse is not None) == name.startswith("elastic")
-    reuse = PlanReuse(runtime_for(spec, "moeless:history:1"))
+    reuse = PlanReuse(runtime_for(spec, "moeless:history:1"), None)
     mean_E = np.ones(spec.E)
     reuse.note_plan(Forecast(mean_E, mean_E, 1, "x"), runtime_for(spec, "static").first_plans()[0])
     assert not reuse.keeps(0, Forecast(mean_E, mean_E, 1, "x"))

@@ -13,7 +13,8 @@ from moeless.placement import PLANNERS
 from moeless.policy import resolve
 from moeless.predictors import PREDICTORS
 from moeless.simulator import Replay
-from moeless.simulator.core import SimulationSettings, simulate
+from moeless.simulator.settings import SimulationSettings
+from moeless.simulator.simulation import simulate
 from moeless.spec import preset
 from moeless.workloads import schedulers
 from moeless.workloads.lengths import Workload

@@ -88,7 +88,7 @@ class TransformersHost(Host):
         self.model = model.eval()
         self.batch = FlatBatch((), *(torch.empty(0, dtype=torch.int64),) * 3)
         if llama4.is_llama4(model):
-            self._experts, self.ffn = llama4.adapt(self, model, dtype)
+            self._experts, self.ffn = llama4.adapt(lambda *given: self.moe(*given), model, dtype)
         else:
             try:
                 model.set_experts_implementation(_NAME)

@@ -7,15 +7,13 @@ without rotary angles scale queries by the token's position, which a flat batch 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from moeless.engine.ffn import GatedFFN
-
-if TYPE_CHECKING:
-    from moeless.engine.hosts.hf import TransformersHost
 
 _BLOCK, _ATTENTION = "Llama4TextMoe", "Llama4TextAttention"
 
@@ -25,8 +23,8 @@ def is_llama4(model: torch.nn.Module) -> bool:
     return any(type(module).__name__ == _BLOCK for module in model.modules())
 
 
-def adapt(host: TransformersHost, model: torch.nn.Module, dtype: torch.dtype) -> tuple[list[str], GatedFFN]:
-    """Let the host compute the routed experts; their modules' names in layer order, and their mathematics."""
+def adapt(moe: Callable[..., torch.Tensor], model: torch.nn.Module, dtype: torch.dtype) -> tuple[list[str], GatedFFN]:
+    """Let the host's ``moe`` compute the routed experts; their modules' names in layer order, and their mathematics."""
     names: list[str] = []
     ffn = None
     for name, module in model.named_modules():
@@ -39,7 +37,7 @@ def adapt(host: TransformersHost, model: torch.nn.Module, dtype: torch.dtype) ->
         ffn = ffn or GatedFFN(shapes, dtype, _Gate(experts.act_fn), transposed=True, weighs_input=True)
         for parameter, _ in list(experts.named_parameters(recurse=False)):
             setattr(experts, parameter, torch.nn.Parameter(torch.empty(0), requires_grad=False))
-        module.forward = _Block(host, len(names), module)  # type: ignore[assignment]
+        module.forward = _Block(moe, len(names), module)  # type: ignore[assignment]
         names.append(f"{name}.experts")
     assert ffn is not None
     return names, ffn
@@ -60,8 +58,8 @@ class _Gate:
 class _Block:
     """The block's forward: its router's choice, the elastic experts, the shared expert."""
 
-    def __init__(self, host: TransformersHost, layer: int, block: Any) -> None:
-        self.host, self.layer, self.block = host, layer, block
+    def __init__(self, moe: Callable[..., torch.Tensor], layer: int, block: Any) -> None:
+        self.moe, self.layer, self.block = moe, layer, block
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block = self.block
@@ -69,7 +67,7 @@ class _Block:
         logits_TE = functional.linear(hidden_TH, block.router.weight)
         top_TK, topk_TK = torch.topk(logits_TE, block.top_k, dim=1)
         weights_TK = torch.sigmoid(top_TK.float()).to(logits_TE.dtype)
-        routed_TH = self.host.moe(self.layer, hidden_TH, topk_TK, weights_TK)
+        routed_TH = self.moe(self.layer, hidden_TH, topk_TK, weights_TK)
         return block.shared_expert(hidden_TH) + routed_TH, logits_TE
 
 
